@@ -1,0 +1,80 @@
+// What crosses from the bindings to a backend: one plain struct for each direction, whose
+// stages read and write subsets of its fields. Zero-initialised ({}), every pointer nullable
+// unless it says otherwise; a backend never allocates, owns or frees any of them.
+//
+// Tensors (x, residual, y, dy, dx, dresidual) are dense in the physical order that `shape`
+// describes, all of one dtype, and start on a 16-byte boundary. Vectors are [c] and dense.
+// acc_t is double for f64 tensors and float for all others.
+#pragma once
+
+#include "types.h"
+
+namespace bnext {
+
+struct Shape {
+  Layout layout;
+  int64_t n, c, s;  // s is the product of the spatial sizes; (N, C) inputs have s = 1
+
+  BNEXT_HD constexpr int64_t numel() const { return n * c * s; }
+  BNEXT_HD constexpr int64_t per_channel() const { return n * s; }
+};
+
+struct ForwardParams {
+  Shape shape;
+  DType dtype;          // of x, residual, y
+  DType weight_dtype;   // of weight and bias
+  DType running_dtype;  // of running_mean and running_var
+  Activation activation;
+
+  const void* x;         // required
+  const void* residual;  // like x; added before the activation
+  const void* weight;    // [c]; null means 1
+  const void* bias;      // [c]; null means 0
+
+  void* mean;    // [c] acc_t
+  void* var;     // [c] acc_t, biased; written by `stats` only
+  void* invstd;  // [c] acc_t, 1 / sqrt(var + eps)
+
+  // Both or neither. `forward` updates them, with the unbiased batch variance, as torch does;
+  // `normalize`, where they are given, normalizes by them (eval mode) and writes mean and invstd
+  // where those are not null; else it reads mean (null means 0) and invstd.
+  void* running_mean;            // [c]
+  void* running_var;             // [c]
+  int64_t* num_batches_tracked;  // [1]; `forward` adds one
+  double momentum;               // weight of the new batch
+  bool cumulative;               // momentum=None: the weight is 1 / num_batches_tracked, after adding one
+  double eps;
+
+  void* y;        // like x
+  uint8_t* mask;  // [ceil(numel / 8)]; bit i % 8 of byte i / 8 says that element i, in memory
+                  // order, is positive before relu; unused bits are 0. Written where not null
+};
+
+struct BackwardParams {
+  Shape shape;
+  DType dtype;         // of dy, x, dx, dresidual
+  DType weight_dtype;  // of weight, bias, dweight, dbias
+  Activation activation;
+  bool training;  // false: mean and invstd are constants, and dx = dy' * weight * invstd
+
+  const void* dy;       // required
+  const void* x;        // required, except for dx alone in eval mode without an activation
+  const uint8_t* mask;  // relu behind a residual: the forward's mask. relu without a mask
+                        // recomputes the sign from x, mean, invstd, weight, bias
+  const void* weight;   // [c]; null means 1
+  const void* bias;     // [c]; null means 0
+  const void* mean;     // [c] acc_t, required
+  const void* invstd;   // [c] acc_t, required
+  int64_t count;        // elements a channel's statistics were taken over; n * s unless synchronised
+
+  // With dy' = dy where the activation let the value pass, and 0 elsewhere:
+  void* sum_dy;      // [c] acc_t: sum of dy'. Written by `backward_reduce`, read by `backward_input`
+  void* sum_dy_xmu;  // [c] acc_t: sum of dy' * (x - mean). Likewise
+  void* dweight;     // [c] weight_dtype: sum_dy_xmu * invstd
+  void* dbias;       // [c] weight_dtype: sum_dy
+
+  void* dx;         // like x
+  void* dresidual;  // like x: dy'; only with a mask (without an activation it is dy itself)
+};
+
+}  // namespace bnext

@@ -1,0 +1,72 @@
+// Statistics of a set of numbers, mergeable in any grouping without cancellation.
+//
+// The mean is kept as shift + offset, where shift is one of the numbers: differences to it are
+// exact or nearly so (Sterbenz), so that |mean| / std of 1e4 costs float32 nothing, and a constant
+// set has offset and variance exactly 0. The variance is kept as such, not as a sum of squares,
+// so that values of 1e18 do not overflow float32. Merging is Chan, Golub and LeVeque's pairwise
+// update ("Updating formulae and a pairwise algorithm for computing sample variances", 1979,
+// eq. 2.1), divided by the count. docs/math.md derives it.
+#pragma once
+
+#include <cmath>
+
+#include "types.h"
+
+namespace bnext {
+
+// 1 / v for the weights of a merge, which a unit in the last place more or less does not hurt.
+template <class A>
+BNEXT_HD A reciprocal(A v) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(A) == 4) return __fdividef(1.0f, v);
+#endif
+  return A(1) / v;
+}
+
+template <class A>
+struct Welford {
+  A count;   // 0: the empty set; the other fields are then ignored
+  A shift;
+  A offset;
+  A var;     // biased
+
+  BNEXT_HD A mean() const { return shift + offset; }
+
+  // Adds a set of `n` numbers whose mean is shift + mean_offset, for a count that stays above 0.
+  BNEXT_HD void add(A n, A mean_offset, A n_var) {
+    A total = count + n;
+    A f = n * reciprocal(total);
+    A delta = mean_offset - offset;
+    offset += delta * f;
+    var += f * ((n_var - var) + delta * delta * (A(1) - f));
+    count = total;
+  }
+
+  BNEXT_HD void merge(const Welford& other) {
+    if (other.count == A(0)) return;
+    if (count == A(0)) {
+      *this = other;
+      return;
+    }
+    add(other.count, (other.shift - shift) + other.offset, other.var);
+  }
+};
+
+template <class A>
+BNEXT_HD A inverse_std(A var, double eps) {
+  // 1 / sqrt, both correctly rounded: rsqrt's approximation is the largest error it would make.
+  return A(1) / std::sqrt(var + static_cast<A>(eps));
+}
+
+// What forward does to the running statistics of one channel. The batch variance enters
+// unbiased; for one element a channel that is 0 / 0, which torch.nn refuses before it comes here.
+template <class A>
+struct RunningUpdate {
+  A factor;      // weight of the new batch
+  A unbiased;    // m / (m - 1)
+
+  BNEXT_HD A mean(A running, A batch) const { return (A(1) - factor) * running + factor * batch; }
+  BNEXT_HD A var(A running, A batch) const { return (A(1) - factor) * running + factor * (batch * unbiased); }
+};
+
+}  // namespace bnext

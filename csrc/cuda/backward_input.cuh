@@ -1,0 +1,77 @@
+// The stage `backward_input` for one block: dy, x, sums -> dx, dresidual?. Used by backward_input.cu
+// and by the small plan of backward.cu.
+#pragma once
+
+#include "backward.cuh"
+
+namespace bnext::cuda {
+
+// Units of each of dy and x in flight; LEAN is next to the coefficients of UNIT columns.
+template <class T, int UNIT, bool LEAN> constexpr int kGradientChunk = units_in<T, UNIT>(LEAN ? 32 : 64);
+
+// One channel's coefficients: of the sign (the forward's), and of the gradient.
+template <class A>
+struct ChannelGradient {
+  Affine<A> affine;
+  AffineGradient<A> gradient;
+
+  ChannelGradient() = default;
+  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, int64_t channel) {
+    affine = backward_affine<A>(p, channel);
+    gradient = {affine.mean, affine.scale, A(0), A(0)};
+    if (p.training) {
+      const A invstd = static_cast<const A*>(p.invstd)[channel];
+      const A inverse = A(1) / static_cast<A>(p.count);
+      gradient.mean_dy = static_cast<const A*>(p.sum_dy)[channel] * inverse;
+      gradient.slope = static_cast<const A*>(p.sum_dy_xmu)[channel] * inverse * invstd * invstd;
+    }
+  }
+};
+
+template <class T, int UNIT, int COUNT, bool WHOLE, class ChannelAt>
+__device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                     Gate gate, const ChannelAt& channel) {
+  using A = acc_t<T>;
+  const int64_t numel = p.shape.numel();
+  for_gradient_units<Reuse::last, T, UNIT>(
+      p, chunk, gate, [&](int e) { return channel(e).affine; }, [&](int k, GradientUnit<T, UNIT>& unit) {
+        const int64_t offset = chunk.offset[k];
+        if (gate == Gate::mask && p.dresidual) {
+          store_at<WHOLE>(static_cast<T*>(p.dresidual), offset, numel, narrow_unit<T, UNIT>(unit.dy));
+        }
+        if (!p.dx) return;
+        A dx[UNIT];
+#pragma unroll
+        for (int e = 0; e < UNIT; ++e) {
+          // In eval mode x must not touch the gradient, not even an infinite x.
+          dx[e] = p.training ? channel(e).gradient(unit.dy[e], unit.x[e]) : unit.dy[e] * channel(e).gradient.scale;
+        }
+        store_at<WHOLE>(static_cast<T*>(p.dx), offset, numel, narrow_unit<T, UNIT>(dx));
+      });
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void backward_input_planar(const BackwardParams& p, const Pass& pass, const Share& share,
+                                                      Gate gate) {
+  const ChannelGradient<acc_t<T>> channel(p, share.tile);
+  walk_planar<UNIT, true, kGradientChunk<T, UNIT, false>>(pass, p.shape, share, [&](const auto& chunk) {
+    backward_input_chunk<T, UNIT>(p, chunk, gate, [&](int) { return channel; });
+  });
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void backward_input_columns(const BackwardParams& p, const Pass& pass, const Share& share,
+                                                       Gate gate) {
+  const ColumnPlace<UNIT> place(pass, share);
+  if (!place.active) return;
+  ChannelGradient<acc_t<T>> channel[UNIT];
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) {
+    channel[e] = ChannelGradient<acc_t<T>>(p, ChannelColumn(pass, p.shape, place.col + e).channel);
+  }
+  walk_columns<UNIT, kGradientChunk<T, UNIT, true>, true>(
+      pass, p.shape.numel(), share, place,
+      [&](const auto& chunk) { backward_input_chunk<T, UNIT>(p, chunk, gate, [&](int e) { return channel[e]; }); });
+}
+
+}  // namespace bnext::cuda

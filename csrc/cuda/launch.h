@@ -1,0 +1,34 @@
+// The launchers: all that the bindings see of the CUDA backend. Each takes (params, plan,
+// scratch, stream), enqueues on the stream, and returns the launch's error; none allocates,
+// synchronises or reads device memory back. `plan` says how much scratch each call needs.
+#pragma once
+
+#include "../core/params.h"
+#include "dialect.h"
+#include "plan.h"
+
+namespace bnext::cuda {
+
+struct Scratch {
+  void* partials;      // plan.partial_bytes, 16-byte aligned, need not be initialised
+  uint32_t* counters;  // plan.counters, all 0 before the call; 0 again once the call has run
+};
+
+// Properties of a device that plans depend on; the caller keeps them (the query is slow).
+cudaError_t query_device(int device, DeviceProperties* properties);
+
+// x -> mean, var.
+cudaError_t launch_stats(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
+// x, residual? and mean, invstd -> y, mask?; or, in eval mode, the running statistics -> y, mean?, invstd?.
+cudaError_t launch_normalize(const ForwardParams&, const Plan&, cudaStream_t);
+// Training forward: x -> y, mean, invstd, mask?; updates the running statistics and the counter.
+cudaError_t launch_forward(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
+
+// dy, x -> sum_dy, sum_dy_xmu, dweight?, dbias?.
+cudaError_t launch_backward_reduce(const BackwardParams&, const Plan&, const Scratch&, cudaStream_t);
+// dy, x, sums -> dx, dresidual?.
+cudaError_t launch_backward_input(const BackwardParams&, const Plan&, cudaStream_t);
+// Both: dy, x -> dx, dresidual?, dweight?, dbias?, sums.
+cudaError_t launch_backward(const BackwardParams&, const Plan&, const Scratch&, cudaStream_t);
+
+}  // namespace bnext::cuda

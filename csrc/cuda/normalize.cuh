@@ -1,0 +1,110 @@
+// The stage `normalize` for one block: x, residual? -> y, mask?. Used by normalize.cu and by the
+// small plan of forward.cu.
+#pragma once
+
+#include "../core/epilogue.h"
+#include "../core/welford.h"
+#include "vec.cuh"
+#include "walk.cuh"
+
+namespace bnext::cuda {
+
+// What follows the affine step. A kernel of the two-pass plan passes a constant, which folds.
+enum class Epilogue { none, relu, add, add_relu };
+
+constexpr bool adds(Epilogue e) { return e == Epilogue::add || e == Epilogue::add_relu; }
+constexpr bool clips(Epilogue e) { return e == Epilogue::relu || e == Epilogue::add_relu; }
+constexpr bool masks(Epilogue e) { return e == Epilogue::add_relu; }
+
+inline Epilogue epilogue_of(const ForwardParams& p) {
+  const bool relu = p.activation == Activation::relu;
+  return p.residual ? (relu ? Epilogue::add_relu : Epilogue::add) : (relu ? Epilogue::relu : Epilogue::none);
+}
+
+// Units of each of x and residual that a thread has in flight.
+template <class T, int UNIT> constexpr int kApplyChunk = units_in<T, UNIT>(64);
+
+// One channel's affine step, by the running statistics or by the batch's. `keep` says that this thread
+// is the one to save what the running statistics gave.
+template <class A>
+__device__ __forceinline__ Affine<A> forward_affine(const ForwardParams& p, int64_t channel, bool by_running,
+                                                    bool keep) {
+  A mean, invstd;
+  A* means = static_cast<A*>(p.mean);
+  A* invstds = static_cast<A*>(p.invstd);
+  if (by_running) {
+    mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
+    invstd = inverse_std(load_scalar<A>(p.running_var, p.running_dtype, channel, A(1)), p.eps);
+    if (keep && means) means[channel] = mean;
+    if (keep && invstds) invstds[channel] = invstd;
+  } else {
+    mean = means ? means[channel] : A(0);
+    invstd = invstds[channel];
+  }
+  const A weight = load_scalar<A>(p.weight, p.weight_dtype, channel, A(1));
+  return {mean, weight * invstd, load_scalar<A>(p.bias, p.weight_dtype, channel, A(0))};
+}
+
+// affine(e) is the affine step of element e of a unit.
+template <class T, int UNIT, int COUNT, bool WHOLE, class AffineAt>
+__device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                Epilogue epilogue, const AffineAt& affine) {
+  using A = acc_t<T>;
+  const int64_t numel = p.shape.numel();
+  const T* x = static_cast<const T*>(p.x);
+  const T* residual = static_cast<const T*>(p.residual);
+  T* y = static_cast<T*>(p.y);
+
+  Unit<T, UNIT> values[COUNT], added[COUNT];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    values[k] = load_at<Reuse::last, UNIT, WHOLE>(x, chunk.offset[k], numel);
+    if (adds(epilogue)) added[k] = load_at<Reuse::last, UNIT, WHOLE>(residual, chunk.offset[k], numel);
+  }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    A v[UNIT];
+    uint32_t bits = 0;
+    widen_unit<T, UNIT>(values[k], v);
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) {
+      v[e] = affine(e)(v[e]);
+      if (adds(epilogue)) v[e] += added[k][e];
+      if (masks(epilogue)) bits |= static_cast<uint32_t>(chunk.has(k, e) && passes(v[e])) << (e % 8);
+      if (clips(epilogue)) v[e] = relu(v[e]);
+    }
+    store_at<WHOLE>(y, chunk.offset[k], numel, narrow_unit<T, UNIT>(v));
+    if constexpr (UNIT == 8) {
+      if (masks(epilogue) && p.mask) p.mask[chunk.offset[k] >> 3] = static_cast<uint8_t>(bits);
+    }
+  }
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void normalize_planar(const ForwardParams& p, const Pass& pass, const Share& share,
+                                                 Epilogue epilogue, bool by_running) {
+  const bool keep = share.split == 0 && threadIdx.x == 0;
+  const auto affine = forward_affine<acc_t<T>>(p, share.tile, by_running, keep);
+  walk_planar<UNIT, true, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
+    normalize_chunk<T, UNIT>(p, chunk, epilogue, [&](int) { return affine; });
+  });
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void normalize_columns(const ForwardParams& p, const Pass& pass, const Share& share,
+                                                  Epilogue epilogue, bool by_running) {
+  const ColumnPlace<UNIT> place(pass, share);
+  if (!place.active) return;
+  Affine<acc_t<T>> affine[UNIT];
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) {
+    const ChannelColumn column(pass, p.shape, place.col + e);
+    affine[e] = forward_affine<acc_t<T>>(p, column.channel, by_running,
+                                         column.first && share.split == 0 && place.row == 0);
+  }
+  walk_columns<UNIT, kApplyChunk<T, UNIT>, true>(
+      pass, p.shape.numel(), share, place,
+      [&](const auto& chunk) { normalize_chunk<T, UNIT>(p, chunk, epilogue, [&](int e) { return affine[e]; }); });
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,163 @@
+// The stage `stats` for one block: its share of x -> Welford states, and what becomes of a channel's
+// whole. Used by stats.cu and by the small plan of forward.cu.
+#pragma once
+
+#include "../core/welford.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+#include "walk.cuh"
+
+namespace bnext::cuda {
+
+// Units of a planar chunk: 32 elements, all of whose loads are in flight together, or what the
+// registers of a full multiprocessor hold of wider elements and of units with masked ends.
+template <class T, int UNIT, bool ALIGNED>
+constexpr int kStatsChunk = UNIT == 1 ? 8 : (sizeof(T) == 8 ? 8 : ALIGNED ? 32 : 16) / UNIT;
+
+// Rows of an interleaved chunk, next to the state of UNIT columns.
+template <class T, int UNIT>
+constexpr int kStatsRows = UNIT * sizeof(acc_t<T>) > 32 ? 2 : 8;
+
+// f(begin) + ... + f(begin + N - 1) in halves: rounding errors and dependent additions grow with
+// log2(N), and so do the registers that it takes.
+template <int N, class F>
+__device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
+  if constexpr (N == 1) {
+    return f(begin);
+  } else {
+    auto low = pairwise_sum<N / 2>(f, begin);
+    return low + pairwise_sum<N / 2>(f, begin + N / 2);
+  }
+}
+
+template <class T, int UNIT, int COUNT, bool WHOLE>
+__device__ __forceinline__ void load_chunk(const T* x, const Chunk<COUNT, WHOLE>& chunk, int64_t numel,
+                                           Unit<T, UNIT> (&units)[COUNT]) {
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    units[k] = load_at<Reuse::again, UNIT, WHOLE>(x, chunk.offset[k], numel);
+  }
+}
+
+// Adds a chunk of one channel: its mean, then its squared deviations, from registers.
+template <class T, int UNIT, int COUNT, bool WHOLE>
+__device__ __forceinline__ void add_chunk(Welford<acc_t<T>>& state, const T* x, const Chunk<COUNT, WHOLE>& chunk,
+                                          int64_t numel) {
+  using A = acc_t<T>;
+  Unit<T, UNIT> units[COUNT];
+  load_chunk<T, UNIT>(x, chunk, numel, units);
+  A value[COUNT][UNIT];
+  int n = 0;
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    widen_unit<T, UNIT>(units[k], value[k]);
+    n += WHOLE ? UNIT : max(chunk.hi[k] - chunk.lo[k], 0);
+  }
+  if (n == 0) return;
+
+  if (state.count == A(0)) {
+    // The first of the thread's elements, found from behind with constant register indices.
+#pragma unroll
+    for (int i = COUNT * UNIT - 1; i >= 0; --i) {
+      if (chunk.has(i / UNIT, i % UNIT)) state.shift = value[i / UNIT][i % UNIT];
+    }
+  }
+
+  const A inverse = WHOLE ? A(1) / A(COUNT * UNIT) : reciprocal(static_cast<A>(n));
+  const A mean = inverse * pairwise_sum<COUNT * UNIT>([&](int i) {
+    A& v = value[i / UNIT][i % UNIT];
+    v = chunk.has(i / UNIT, i % UNIT) ? v - state.shift : A(0);
+    return v;
+  });
+  const A var = inverse * pairwise_sum<COUNT * UNIT>([&](int i) {
+    const A d = chunk.has(i / UNIT, i % UNIT) ? value[i / UNIT][i % UNIT] - mean : A(0);
+    return d * d;
+  });
+  state.add(static_cast<A>(n), mean, var);
+}
+
+// One thread's UNIT columns, all with the same count.
+template <class A, int UNIT>
+struct ColumnStates {
+  A count = A(0);
+  A shift[UNIT] = {}, offset[UNIT] = {}, var[UNIT] = {};
+
+  template <class T, int COUNT>
+  __device__ __forceinline__ void add(const T* x, const Chunk<COUNT, true>& chunk) {
+    Unit<T, UNIT> units[COUNT];
+    load_chunk<T, UNIT>(x, chunk, 0, units);
+    if (count == A(0)) widen_unit<T, UNIT>(units[0], shift);
+    const A total = count + A(COUNT);
+    const A f = A(COUNT) * reciprocal(total);
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) {
+      constexpr A inverse = A(1) / A(COUNT);
+      const A mean = inverse * pairwise_sum<COUNT>([&](int k) { return units[k][e] - shift[e]; });
+      const A chunk_var = inverse * pairwise_sum<COUNT>([&](int k) {
+        const A d = (units[k][e] - shift[e]) - mean;
+        return d * d;
+      });
+      const A delta = mean - offset[e];  // Welford::add, with the division shared by all columns
+      offset[e] += delta * f;
+      var[e] += f * ((chunk_var - var[e]) + delta * delta * (A(1) - f));
+    }
+    count = total;
+  }
+};
+
+// What the statistics of a whole channel turn into.
+template <class A>
+__device__ __forceinline__ void finish_stats(const ForwardParams& p, int64_t channel, const Welford<A>& state) {
+  const A mean = state.mean();
+  if (p.mean) static_cast<A*>(p.mean)[channel] = mean;
+  if (p.var) static_cast<A*>(p.var)[channel] = state.var;
+  if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(state.var, p.eps);
+  if (p.running_mean) {
+    // num_batches_tracked goes up only when every channel has read it: see normalize.cuh.
+    const double factor = p.cumulative ? 1.0 / static_cast<double>(*p.num_batches_tracked + 1) : p.momentum;
+    const double m = static_cast<double>(p.shape.per_channel());
+    const RunningUpdate<A> update = {static_cast<A>(factor), static_cast<A>(m / (m - 1.0))};
+    const A running_mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
+    const A running_var = load_scalar<A>(p.running_var, p.running_dtype, channel, A(0));
+    store_scalar<A>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
+    store_scalar<A>(p.running_var, p.running_dtype, channel, update.var(running_var, state.var));
+  }
+}
+
+template <class T, int UNIT, bool ALIGNED>
+__device__ __forceinline__ void stats_planar(const ForwardParams& p, const Pass& pass, const Scratch& scratch,
+                                             const Share& share) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(p.x);
+  Welford<A> state[1] = {};
+  walk_planar<UNIT, ALIGNED, kStatsChunk<T, UNIT, ALIGNED>>(
+      pass, p.shape, share, [&](const auto& chunk) { add_chunk<T, UNIT>(state[0], x, chunk, p.shape.numel()); });
+  reduce_rows(state, 0, threadIdx.x, 1, blockDim.x);
+  merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share.tile, share.split,
+               [&](int64_t channel, const Welford<A>& whole) { finish_stats(p, channel, whole); });
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void stats_interleaved(const ForwardParams& p, const Pass& pass, const Scratch& scratch,
+                                                  const Share& share) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(p.x);
+  const int64_t numel = p.shape.numel();
+  const ColumnPlace<UNIT> place(pass, share);
+  ColumnStates<A, UNIT> columns;
+  walk_columns<UNIT, kStatsRows<T, UNIT>, false>(pass, numel, share, place, [&](const auto& chunk) { columns.add(x, chunk); });
+  Welford<A> state[UNIT];
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) state[e] = {columns.count, columns.shift[e], columns.offset[e], columns.var[e]};
+  reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
+  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share.tile, share.split,
+               [&](int64_t channel, Welford<A> whole) {
+                 // What the end of the tensor cut from the last unit: fewer than UNIT elements.
+                 for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
+                   if (i % p.shape.c == channel) whole.merge({A(1), widen(x[i]), A(0), A(0)});
+                 }
+                 finish_stats(p, channel, whole);
+               });
+}
+
+}  // namespace bnext::cuda

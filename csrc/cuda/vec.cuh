@@ -1,0 +1,162 @@
+// Units: what a thread moves at once. Every access of the kernels to a tensor goes through here.
+#pragma once
+
+#include "../core/half.h"
+#include "dialect.h"
+
+namespace bnext::cuda {
+
+// Elements of a unit: 16 bytes of T, or 8 elements where a byte of sign mask goes with them.
+template <class T, bool MASKED> constexpr int kUnit = MASKED ? 8 : 16 / static_cast<int>(sizeof(T));
+
+// Units that `bytes` of registers hold, for each tensor that a thread has in flight.
+template <class T, int UNIT>
+constexpr int units_in(int bytes) {
+  const int units = bytes / (UNIT * static_cast<int>(sizeof(T)));
+  return UNIT == 1 ? 4 : units > 0 ? units : 1;
+}
+
+// How long the data should stay in the caches.
+enum class Reuse { again, last };
+
+// A unit as it came from memory: 32-bit words, of which a 16-bit type has two elements each, so that
+// widening and narrowing take an instruction an element; or one element.
+template <class T, int UNIT>
+struct alignas(UNIT == 1 ? sizeof(T) : 16) Unit {
+  static constexpr int words = UNIT * static_cast<int>(sizeof(T)) / 4;
+  uint32_t word[words];
+
+  __device__ __forceinline__ acc_t<T> operator[](int e) const {
+    if constexpr (sizeof(T) == 2) return widen_half(word[e / 2], e % 2);
+    else if constexpr (sizeof(T) == 4) return bit_cast<float>(word[e]);
+    else return bit_cast<double>(static_cast<uint64_t>(word[2 * e + 1]) << 32 | word[2 * e]);
+  }
+
+  __device__ __forceinline__ static float widen_half(uint32_t pair, int high) {
+    if constexpr (dtype_of<T>::value == DType::bf16) return bit_cast<float>(high ? pair & 0xffff0000u : pair << 16);
+#if defined(__CUDA_ARCH__)
+    return high ? __high2float(bit_cast<__half2>(pair)) : __low2float(bit_cast<__half2>(pair));
+#else
+    return to_float(f16{static_cast<uint16_t>(high ? pair >> 16 : pair)});
+#endif
+  }
+};
+
+template <class T>
+struct Unit<T, 1> {
+  T element;
+  __device__ __forceinline__ acc_t<T> operator[](int) const { return widen(element); }
+};
+
+template <Reuse REUSE>
+__device__ __forceinline__ uint4 load_word(const uint4* p) {
+  if constexpr (REUSE == Reuse::last) return __ldcs(p);
+  else return *p;
+}
+
+template <Reuse REUSE, class T, int UNIT>
+__device__ __forceinline__ Unit<T, UNIT> load_unit(const T* p) {
+  if constexpr (UNIT == 1) {
+    return {*p};
+  } else {
+    Unit<T, UNIT> unit;
+#pragma unroll
+    for (int i = 0; i < unit.words / 4; ++i) {
+      const uint4 w = load_word<REUSE>(reinterpret_cast<const uint4*>(p) + i);
+      unit.word[4 * i] = w.x;
+      unit.word[4 * i + 1] = w.y;
+      unit.word[4 * i + 2] = w.z;
+      unit.word[4 * i + 3] = w.w;
+    }
+    return unit;
+  }
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void store_unit(T* p, const Unit<T, UNIT>& unit) {
+  if constexpr (UNIT == 1) {
+    *p = unit.element;
+  } else {
+    // Outputs are not read again by the kernel that writes them: leave the cache to the inputs.
+#pragma unroll
+    for (int i = 0; i < unit.words / 4; ++i) {
+      __stcs(reinterpret_cast<uint4*>(p) + i,
+             uint4{unit.word[4 * i], unit.word[4 * i + 1], unit.word[4 * i + 2], unit.word[4 * i + 3]});
+    }
+  }
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void widen_unit(const Unit<T, UNIT>& unit, acc_t<T> (&a)[UNIT]) {
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) a[e] = unit[e];
+}
+
+// Two accumulators as two 16-bit floats: one instruction, where two singles take three.
+template <class T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (dtype_of<T>::value == DType::bf16) return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  else return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+#else
+  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+#endif
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ Unit<T, UNIT> narrow_unit(const acc_t<T> (&a)[UNIT]) {
+  if constexpr (UNIT == 1) {
+    return {narrow<T>(a[0])};
+  } else {
+    Unit<T, UNIT> unit;
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) {
+      if constexpr (sizeof(T) == 2) {
+        if (e % 2 == 0) unit.word[e / 2] = narrow_pair<T>(a[e], a[e + 1]);
+      } else if constexpr (sizeof(T) == 4) {
+        unit.word[e] = bit_cast<uint32_t>(a[e]);
+      } else {
+        unit.word[2 * e] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]));
+        unit.word[2 * e + 1] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]) >> 32);
+      }
+    }
+    return unit;
+  }
+}
+
+// The unit of p that starts at element `offset` of `numel`; what lies past the end is zero.
+template <Reuse REUSE, int UNIT, class T>
+__device__ __forceinline__ Unit<T, UNIT> load_within(const T* p, int64_t offset, int64_t numel) {
+  if (offset + UNIT <= numel) return load_unit<REUSE, T, UNIT>(p + offset);
+  acc_t<T> a[UNIT];
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) a[e] = offset + e < numel ? widen(p[offset + e]) : acc_t<T>(0);
+  return narrow_unit<T, UNIT>(a);
+}
+
+template <int UNIT, class T>
+__device__ __forceinline__ void store_within(T* p, int64_t offset, int64_t numel, const Unit<T, UNIT>& unit) {
+  if (offset + UNIT <= numel) {
+    store_unit<T, UNIT>(p + offset, unit);
+  } else {
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) {
+      if (offset + e < numel) p[offset + e] = narrow<T>(unit[e]);
+    }
+  }
+}
+
+// The same for a chunk: units that are known to be whole need no check.
+template <Reuse REUSE, int UNIT, bool WHOLE, class T>
+__device__ __forceinline__ Unit<T, UNIT> load_at(const T* p, int64_t offset, int64_t numel) {
+  if constexpr (WHOLE) return load_unit<REUSE, T, UNIT>(p + offset);
+  else return load_within<REUSE, UNIT>(p, offset, numel);
+}
+
+template <bool WHOLE, int UNIT, class T>
+__device__ __forceinline__ void store_at(T* p, int64_t offset, int64_t numel, const Unit<T, UNIT>& unit) {
+  if constexpr (WHOLE) store_unit<T, UNIT>(p + offset, unit);
+  else store_within<UNIT>(p, offset, numel, unit);
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,172 @@
+"""Which kernels each shape gets on each GPU: a pure function, tested without one.
+
+`python tests/test_plan.py` writes tests/plan_table.txt anew; its diff is then part of the change.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "tests" / "plan_table.txt"
+sys.path.insert(0, str(ROOT / "bench"))
+
+from shapes import NETWORKS  # noqa: E402
+
+# compute capability, multiprocessors, threads of one, shared bytes of a block
+GPUS = {
+    "H100": "90 132 2048 232448",
+    "A100": "80 108 2048 166912",
+    "RTX4090": "89 128 1536 101376",
+    "T4": "75 40 1024 65536",
+}
+BATCHES = (32, 64, 128, 256)
+
+
+def compile_table(folder: Path) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = folder / "plan_table"
+    sources = [ROOT / "tests" / "plan_table.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"]
+    command = [compiler, "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *map(str, sources)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    return program
+
+
+def plans(program: Path, problems: list[str]) -> list[dict]:
+    run = subprocess.run([program], input="\n".join(problems), capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def describe(plan: dict) -> str:
+    def grid(p: dict) -> str:
+        return f"{p['tiles']}x{p['splits']}@{p['threads']}"
+
+    if plan["kind"] == "small":
+        return f"small {grid(plan['small'])}/{plan['small']['shared_bytes']}"
+    return f"two_pass {grid(plan['reduce'])}/{plan['reduce']['shared_bytes']} {grid(plan['apply'])}"
+
+
+def table(program: Path) -> str:
+    layers = dict.fromkeys((layer.channels, layer.size) for name in ("resnet50", "resnet18", "densenet")
+                           for layer in NETWORKS[name])  # fmt: skip
+    keys, problems = [], []
+    for gpu, layout, dtype, (c, size), n, direction in itertools.product(
+        GPUS, ("planar", "interleaved"), ("bf16", "f32"), layers, BATCHES, ("forward", "backward")
+    ):
+        keys.append(f"{gpu} {layout} {dtype} {n}x{c}x{size}x{size} {direction}")
+        problems.append(f"{GPUS[gpu]} {layout} {dtype} {n} {c} {size * size} {direction} 0 0")
+    rows = [f"{key} {describe(plan)}" for key, plan in zip(keys, plans(program, problems), strict=True)]
+    head = "# plan, and for each launch: tiles x splits @ threads / static shared memory in bytes"
+    return "\n".join([head, *rows]) + "\n"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return compile_table(tmp_path_factory.mktemp("plan"))
+
+
+def test_network_layers_get_the_plans_of_the_table(program):
+    expected, actual = TABLE.read_text().splitlines(), table(program).splitlines()
+    changed = [f"{a}\n  was: {e}" for e, a in zip(expected, actual, strict=False) if e != a]
+    assert len(expected) == len(actual)
+    assert not changed, f"{len(changed)} plans changed, among them:\n" + "\n".join(changed[:5])
+
+
+def unit_size(dtype: str, masked: int) -> int:
+    return 8 if masked else 16 // {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}[dtype]
+
+
+def check_pass(p: dict, shape: tuple[int, int, int], gpu: str) -> None:
+    """What the kernels rely on: see csrc/cuda/plan.h."""
+    n, c, s = shape
+    assert p["threads"] % 32 == 0 and 32 <= p["threads"] <= 256
+    assert p["splits"] >= 1 and p["fits"]
+    # Splits cover all steps, and none is empty but the only one.
+    assert p["splits"] * p["steps_per_split"] >= p["steps"]
+    assert p["splits"] == 1 or (p["splits"] - 1) * p["steps_per_split"] < p["steps"]
+    assert p["shared_bytes"] <= min(48 * 1024, int(gpu.split()[3]))
+    if p["columns"]:
+        assert p["cols"] % p["unit"] == 0 and p["cols"] % c == 0
+        assert p["tiles"] * p["lanes"] * p["unit"] >= p["cols"]
+        assert (p["tiles"] - 1) * p["lanes"] * p["unit"] < p["cols"] or p["tiles"] == 0
+        assert 1 <= p["lanes"] * p["lane_rows"] <= p["threads"]
+        assert p["steps"] * p["cols"] >= n * c * s > (p["steps"] - 1) * p["cols"] or n * s == 0
+    else:
+        assert p["tiles"] == c
+        assert p["stride_planes"] * p["plane_units"] + p["stride_units"] == p["threads"]
+        assert p["aligned"] == (s % p["unit"] == 0)
+
+
+def test_every_plan_covers_its_tensor(program):
+    """Random shapes, most of them awkward, under every choice of plan."""
+    pick = random.Random(0)
+    sizes = (0, 1, 2, 3, 7, 8, 9, 31, 49, 63, 64, 65, 100, 196, 256, 257, 784, 1000, 3136, 12544, 50176)
+    problems, facts = [], []
+    for _ in range(4000):
+        gpu = pick.choice(list(GPUS.values()))
+        layout, dtype = pick.choice(("planar", "interleaved")), pick.choice(("f32", "f64", "f16", "bf16"))
+        shape = (pick.choice(sizes), pick.choice(sizes[1:14]), pick.choice(sizes))
+        direction, masked, choice = pick.choice(("forward", "backward")), pick.randint(0, 1), pick.randint(0, 2)
+        problems.append(" ".join(map(str, (gpu, layout, dtype, *shape, direction, masked, choice))))
+        facts.append((gpu, layout, dtype, shape, direction, masked, choice))
+    for problem, fact, plan in zip(problems, facts, plans(program, problems), strict=True):
+        gpu, layout, dtype, shape, direction, masked, choice = fact
+        unit = unit_size(dtype, masked)
+        try:
+            for name in ("reduce", "apply"):
+                check_pass(plan[name], shape, gpu)
+            assert plan["apply"]["unit"] == unit
+            assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole units"
+            assert plan["reduce"]["unit"] == (unit if direction == "backward" else unit_size(dtype, 0))
+            assert plan["reduce"]["columns"] == (layout == "interleaved")
+            # A partial result for each block and column, where there is something to merge.
+            reduce = plan["reduce"]
+            if reduce["splits"] > 1 or reduce["repeat"] > 1:
+                width = reduce["lanes"] * reduce["unit"] if reduce["columns"] else 1
+                state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
+                assert plan["partial_bytes"] == reduce["tiles"] * reduce["splits"] * width * state
+                assert plan["counters"] >= (reduce["tiles"] if reduce["repeat"] == 1 else 1)
+            if plan["kind"] == "small":
+                check_pass(plan["small"], shape, gpu)
+                assert plan["small"]["splits"] == 1 and plan["small"]["repeat"] <= 1
+                assert plan["small"]["columns"] or plan["small"]["aligned"]
+                assert choice != 2 and (not masked or plan["small"]["unit"] == 8)
+            elif choice == 1:
+                assert masked, "only a byte of mask that two blocks would share keeps a shape from the small plan"
+        except AssertionError as error:
+            raise AssertionError(f"{problem}\n{plan}") from error
+
+
+def test_sizes_beyond_32_bits(program):
+    """2^33 elements: every count that a kernel keeps in 32 bits still fits."""
+    problems = [
+        f"{GPUS['H100']} {layout} bf16 {n} {c} {s} {direction} 0 0"
+        for n, c, s in ((2**15, 64, 4096), (1, 1, 2**33), (2**33, 1, 1), (2**20, 2**13, 1), (8, 3, 2**28 + 1))
+        for layout in ("planar", "interleaved")
+        for direction in ("forward", "backward")
+    ]
+    for problem, plan in zip(problems, plans(program, problems), strict=True):
+        assert plan["kind"] == "two_pass", problem
+        assert plan["reduce"]["fits"] and plan["apply"]["fits"], problem
+
+
+def test_a_problem_too_large_for_the_kernels_says_so(program):
+    (plan,) = plans(program, [f"{GPUS['H100']} planar f32 1 {2**32} 1 forward 0 2"])
+    assert not (plan["reduce"]["fits"] and plan["apply"]["fits"])
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        TABLE.write_text(table(compile_table(Path(folder))))
