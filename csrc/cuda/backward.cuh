@@ -2,8 +2,7 @@
 #pragma once
 
 #include "../core/epilogue.h"
-#include "vec.cuh"
-#include "walk.cuh"
+#include "source.cuh"
 
 namespace bnext::cuda {
 
@@ -28,19 +27,31 @@ struct GradientUnit {
   acc_t<T> x[UNIT];
 };
 
-// The chunk's dy, x and mask from memory, then unit by unit to body(k, GradientUnit).
-template <Reuse REUSE, class T, int UNIT, int COUNT, bool WHOLE, class AffineAt, class Body>
-__device__ __forceinline__ void for_gradient_units(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk, Gate gate,
-                                                   const AffineAt& affine, Body&& body) {
-  const int64_t numel = p.shape.numel();
+// Where a pass gets dy and x from.
+template <class SourceOfDy, class SourceOfX>
+struct GradientSource {
+  SourceOfDy dy;
+  SourceOfX x;
+};
+
+template <class T, int UNIT, Reuse REUSE>
+__device__ __forceinline__ auto gradient_from_memory(const BackwardParams& p) {
+  using Source = FromMemory<T, UNIT, REUSE>;
+  return GradientSource<Source, Source>{Source(p.dy, p.shape), Source(p.x, p.shape)};
+}
+
+// The chunk's dy, x and mask, then unit by unit to body(k, GradientUnit).
+template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class AffineAt, class Body>
+__device__ __forceinline__ void for_gradient_units(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                   Source& source, Gate gate, const AffineAt& affine, Body&& body) {
   Unit<T, UNIT> dy[COUNT], x[COUNT];
+  source.dy.load(chunk, dy);
+  source.x.load(chunk, x);
   uint32_t bits[COUNT];
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
-    dy[k] = load_at<REUSE, UNIT, WHOLE>(static_cast<const T*>(p.dy), chunk.offset[k], numel);
-    x[k] = load_at<REUSE, UNIT, WHOLE>(static_cast<const T*>(p.x), chunk.offset[k], numel);
     // One byte a unit of 8; the two-pass plan and the small plan see to it that masked units are such.
-    bits[k] = gate == Gate::mask && (WHOLE || chunk.offset[k] < numel) ? p.mask[chunk.offset[k] >> 3] : 0;
+    bits[k] = gate == Gate::mask && (WHOLE || chunk.offset[k] < p.shape.numel()) ? p.mask[chunk.offset[k] >> 3] : 0;
   }
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {

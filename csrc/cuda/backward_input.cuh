@@ -16,25 +16,25 @@ struct ChannelGradient {
   AffineGradient<A> gradient;
 
   ChannelGradient() = default;
-  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, int64_t channel) {
+  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, int64_t channel, A sum_dy, A sum_dy_xmu) {
     affine = backward_affine<A>(p, channel);
-    gradient = {affine.mean, affine.scale, A(0), A(0)};
-    if (p.training) {
-      const A invstd = static_cast<const A*>(p.invstd)[channel];
-      const A inverse = A(1) / static_cast<A>(p.count);
-      gradient.mean_dy = static_cast<const A*>(p.sum_dy)[channel] * inverse;
-      gradient.slope = static_cast<const A*>(p.sum_dy_xmu)[channel] * inverse * invstd * invstd;
-    }
+    const A invstd = static_cast<const A*>(p.invstd)[channel];
+    const A inverse = A(1) / static_cast<A>(p.count);
+    gradient = {affine.mean, affine.scale, sum_dy * inverse, sum_dy_xmu * inverse * invstd * invstd};
   }
+  // By the sums in memory, which eval mode does without.
+  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, int64_t channel)
+      : ChannelGradient(p, channel, p.training ? static_cast<const A*>(p.sum_dy)[channel] : A(0),
+                        p.training ? static_cast<const A*>(p.sum_dy_xmu)[channel] : A(0)) {}
 };
 
-template <class T, int UNIT, int COUNT, bool WHOLE, class ChannelAt>
+template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class ChannelAt>
 __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                                     Gate gate, const ChannelAt& channel) {
+                                                     Source& source, Gate gate, const ChannelAt& channel) {
   using A = acc_t<T>;
   const int64_t numel = p.shape.numel();
-  for_gradient_units<Reuse::last, T, UNIT>(
-      p, chunk, gate, [&](int e) { return channel(e).affine; }, [&](int k, GradientUnit<T, UNIT>& unit) {
+  for_gradient_units<T, UNIT>(
+      p, chunk, source, gate, [&](int e) { return channel(e).affine; }, [&](int k, GradientUnit<T, UNIT>& unit) {
         const int64_t offset = chunk.offset[k];
         if (gate == Gate::mask && p.dresidual) {
           store_at<WHOLE>(static_cast<T*>(p.dresidual), offset, numel, narrow_unit<T, UNIT>(unit.dy));
@@ -50,13 +50,20 @@ __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, co
       });
 }
 
+template <class T, int UNIT, class Source>
+__device__ __forceinline__ void backward_input_share(const BackwardParams& p, const Pass& pass, const Share& share,
+                                                     Source&& source, Gate gate,
+                                                     const ChannelGradient<acc_t<T>>& channel) {
+  walk_planar<UNIT, true, kGradientChunk<T, UNIT, false>>(pass, p.shape, share, [&](const auto& chunk) {
+    backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int) { return channel; });
+  });
+}
+
 template <class T, int UNIT>
 __device__ __forceinline__ void backward_input_planar(const BackwardParams& p, const Pass& pass, const Share& share,
                                                       Gate gate) {
   const ChannelGradient<acc_t<T>> channel(p, share.tile);
-  walk_planar<UNIT, true, kGradientChunk<T, UNIT, false>>(pass, p.shape, share, [&](const auto& chunk) {
-    backward_input_chunk<T, UNIT>(p, chunk, gate, [&](int) { return channel; });
-  });
+  backward_input_share<T, UNIT>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel);
 }
 
 template <class T, int UNIT>
@@ -69,9 +76,11 @@ __device__ __forceinline__ void backward_input_columns(const BackwardParams& p, 
   for (int e = 0; e < UNIT; ++e) {
     channel[e] = ChannelGradient<acc_t<T>>(p, ChannelColumn(pass, p.shape, place.col + e).channel);
   }
+  auto source = gradient_from_memory<T, UNIT, Reuse::last>(p);
   walk_columns<UNIT, kGradientChunk<T, UNIT, true>, true>(
-      pass, p.shape.numel(), share, place,
-      [&](const auto& chunk) { backward_input_chunk<T, UNIT>(p, chunk, gate, [&](int e) { return channel[e]; }); });
+      pass, p.shape.numel(), share, place, [&](const auto& chunk) {
+        backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int e) { return channel[e]; });
+      });
 }
 
 }  // namespace bnext::cuda

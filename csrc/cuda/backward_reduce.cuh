@@ -32,16 +32,17 @@ __device__ __forceinline__ void finish_sums(const BackwardParams& p, int64_t cha
   store_scalar<A>(p.dbias, p.weight_dtype, channel, sums.dy);
 }
 
-template <class T, int UNIT, bool ALIGNED>
-__device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, const Pass& pass,
-                                                       const Scratch& scratch, const Share& share, Gate gate) {
+// The block's share of one channel; in thread 0.
+template <class T, int UNIT, bool ALIGNED, class Source>
+__device__ __forceinline__ Sums<acc_t<T>> block_sums(const BackwardParams& p, const Pass& pass, const Share& share,
+                                                     Source&& source, Gate gate) {
   using A = acc_t<T>;
   const auto affine = backward_affine<A>(p, share.tile);
   constexpr int kParts = UNIT < 4 ? UNIT : 4;  // independent sums: short chains of dependent additions
   Sums<A> part[kParts] = {};
   walk_planar<UNIT, ALIGNED, kReduceChunk<T, UNIT, !ALIGNED>>(pass, p.shape, share, [&](const auto& chunk) {
-    for_gradient_units<Reuse::again, T, UNIT>(
-        p, chunk, gate, [&](int) { return affine; }, [&](int k, const GradientUnit<T, UNIT>& unit) {
+    for_gradient_units<T, UNIT>(
+        p, chunk, source, gate, [&](int) { return affine; }, [&](int k, const GradientUnit<T, UNIT>& unit) {
 #pragma unroll
           for (int e = 0; e < UNIT; ++e) {
             if (chunk.has(k, e)) part[e % kParts].add(unit.dy[e], unit.x[e] - affine.mean);
@@ -55,6 +56,15 @@ __device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, 
   }
   Sums<A> state[1] = {part[0]};
   reduce_rows(state, 0, threadIdx.x, 1, blockDim.x);
+  return state[0];
+}
+
+template <class T, int UNIT, bool ALIGNED>
+__device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, const Pass& pass,
+                                                       const Scratch& scratch, const Share& share, Gate gate) {
+  using A = acc_t<T>;
+  const Sums<A> state[1] = {
+      block_sums<T, UNIT, ALIGNED>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::again>(p), gate)};
   merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share.tile, share.split,
                [&](int64_t channel, const Sums<A>& whole) { finish_sums(p, channel, whole); });
 }
@@ -71,9 +81,10 @@ __device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams
     for (int e = 0; e < UNIT; ++e) affine[e] = backward_affine<A>(p, (place.col + e) % p.shape.c);
   }
   Sums<A> state[UNIT] = {};
+  auto source = gradient_from_memory<T, UNIT, Reuse::again>(p);
   walk_columns<UNIT, kReduceChunk<T, UNIT, true>, false>(pass, numel, share, place, [&](const auto& chunk) {
-    for_gradient_units<Reuse::again, T, UNIT>(
-        p, chunk, gate, [&](int e) { return affine[e]; }, [&](int, const GradientUnit<T, UNIT>& unit) {
+    for_gradient_units<T, UNIT>(
+        p, chunk, source, gate, [&](int e) { return affine[e]; }, [&](int, const GradientUnit<T, UNIT>& unit) {
 #pragma unroll
           for (int e = 0; e < UNIT; ++e) state[e].add(unit.dy[e], unit.x[e] - affine[e].mean);
         });
@@ -86,7 +97,8 @@ __device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams
                  for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
                    if (i % p.shape.c != channel) continue;
                    const A x = widen(static_cast<const T*>(p.x)[i]);
-                   const bool pass_on = gate == Gate::none || (gate == Gate::relu ? passes(at(x)) : p.mask[i / 8] >> (i % 8) & 1);
+                   const bool pass_on = gate == Gate::none || (gate == Gate::relu && passes(at(x))) ||
+                                        (gate == Gate::mask && (p.mask[i / 8] >> (i % 8) & 1));
                    if (pass_on) whole.add(widen(static_cast<const T*>(p.dy)[i]), x - at.mean);
                  }
                  finish_sums(p, channel, whole);

@@ -4,8 +4,7 @@
 
 #include "../core/epilogue.h"
 #include "../core/welford.h"
-#include "vec.cuh"
-#include "walk.cuh"
+#include "source.cuh"
 
 namespace bnext::cuda {
 
@@ -24,6 +23,12 @@ inline Epilogue epilogue_of(const ForwardParams& p) {
 // Units of each of x and residual that a thread has in flight.
 template <class T, int UNIT> constexpr int kApplyChunk = units_in<T, UNIT>(64);
 
+template <class A>
+__device__ __forceinline__ Affine<A> with_parameters(const ForwardParams& p, int64_t channel, A mean, A invstd) {
+  const A weight = load_scalar<A>(p.weight, p.weight_dtype, channel, A(1));
+  return {mean, weight * invstd, load_scalar<A>(p.bias, p.weight_dtype, channel, A(0))};
+}
+
 // One channel's affine step, by the running statistics or by the batch's. `keep` says that this thread
 // is the one to save what the running statistics gave.
 template <class A>
@@ -41,26 +46,20 @@ __device__ __forceinline__ Affine<A> forward_affine(const ForwardParams& p, int6
     mean = means ? means[channel] : A(0);
     invstd = invstds[channel];
   }
-  const A weight = load_scalar<A>(p.weight, p.weight_dtype, channel, A(1));
-  return {mean, weight * invstd, load_scalar<A>(p.bias, p.weight_dtype, channel, A(0))};
+  return with_parameters(p, channel, mean, invstd);
 }
 
 // affine(e) is the affine step of element e of a unit.
-template <class T, int UNIT, int COUNT, bool WHOLE, class AffineAt>
-__device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class AffineAt>
+__device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk, Source& x,
                                                 Epilogue epilogue, const AffineAt& affine) {
   using A = acc_t<T>;
   const int64_t numel = p.shape.numel();
-  const T* x = static_cast<const T*>(p.x);
-  const T* residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
 
   Unit<T, UNIT> values[COUNT], added[COUNT];
-#pragma unroll
-  for (int k = 0; k < COUNT; ++k) {
-    values[k] = load_at<Reuse::last, UNIT, WHOLE>(x, chunk.offset[k], numel);
-    if (adds(epilogue)) added[k] = load_at<Reuse::last, UNIT, WHOLE>(residual, chunk.offset[k], numel);
-  }
+  x.load(chunk, values);
+  if (adds(epilogue)) FromMemory<T, UNIT, Reuse::last>(p.residual, p.shape).load(chunk, added);
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
     A v[UNIT];
@@ -80,14 +79,20 @@ __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Ch
   }
 }
 
+template <class T, int UNIT, class Source>
+__device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pass& pass, const Share& share, Source&& x,
+                                                Epilogue epilogue, const Affine<acc_t<T>>& affine) {
+  walk_planar<UNIT, true, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
+    normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int) { return affine; });
+  });
+}
+
 template <class T, int UNIT>
 __device__ __forceinline__ void normalize_planar(const ForwardParams& p, const Pass& pass, const Share& share,
                                                  Epilogue epilogue, bool by_running) {
   const bool keep = share.split == 0 && threadIdx.x == 0;
   const auto affine = forward_affine<acc_t<T>>(p, share.tile, by_running, keep);
-  walk_planar<UNIT, true, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
-    normalize_chunk<T, UNIT>(p, chunk, epilogue, [&](int) { return affine; });
-  });
+  normalize_share<T, UNIT>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine);
 }
 
 template <class T, int UNIT>
@@ -102,9 +107,10 @@ __device__ __forceinline__ void normalize_columns(const ForwardParams& p, const 
     affine[e] = forward_affine<acc_t<T>>(p, column.channel, by_running,
                                          column.first && share.split == 0 && place.row == 0);
   }
+  FromMemory<T, UNIT, Reuse::last> x(p.x, p.shape);
   walk_columns<UNIT, kApplyChunk<T, UNIT>, true>(
       pass, p.shape.numel(), share, place,
-      [&](const auto& chunk) { normalize_chunk<T, UNIT>(p, chunk, epilogue, [&](int e) { return affine[e]; }); });
+      [&](const auto& chunk) { normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int e) { return affine[e]; }); });
 }
 
 }  // namespace bnext::cuda

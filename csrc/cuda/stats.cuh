@@ -4,8 +4,7 @@
 
 #include "../core/welford.h"
 #include "reduce.cuh"
-#include "vec.cuh"
-#include "walk.cuh"
+#include "source.cuh"
 
 namespace bnext::cuda {
 
@@ -30,22 +29,11 @@ __device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
   }
 }
 
-template <class T, int UNIT, int COUNT, bool WHOLE>
-__device__ __forceinline__ void load_chunk(const T* x, const Chunk<COUNT, WHOLE>& chunk, int64_t numel,
-                                           Unit<T, UNIT> (&units)[COUNT]) {
-#pragma unroll
-  for (int k = 0; k < COUNT; ++k) {
-    units[k] = load_at<Reuse::again, UNIT, WHOLE>(x, chunk.offset[k], numel);
-  }
-}
-
 // Adds a chunk of one channel: its mean, then its squared deviations, from registers.
 template <class T, int UNIT, int COUNT, bool WHOLE>
-__device__ __forceinline__ void add_chunk(Welford<acc_t<T>>& state, const T* x, const Chunk<COUNT, WHOLE>& chunk,
-                                          int64_t numel) {
+__device__ __forceinline__ void add_chunk(Welford<acc_t<T>>& state, const Unit<T, UNIT> (&units)[COUNT],
+                                          const Chunk<COUNT, WHOLE>& chunk) {
   using A = acc_t<T>;
-  Unit<T, UNIT> units[COUNT];
-  load_chunk<T, UNIT>(x, chunk, numel, units);
   A value[COUNT][UNIT];
   int n = 0;
 #pragma unroll
@@ -83,9 +71,7 @@ struct ColumnStates {
   A shift[UNIT] = {}, offset[UNIT] = {}, var[UNIT] = {};
 
   template <class T, int COUNT>
-  __device__ __forceinline__ void add(const T* x, const Chunk<COUNT, true>& chunk) {
-    Unit<T, UNIT> units[COUNT];
-    load_chunk<T, UNIT>(x, chunk, 0, units);
+  __device__ __forceinline__ void add(const Unit<T, UNIT> (&units)[COUNT]) {
     if (count == A(0)) widen_unit<T, UNIT>(units[0], shift);
     const A total = count + A(COUNT);
     const A f = A(COUNT) * reciprocal(total);
@@ -124,15 +110,26 @@ __device__ __forceinline__ void finish_stats(const ForwardParams& p, int64_t cha
   }
 }
 
+// The block's share of one channel; in thread 0.
+template <class T, int UNIT, bool ALIGNED, class Source>
+__device__ __forceinline__ Welford<acc_t<T>> block_stats(const Pass& pass, const Shape& shape, const Share& share,
+                                                         Source&& x) {
+  Welford<acc_t<T>> state[1] = {};
+  walk_planar<UNIT, ALIGNED, kStatsChunk<T, UNIT, ALIGNED>>(pass, shape, share, [&](const auto& chunk) {
+    Unit<T, UNIT> units[chunk.count];
+    x.load(chunk, units);
+    add_chunk<T, UNIT>(state[0], units, chunk);
+  });
+  reduce_rows(state, 0, threadIdx.x, 1, blockDim.x);
+  return state[0];
+}
+
 template <class T, int UNIT, bool ALIGNED>
 __device__ __forceinline__ void stats_planar(const ForwardParams& p, const Pass& pass, const Scratch& scratch,
                                              const Share& share) {
   using A = acc_t<T>;
-  const T* x = static_cast<const T*>(p.x);
-  Welford<A> state[1] = {};
-  walk_planar<UNIT, ALIGNED, kStatsChunk<T, UNIT, ALIGNED>>(
-      pass, p.shape, share, [&](const auto& chunk) { add_chunk<T, UNIT>(state[0], x, chunk, p.shape.numel()); });
-  reduce_rows(state, 0, threadIdx.x, 1, blockDim.x);
+  const Welford<A> state[1] = {
+      block_stats<T, UNIT, ALIGNED>(pass, p.shape, share, FromMemory<T, UNIT, Reuse::again>(p.x, p.shape))};
   merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share.tile, share.split,
                [&](int64_t channel, const Welford<A>& whole) { finish_stats(p, channel, whole); });
 }
@@ -145,7 +142,12 @@ __device__ __forceinline__ void stats_interleaved(const ForwardParams& p, const 
   const int64_t numel = p.shape.numel();
   const ColumnPlace<UNIT> place(pass, share);
   ColumnStates<A, UNIT> columns;
-  walk_columns<UNIT, kStatsRows<T, UNIT>, false>(pass, numel, share, place, [&](const auto& chunk) { columns.add(x, chunk); });
+  FromMemory<T, UNIT, Reuse::again> source(p.x, p.shape);
+  walk_columns<UNIT, kStatsRows<T, UNIT>, false>(pass, numel, share, place, [&](const auto& chunk) {
+    Unit<T, UNIT> units[chunk.count];
+    source.load(chunk, units);
+    columns.add(units);
+  });
   Welford<A> state[UNIT];
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) state[e] = {columns.count, columns.shift[e], columns.offset[e], columns.var[e]};
