@@ -1,5 +1,5 @@
 // Prints the plan of each problem on standard input, one JSON object a line. A problem is
-//   cc multiprocessors threads shared  planar|interleaved dtype n c s  forward|backward masked choice
+//   cc multiprocessors threads shared shared_of_a_block  planar|interleaved dtype n c s  forward|backward masked choice
 #include <iostream>
 #include <string>
 
@@ -8,11 +8,13 @@
 using namespace bnext;
 using namespace bnext::cuda;
 
+const char* const kKinds[] = {"resident", "small", "two_pass"};
+
 void print(const char* name, const Pass& p) {
   std::cout << ",\"" << name << "\":{\"columns\":" << p.columns << ",\"aligned\":" << p.aligned << ",\"unit\":" << p.unit
             << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles << ",\"splits\":" << p.splits
             << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
-            << ",\"shared_bytes\":" << p.shared_bytes << ",\"plane_units\":" << p.plane_units
+            << ",\"shared_bytes\":" << p.shared_bytes << ",\"kept_bytes\":" << p.kept_bytes << ",\"plane_units\":" << p.plane_units
             << ",\"stride_planes\":" << p.stride_planes << ",\"stride_units\":" << p.stride_units
             << ",\"cols\":" << p.cols << ",\"lanes\":" << p.lanes << ",\"lane_rows\":" << p.lane_rows
             << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
@@ -24,7 +26,7 @@ int main() {
   Shape shape;
   int masked, choice;
   while (std::cin >> device.compute_capability >> device.multiprocessors >> device.threads_per_multiprocessor >>
-         device.shared_per_block >> layout >> dtype >> shape.n >> shape.c >> shape.s >> direction >> masked >> choice) {
+         device.shared_per_multiprocessor >> device.shared_per_block >> layout >> dtype >> shape.n >> shape.c >> shape.s >> direction >> masked >> choice) {
     shape.layout = layout == "planar" ? Layout::planar : Layout::interleaved;
     const DType type = dtype == "f32" ? DType::f32 : dtype == "f64" ? DType::f64 : dtype == "f16" ? DType::f16 : DType::bf16;
     Plan plan;
@@ -44,9 +46,9 @@ int main() {
       p.mask = masked ? &present : nullptr;
       plan = plan_backward(p, device, static_cast<PlanChoice>(choice));
     }
-    std::cout << "{\"kind\":\"" << (plan.kind == PlanKind::small ? "small" : "two_pass")
+    std::cout << "{\"kind\":\"" << kKinds[static_cast<int>(plan.kind)]
               << "\",\"partial_bytes\":" << plan.partial_bytes << ",\"counters\":" << plan.counters;
-    print("small", plan.small);
+    print("whole", plan.whole);
     print("reduce", plan.reduce);
     print("apply", plan.apply);
     std::cout << "}\n";

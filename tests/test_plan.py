@@ -21,12 +21,14 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from shapes import NETWORKS  # noqa: E402
 
-# compute capability, multiprocessors, threads of one, shared bytes of a block
+# compute capability, multiprocessors, threads and shared bytes of one, shared bytes of a block. To a plan
+# an H200 is an H100.
 GPUS = {
-    "H100": "90 132 2048 232448",
-    "A100": "80 108 2048 166912",
-    "RTX4090": "89 128 1536 101376",
-    "T4": "75 40 1024 65536",
+    "H100": "90 132 2048 233472 232448",
+    "B200": "100 148 2048 233472 232448",
+    "A100": "80 108 2048 167936 166912",
+    "RTX4090": "89 128 1536 102400 101376",
+    "T4": "75 40 1024 65536 65536",
 }
 BATCHES = (32, 64, 128, 256)
 
@@ -51,23 +53,29 @@ def describe(plan: dict) -> str:
     def grid(p: dict) -> str:
         return f"{p['tiles']}x{p['splits']}@{p['threads']}"
 
-    if plan["kind"] == "small":
-        return f"small {grid(plan['small'])}/{plan['small']['shared_bytes']}"
-    return f"two_pass {grid(plan['reduce'])}/{plan['reduce']['shared_bytes']} {grid(plan['apply'])}"
+    if plan["kind"] == "two_pass":
+        return f"T {grid(plan['reduce'])}/{plan['reduce']['shared_bytes']} {grid(plan['apply'])}"
+    whole = plan["whole"]
+    return f"{plan['kind'][0].upper()} {grid(whole)}/{whole['shared_bytes'] + whole['kept_bytes']}"
 
 
 def table(program: Path) -> str:
     layers = dict.fromkeys((layer.channels, layer.size) for name in ("resnet50", "resnet18", "densenet")
                            for layer in NETWORKS[name])  # fmt: skip
-    keys, problems = [], []
-    for gpu, layout, dtype, (c, size), n, direction in itertools.product(
-        GPUS, ("planar", "interleaved"), ("bf16", "f32"), layers, BATCHES, ("forward", "backward")
-    ):
-        keys.append(f"{gpu} {layout} {dtype} {n}x{c}x{size}x{size} {direction}")
-        problems.append(f"{GPUS[gpu]} {layout} {dtype} {n} {c} {size * size} {direction} 0 0")
-    rows = [f"{key} {describe(plan)}" for key, plan in zip(keys, plans(program, problems), strict=True)]
-    head = "# plan, and for each launch: tiles x splits @ threads / static shared memory in bytes"
-    return "\n".join([head, *rows]) + "\n"
+    rows = list(itertools.product(GPUS, ("planar", "interleaved"), ("bf16", "f32"), layers, ("forward", "backward")))
+    problems = [
+        f"{GPUS[gpu]} {layout} {dtype} {n} {c} {size * size} {direction} 0 0"
+        for gpu, layout, dtype, (c, size), direction in rows
+        for n in BATCHES
+    ]
+    cells = iter(describe(plan) for plan in plans(program, problems))
+    lines = [
+        "# The plan at batch 32, 64, 128, 256: R resident, S small, T two passes; for each launch",
+        "# tiles x splits @ threads, and after / its shared memory in bytes, if it has any.",
+    ]
+    for gpu, layout, dtype, (c, size), direction in rows:
+        lines.append(f"{gpu} {layout} {dtype} {c}x{size}x{size} {direction}: " + ", ".join(next(cells) for _ in BATCHES))
+    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,10 @@ def unit_size(dtype: str, masked: int) -> int:
     return 8 if masked else 16 // {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}[dtype]
 
 
+def n_steps(shape: tuple[int, int, int]) -> int:
+    return shape[0] * shape[2]
+
+
 def check_pass(p: dict, shape: tuple[int, int, int], gpu: str) -> None:
     """What the kernels rely on: see csrc/cuda/plan.h."""
     n, c, s = shape
@@ -93,8 +105,8 @@ def check_pass(p: dict, shape: tuple[int, int, int], gpu: str) -> None:
     assert p["splits"] >= 1 and p["fits"]
     # Splits cover all steps, and none is empty but the only one.
     assert p["splits"] * p["steps_per_split"] >= p["steps"]
-    assert p["splits"] == 1 or (p["splits"] - 1) * p["steps_per_split"] < p["steps"]
-    assert p["shared_bytes"] <= min(48 * 1024, int(gpu.split()[3]))
+    assert p["splits"] == 1 or (p["splits"] - 1) * p["steps_per_split"] < p["steps"] or p["kept_bytes"]
+    assert p["shared_bytes"] <= 48 * 1024 and p["shared_bytes"] + p["kept_bytes"] <= int(gpu.split()[4])
     if p["columns"]:
         assert p["cols"] % p["unit"] == 0 and p["cols"] % c == 0
         assert p["tiles"] * p["lanes"] * p["unit"] >= p["cols"]
@@ -116,7 +128,7 @@ def test_every_plan_covers_its_tensor(program):
         gpu = pick.choice(list(GPUS.values()))
         layout, dtype = pick.choice(("planar", "interleaved")), pick.choice(("f32", "f64", "f16", "bf16"))
         shape = (pick.choice(sizes), pick.choice(sizes[1:14]), pick.choice(sizes))
-        direction, masked, choice = pick.choice(("forward", "backward")), pick.randint(0, 1), pick.randint(0, 2)
+        direction, masked, choice = pick.choice(("forward", "backward")), pick.randint(0, 1), pick.randint(0, 3)
         problems.append(" ".join(map(str, (gpu, layout, dtype, *shape, direction, masked, choice))))
         facts.append((gpu, layout, dtype, shape, direction, masked, choice))
     for problem, fact, plan in zip(problems, facts, plans(program, problems), strict=True):
@@ -136,12 +148,20 @@ def test_every_plan_covers_its_tensor(program):
                 state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
                 assert plan["partial_bytes"] == reduce["tiles"] * reduce["splits"] * width * state
                 assert plan["counters"] >= (reduce["tiles"] if reduce["repeat"] == 1 else 1)
+            whole = plan["whole"]
+            if plan["kind"] != "two_pass":
+                check_pass(whole, shape, gpu)
             if plan["kind"] == "small":
-                check_pass(plan["small"], shape, gpu)
-                assert plan["small"]["splits"] == 1 and plan["small"]["repeat"] <= 1
-                assert plan["small"]["columns"] or plan["small"]["aligned"]
-                assert choice != 2 and (not masked or plan["small"]["unit"] == 8)
-            elif choice == 1:
+                assert whole["splits"] == 1 and whole["repeat"] <= 1 and whole["kept_bytes"] == 0
+                assert layout == "interleaved" and whole["columns"]
+                assert choice in (0, 1) and (not masked or whole["unit"] == 8)
+            elif plan["kind"] == "resident":
+                tensors = 1 if direction == "forward" else 2
+                assert choice in (0, 3) and (whole["aligned"] or not masked) and whole["splits"] in (1, 2, 4, 8)
+                assert whole["splits"] == 1 or int(gpu.split()[0]) >= 90, "clusters"
+                size = 16 // unit_size(dtype, 0)
+                assert whole["kept_bytes"] == whole["steps_per_split"] * unit * size * tensors
+            elif choice == 1 and layout == "interleaved" and n_steps(shape) < 2**31:
                 assert masked, "only a byte of mask that two blocks would share keeps a shape from the small plan"
         except AssertionError as error:
             raise AssertionError(f"{problem}\n{plan}") from error

@@ -32,12 +32,10 @@ template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class ChannelA
 __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
                                                      Source& source, Gate gate, const ChannelAt& channel) {
   using A = acc_t<T>;
-  const int64_t numel = p.shape.numel();
   for_gradient_units<T, UNIT>(
       p, chunk, source, gate, [&](int e) { return channel(e).affine; }, [&](int k, GradientUnit<T, UNIT>& unit) {
-        const int64_t offset = chunk.offset[k];
         if (gate == Gate::mask && p.dresidual) {
-          store_at<WHOLE>(static_cast<T*>(p.dresidual), offset, numel, narrow_unit<T, UNIT>(unit.dy));
+          store_at(static_cast<T*>(p.dresidual), chunk, k, narrow_unit<T, UNIT>(unit.dy));
         }
         if (!p.dx) return;
         A dx[UNIT];
@@ -46,15 +44,15 @@ __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, co
           // In eval mode x must not touch the gradient, not even an infinite x.
           dx[e] = p.training ? channel(e).gradient(unit.dy[e], unit.x[e]) : unit.dy[e] * channel(e).gradient.scale;
         }
-        store_at<WHOLE>(static_cast<T*>(p.dx), offset, numel, narrow_unit<T, UNIT>(dx));
+        store_at(static_cast<T*>(p.dx), chunk, k, narrow_unit<T, UNIT>(dx));
       });
 }
 
-template <class T, int UNIT, class Source>
+template <class T, int UNIT, bool ALIGNED, class Source>
 __device__ __forceinline__ void backward_input_share(const BackwardParams& p, const Pass& pass, const Share& share,
                                                      Source&& source, Gate gate,
                                                      const ChannelGradient<acc_t<T>>& channel) {
-  walk_planar<UNIT, true, kGradientChunk<T, UNIT, false>>(pass, p.shape, share, [&](const auto& chunk) {
+  walk_planar<UNIT, ALIGNED, kGradientChunk<T, UNIT, !ALIGNED>>(pass, p.shape, share, [&](const auto& chunk) {
     backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int) { return channel; });
   });
 }
@@ -63,7 +61,7 @@ template <class T, int UNIT>
 __device__ __forceinline__ void backward_input_planar(const BackwardParams& p, const Pass& pass, const Share& share,
                                                       Gate gate) {
   const ChannelGradient<acc_t<T>> channel(p, share.tile);
-  backward_input_share<T, UNIT>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel);
+  backward_input_share<T, UNIT, true>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel);
 }
 
 template <class T, int UNIT>

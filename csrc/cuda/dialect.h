@@ -19,16 +19,64 @@
 
 namespace bnext::cuda {
 
-// The one way to start a kernel.
+// The one way to start a kernel: blocks in clusters of `cluster_size`, adjacent in x, which must divide
+// grid.x; 1 is an ordinary launch.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
-                   Args&&... args) {
+cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster_size,
+                           size_t dynamic_shared, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = cluster_size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = cluster_size > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                   Args&&... args) {
+  return launch_cluster(kernel, grid, block, 1, dynamic_shared, stream, std::forward<Args>(args)...);
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ uint4 bnext_dynamic_shared[];
+  return reinterpret_cast<unsigned char*>(bnext_dynamic_shared);
+}
+
+// Clusters exist from compute capability 9.0; below, a kernel that knows them runs with clusters of 1
+// and does not call these.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+// Waits for every thread of the cluster and makes their writes visible to each other.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The same variable in the shared memory of block `rank` of the cluster.
+template <class T>
+__device__ __forceinline__ T* map_shared(T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  T* mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
+  return mapped;
+#else
+  return p;
+#endif
 }
 
 }  // namespace bnext::cuda

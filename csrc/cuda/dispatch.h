@@ -43,14 +43,20 @@ cudaError_t with_unit(int32_t unit, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// One block for each (tile, split) of the pass; nothing where there are none.
+// One block for each (tile, split) of the pass, in clusters where the pass keeps what it reads; nothing
+// where there are none.
 template <class... Params, class... Args>
 cudaError_t launch_pass(void (*kernel)(Params...), const Pass& pass, cudaStream_t stream, Args&&... args) {
-  const int64_t blocks = pass.blocks();
-  if (blocks == 0) return cudaSuccess;
+  if (pass.blocks() == 0) return cudaSuccess;
   if (!pass.fits()) return cudaErrorInvalidValue;
-  return launch(kernel, dim3(static_cast<uint32_t>(blocks)), dim3(pass.threads), 0, stream,
-                std::forward<Args>(args)...);
+  if (pass.kept_bytes > 32 * 1024) {  // static and dynamic shared memory above 48 KiB must be asked for
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(pass.kept_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  const auto cluster = static_cast<unsigned>(pass.kept_bytes > 0 ? pass.splits : 1);
+  return launch_cluster(kernel, dim3(static_cast<uint32_t>(pass.blocks())), dim3(pass.threads), cluster,
+                        static_cast<size_t>(pass.kept_bytes), stream, std::forward<Args>(args)...);
 }
 
 }  // namespace bnext::cuda

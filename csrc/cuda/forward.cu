@@ -1,5 +1,6 @@
 // Training forward as a whole: statistics, running statistics, normalization.
 //
+// Plan `resident`: see resident_forward.cu.
 // Plan `small`: one launch, in which a block takes the statistics of whole channels and normalizes
 // them, reading x from memory once and from the L1 or L2 cache the second time: 2e bytes an element.
 // Plan `two_pass`: stats, then normalize: 3e.
@@ -10,32 +11,16 @@
 namespace bnext::cuda {
 
 cudaError_t launch_normalize_pass(const ForwardParams&, const Pass&, cudaStream_t);
+cudaError_t launch_resident_forward(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
 
 namespace {
 
-// Once every channel has read the counter, somebody adds one.
-__device__ __forceinline__ void count_batch(const ForwardParams& p, const Scratch& scratch) {
-  if (!p.num_batches_tracked) return;
-  const bool last = p.cumulative ? arrive_last(scratch.counters, gridDim.x) : blockIdx.x == 0;
-  if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
-}
-
 template <class T, int UNIT>
-__global__ void __launch_bounds__(kMaxThreads, kSmallBlocksPerSM<T>)
-    small_forward_planar_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
-                                const Scratch scratch, const Epilogue epilogue) {
-  stats_planar<T, UNIT, true>(p, pass, scratch, Share(pass));
-  __syncthreads();  // mean and invstd, written by one thread of this block
-  normalize_planar<T, UNIT>(p, pass, Share(pass), epilogue, false);
-  count_batch(p, scratch);
-}
-
-template <class T, int UNIT>
-__global__ void __launch_bounds__(kMaxThreads, kSmallBlocksPerSM<T>)
+__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     small_forward_interleaved_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
                                      const Scratch scratch, const Epilogue epilogue) {
   stats_interleaved<T, UNIT>(p, pass, scratch, Share(pass));
-  __syncthreads();
+  __syncthreads();  // mean and invstd, written by other threads of this block
   normalize_columns<T, UNIT>(p, pass, Share(pass), epilogue, false);
   count_batch(p, scratch);
 }
@@ -43,18 +28,17 @@ __global__ void __launch_bounds__(kMaxThreads, kSmallBlocksPerSM<T>)
 template <class T>
 cudaError_t launch_small(const ForwardParams& p, const Pass& pass, const Scratch& scratch, cudaStream_t stream) {
   return with_unit<T>(pass.unit, [&](auto unit) {
-    auto kernel = pass.columns ? small_forward_interleaved_kernel<T, unit.value>
-                               : small_forward_planar_kernel<T, unit.value>;
-    return launch_pass(kernel, pass, stream, p, pass, scratch, epilogue_of(p));
+    return launch_pass(small_forward_interleaved_kernel<T, unit.value>, pass, stream, p, pass, scratch, epilogue_of(p));
   });
 }
 
 }  // namespace
 
 cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+  if (plan.kind == PlanKind::resident) return launch_resident_forward(p, plan, scratch, stream);
   if (plan.kind == PlanKind::small) {
     return with_dtype(p.dtype, [&](auto element) {
-      return launch_small<decltype(element)>(p, plan.small, scratch, stream);
+      return launch_small<decltype(element)>(p, plan.whole, scratch, stream);
     });
   }
   cudaError_t error = launch_stats(p, plan, scratch, stream);

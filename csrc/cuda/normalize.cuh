@@ -54,7 +54,6 @@ template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class AffineAt
 __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk, Source& x,
                                                 Epilogue epilogue, const AffineAt& affine) {
   using A = acc_t<T>;
-  const int64_t numel = p.shape.numel();
   T* y = static_cast<T*>(p.y);
 
   Unit<T, UNIT> values[COUNT], added[COUNT];
@@ -72,17 +71,17 @@ __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Ch
       if (masks(epilogue)) bits |= static_cast<uint32_t>(chunk.has(k, e) && passes(v[e])) << (e % 8);
       if (clips(epilogue)) v[e] = relu(v[e]);
     }
-    store_at<WHOLE>(y, chunk.offset[k], numel, narrow_unit<T, UNIT>(v));
+    store_at(y, chunk, k, narrow_unit<T, UNIT>(v));
     if constexpr (UNIT == 8) {
       if (masks(epilogue) && p.mask) p.mask[chunk.offset[k] >> 3] = static_cast<uint8_t>(bits);
     }
   }
 }
 
-template <class T, int UNIT, class Source>
+template <class T, int UNIT, bool ALIGNED, class Source>
 __device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pass& pass, const Share& share, Source&& x,
                                                 Epilogue epilogue, const Affine<acc_t<T>>& affine) {
-  walk_planar<UNIT, true, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
+  walk_planar<UNIT, ALIGNED, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
     normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int) { return affine; });
   });
 }
@@ -92,7 +91,7 @@ __device__ __forceinline__ void normalize_planar(const ForwardParams& p, const P
                                                  Epilogue epilogue, bool by_running) {
   const bool keep = share.split == 0 && threadIdx.x == 0;
   const auto affine = forward_affine<acc_t<T>>(p, share.tile, by_running, keep);
-  normalize_share<T, UNIT>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine);
+  normalize_share<T, UNIT, true>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine);
 }
 
 template <class T, int UNIT>

@@ -10,6 +10,9 @@ namespace {
 // tile stays about this small. Above it one block per tile is too little parallelism as well.
 constexpr int64_t kSmallTileBytes = 64 * 1024;
 
+// A tensor that is larger than this should use the whole device, even if that means reading it twice.
+constexpr int64_t kFewBlocksBytes = 2 * 1024 * 1024;
+
 // Lanes of a column tile: 16 units make 256-byte rows; a small plan takes 4, whose 64-byte rows are
 // still whole sectors, to get more blocks out of few channels.
 constexpr int64_t kLanes = 16;
@@ -120,19 +123,38 @@ Pass apply_pass(const Shape& shape, int32_t unit) {
   return pass;
 }
 
-// Needs every tile to be whole channels, so that a block can normalize what it reduced.
+// Tiles are whole channels, so that a block can normalize what it reduced.
 Pass small_pass(const Shape& shape, int32_t unit) {
-  Pass pass;
-  if (shape.layout == Layout::planar) {
-    pass = planar(shape, shape.s % unit == 0 ? unit : 1);
-    set_planar_threads(pass, threads_for(ceil_div(pass.steps, kUnitsPerThread)));
-  } else {
-    pass = columns(shape, shape.c % unit == 0 ? unit : 1, shape.c, 1,
-                   shape.c % unit == 0 ? kSmallLanes : kSmallLanes * unit);
-  }
+  const bool wide = shape.c % unit == 0;
+  Pass pass = columns(shape, wide ? unit : 1, shape.c, 1, wide ? kSmallLanes : kSmallLanes * unit);
   pass.splits = 1;
   pass.steps_per_split = std::max<int64_t>(1, pass.steps);
   return pass;
+}
+
+// The least cluster whose blocks keep their shares in shared memory, two blocks to a multiprocessor, and
+// fill the device; or else the largest that still has work for every thread. kept_bytes is 0 where
+// nothing fits.
+Pass resident_pass(const Shape& shape, int32_t unit, bool masked, int64_t unit_bytes, int64_t merge_bytes,
+                   const DeviceProperties& device) {
+  Pass best = {};
+  if (shape.layout != Layout::planar || shape.numel() == 0) return best;
+  if (masked && shape.s % unit != 0) return best;  // two blocks would share a byte of mask
+  const int64_t overhead = merge_bytes + 1024;  // and what the system reserves for a block
+  const int32_t max_cluster = device.compute_capability >= 90 ? kMaxCluster : 1;
+  for (int32_t cluster = 1; cluster <= max_cluster; cluster *= 2) {
+    Pass pass = planar(shape, unit);
+    pass.splits = cluster;
+    pass.steps_per_split = ceil_div(pass.steps, cluster);
+    pass.kept_bytes = pass.steps_per_split * unit_bytes;
+    if (pass.kept_bytes + overhead > device.shared_per_block) continue;
+    if (best.kept_bytes > 0 && pass.steps_per_split < kMaxThreads) break;
+    set_planar_threads(pass, threads_for(ceil_div(pass.steps_per_split, kUnitsPerThread)));
+    best = pass;
+    const bool in_pairs = 2 * (pass.kept_bytes + overhead) <= device.shared_per_multiprocessor;
+    if (in_pairs && pass.blocks() >= device.multiprocessors) break;
+  }
+  return best;
 }
 
 int32_t unit_of(DType dtype, bool masked) { return masked ? 8 : static_cast<int32_t>(16 / size_of(dtype)); }
@@ -140,23 +162,34 @@ int32_t unit_of(DType dtype, bool masked) { return masked ? 8 : static_cast<int3
 // `tensors` is how many the reduction reads; `state_bytes` the size of one partial result.
 Plan make_plan(const Shape& shape, DType dtype, bool masked, bool reduces_masked, int tensors, int64_t state_bytes,
                const DeviceProperties& device, PlanChoice choice) {
-  int32_t unit = unit_of(dtype, masked);
+  const int32_t unit = unit_of(dtype, masked);
+  const int64_t slots = state_bytes * (kMaxThreads / 2);
   Plan plan = {};
+  plan.kind = PlanKind::two_pass;
   plan.reduce = reduce_pass(shape, unit_of(dtype, reduces_masked), device);
   plan.apply = apply_pass(shape, unit);
-  plan.small = small_pass(shape, unit);
-  for (Pass* pass : {&plan.reduce, &plan.small}) {
-    pass->shared_bytes = state_bytes * (kMaxThreads / 2) * (pass->columns && pass->unit > 1 ? pass->unit + 1 : 1);
+
+  const Pass resident = resident_pass(shape, unit, masked, unit * size_of(dtype) * tensors, slots, device);
+  const bool spreads = 2 * resident.blocks() >= device.multiprocessors ||
+                       shape.numel() * size_of(dtype) * tensors <= kFewBlocksBytes;
+  const Pass small = small_pass(shape, unit);
+  const int64_t tile_bytes = small.steps * small.tile_width() * size_of(dtype) * tensors;
+  // A byte of mask must not be shared between two blocks, so masked units cannot be single elements.
+  const bool can_be_small = shape.layout == Layout::interleaved && small.fits() && (!masked || small.unit == unit);
+
+  const bool automatic = choice == PlanChoice::automatic;
+  if (resident.kept_bytes > 0 && (choice == PlanChoice::resident || (automatic && spreads))) {
+    plan.kind = PlanKind::resident;
+    plan.whole = resident;
+  } else if (can_be_small && (choice == PlanChoice::small || (automatic && tile_bytes <= kSmallTileBytes))) {
+    plan.kind = PlanKind::small;
+    plan.whole = small;
   }
 
-  // A byte of mask must not be shared between two blocks, so masked units cannot be single elements.
-  bool can_be_small = !masked || plan.small.unit == unit;
-  int64_t tile_bytes = plan.small.steps * plan.small.tile_width() * (plan.small.columns ? 1 : plan.small.unit) *
-                       size_of(dtype) * tensors;
-  bool wants_small = choice == PlanChoice::small || (choice == PlanChoice::automatic && tile_bytes <= kSmallTileBytes);
-  plan.kind = can_be_small && wants_small ? PlanKind::small : PlanKind::two_pass;
-
-  bool merges = plan.reduce.splits > 1 || plan.reduce.repeat > 1;
+  for (Pass* pass : {&plan.reduce, &plan.whole}) {
+    pass->shared_bytes = slots * (pass->columns && pass->unit > 1 ? pass->unit + 1 : 1);
+  }
+  const bool merges = plan.reduce.splits > 1 || plan.reduce.repeat > 1;
   plan.partial_bytes = merges ? plan.reduce.blocks() * plan.reduce.tile_width() * state_bytes : 0;
   plan.counters = std::max<int64_t>(1, merges ? plan.reduce.groups() : 0);
   return plan;

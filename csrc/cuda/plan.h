@@ -10,7 +10,8 @@ struct DeviceProperties {
   int32_t compute_capability;  // 10 * major + minor
   int32_t multiprocessors;
   int32_t threads_per_multiprocessor;
-  int64_t shared_per_block;  // bytes, with opt-in
+  int64_t shared_per_multiprocessor;  // bytes
+  int64_t shared_per_block;           // with opt-in
 };
 
 // What launch bounds and plans have to agree on: threads of a block, and how many such blocks the
@@ -19,8 +20,11 @@ struct DeviceProperties {
 constexpr int32_t kMaxThreads = 256;
 constexpr int32_t blocks_per_sm(bool columns, bool aligned) { return !columns && aligned ? 3 : 2; }
 
-// The small kernels hold the registers of both passes.
-template <class T> constexpr int32_t kSmallBlocksPerSM = sizeof(T) == 8 ? 1 : 2;
+// The small and the resident kernels hold the registers of both passes.
+template <class T> constexpr int32_t kWholeBlocksPerSM = sizeof(T) == 8 ? 1 : 2;
+
+// Blocks of a cluster, at most: what every GPU that has clusters grants without asking.
+constexpr int32_t kMaxCluster = 8;
 
 constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 
@@ -36,7 +40,8 @@ constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 //          `lanes` adjacent units (its tile) and a range of rows. Column k belongs to channel
 //          (k / channel_stride) % c. The last matrix row may be short, by `numel`.
 //
-// Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory.
+// Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory. In a
+// resident pass the splits of a tile are a cluster, hence adjacent: tile b / splits and split b % splits.
 struct Pass {
   bool columns;
   bool aligned;
@@ -47,6 +52,7 @@ struct Pass {
   int64_t steps;            // planar: units of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the merge of a block's threads takes; 0 in an elementwise pass
+  int64_t kept_bytes;       // dynamic shared memory: the share of a block in a resident pass
 
   // planar
   int64_t plane_units;
@@ -71,20 +77,21 @@ struct Pass {
 };
 
 enum class PlanKind : int32_t {
-  small,     // one launch: a block owns whole channels, takes their statistics, and normalizes them
+  resident,  // one launch: a cluster owns a channel and keeps it in shared memory between the two passes
+  small,     // one launch: a block owns whole interleaved channels and reads them a second time from the caches
   two_pass,  // two launches: a split reduction with a fixed-order merge, then an elementwise pass
 };
 
 struct Plan {
   PlanKind kind;          // of the whole; the stages on their own always use the passes of two_pass
-  Pass small;             // the one pass of kind small: splits is 1, repeat is 1
+  Pass whole;             // of the kinds with one launch; small has splits and repeat 1
   Pass reduce;            // stats, backward_reduce
   Pass apply;             // normalize, backward_input, and eval mode
   int64_t partial_bytes;  // scratch that any of these needs
   int64_t counters;       // 32-bit counters likewise
 };
 
-enum class PlanChoice : int32_t { automatic, small, two_pass };
+enum class PlanChoice : int32_t { automatic, small, two_pass, resident };
 
 // The plans of a forward (with its stages stats and normalize) and of a backward. They look at shape,
 // dtype, activation, and whether there are a residual (forward) or a mask (backward). A choice that the

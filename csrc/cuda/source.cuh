@@ -2,7 +2,6 @@
 // block filled.
 #pragma once
 
-#include "vec.cuh"
 #include "walk.cuh"
 
 namespace bnext::cuda {
@@ -18,7 +17,7 @@ struct FromMemory {
   template <int COUNT, bool WHOLE>
   __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>& chunk, Unit<T, UNIT> (&units)[COUNT]) {
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) units[k] = load_at<REUSE, UNIT, WHOLE>(data, chunk.offset[k], numel);
+    for (int k = 0; k < COUNT; ++k) units[k] = load_at<REUSE, UNIT>(data, chunk, k, numel);
   }
 };
 

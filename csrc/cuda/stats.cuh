@@ -99,7 +99,7 @@ __device__ __forceinline__ void finish_stats(const ForwardParams& p, int64_t cha
   if (p.var) static_cast<A*>(p.var)[channel] = state.var;
   if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(state.var, p.eps);
   if (p.running_mean) {
-    // num_batches_tracked goes up only when every channel has read it: see normalize.cuh.
+    // num_batches_tracked goes up only when every channel has read it: see count_batch and normalize.cu.
     const double factor = p.cumulative ? 1.0 / static_cast<double>(*p.num_batches_tracked + 1) : p.momentum;
     const double m = static_cast<double>(p.shape.per_channel());
     const RunningUpdate<A> update = {static_cast<A>(factor), static_cast<A>(m / (m - 1.0))};
@@ -108,6 +108,13 @@ __device__ __forceinline__ void finish_stats(const ForwardParams& p, int64_t cha
     store_scalar<A>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
     store_scalar<A>(p.running_var, p.running_dtype, channel, update.var(running_var, state.var));
   }
+}
+
+// For kernels that do all of a forward: once every channel has read the counter, somebody adds one.
+__device__ __forceinline__ void count_batch(const ForwardParams& p, const Scratch& scratch) {
+  if (!p.num_batches_tracked) return;
+  const bool last = p.cumulative ? arrive_last(scratch.counters, gridDim.x) : blockIdx.x == 0;
+  if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
 }
 
 // The block's share of one channel; in thread 0.

@@ -134,29 +134,4 @@ __device__ __forceinline__ Unit<T, UNIT> load_within(const T* p, int64_t offset,
   return narrow_unit<T, UNIT>(a);
 }
 
-template <int UNIT, class T>
-__device__ __forceinline__ void store_within(T* p, int64_t offset, int64_t numel, const Unit<T, UNIT>& unit) {
-  if (offset + UNIT <= numel) {
-    store_unit<T, UNIT>(p + offset, unit);
-  } else {
-#pragma unroll
-    for (int e = 0; e < UNIT; ++e) {
-      if (offset + e < numel) p[offset + e] = narrow<T>(unit[e]);
-    }
-  }
-}
-
-// The same for a chunk: units that are known to be whole need no check.
-template <Reuse REUSE, int UNIT, bool WHOLE, class T>
-__device__ __forceinline__ Unit<T, UNIT> load_at(const T* p, int64_t offset, int64_t numel) {
-  if constexpr (WHOLE) return load_unit<REUSE, T, UNIT>(p + offset);
-  else return load_within<REUSE, UNIT>(p, offset, numel);
-}
-
-template <bool WHOLE, int UNIT, class T>
-__device__ __forceinline__ void store_at(T* p, int64_t offset, int64_t numel, const Unit<T, UNIT>& unit) {
-  if constexpr (WHOLE) store_unit<T, UNIT>(p + offset, unit);
-  else store_within<UNIT>(p, offset, numel, unit);
-}
-
 }  // namespace bnext::cuda

@@ -4,6 +4,7 @@
 
 #include "dialect.h"
 #include "plan.h"
+#include "vec.cuh"
 
 namespace bnext::cuda {
 
@@ -18,10 +19,32 @@ struct Chunk {
   __device__ __forceinline__ bool has(int k, int e) const { return WHOLE || (e >= lo[k] && e < hi[k]); }
 };
 
+// Unit k of a chunk. Reading may take in what is not the thread's, as long as it is the tensor's.
+template <Reuse REUSE, int UNIT, int COUNT, bool WHOLE, class T>
+__device__ __forceinline__ Unit<T, UNIT> load_at(const T* p, const Chunk<COUNT, WHOLE>& chunk, int k, int64_t numel) {
+  if constexpr (WHOLE) return load_unit<REUSE, T, UNIT>(p + chunk.offset[k]);
+  else return load_within<REUSE, UNIT>(p, chunk.offset[k], numel);
+}
+
+template <int UNIT, int COUNT, bool WHOLE, class T>
+__device__ __forceinline__ void store_at(T* p, const Chunk<COUNT, WHOLE>& chunk, int k, const Unit<T, UNIT>& unit) {
+  T* to = p + chunk.offset[k];
+  if (WHOLE || (chunk.lo[k] == 0 && chunk.hi[k] == UNIT)) {
+    store_unit<T, UNIT>(to, unit);
+  } else {
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) {
+      if (chunk.has(k, e)) to[e] = narrow<T>(unit[e]);
+    }
+  }
+}
+
 // Which tile and split a block takes. A pass over data that the previous kernel has just read starts
 // at the end, which is still in the L2 cache.
 struct Share {
   int64_t tile, split;
+
+  __device__ __forceinline__ Share(int64_t tile, int64_t split) : tile(tile), split(split) {}
 
   __device__ __forceinline__ explicit Share(const Pass& pass, bool reverse = false) {
     int64_t block = reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
