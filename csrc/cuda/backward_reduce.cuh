@@ -65,7 +65,7 @@ __device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, 
   using A = acc_t<T>;
   const Sums<A> state[1] = {
       block_sums<T, UNIT, ALIGNED>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::again>(p), gate)};
-  merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share.tile, share.split,
+  merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share,
                [&](int64_t channel, const Sums<A>& whole) { finish_sums(p, channel, whole); });
 }
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams
         });
   });
   reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
-  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share.tile, share.split,
+  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share,
                [&](int64_t channel, Sums<A> whole) {
                  // What the end of the tensor cut from the last unit: fewer than UNIT elements.
                  const auto at = backward_affine<A>(p, channel);

@@ -137,7 +137,7 @@ __device__ __forceinline__ void stats_planar(const ForwardParams& p, const Pass&
   using A = acc_t<T>;
   const Welford<A> state[1] = {
       block_stats<T, UNIT, ALIGNED>(pass, p.shape, share, FromMemory<T, UNIT, Reuse::again>(p.x, p.shape))};
-  merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share.tile, share.split,
+  merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share,
                [&](int64_t channel, const Welford<A>& whole) { finish_stats(p, channel, whole); });
 }
 
@@ -159,7 +159,7 @@ __device__ __forceinline__ void stats_interleaved(const ForwardParams& p, const 
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) state[e] = {columns.count, columns.shift[e], columns.offset[e], columns.var[e]};
   reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
-  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share.tile, share.split,
+  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share,
                [&](int64_t channel, Welford<A> whole) {
                  // What the end of the tensor cut from the last unit: fewer than UNIT elements.
                  for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
