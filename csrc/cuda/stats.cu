@@ -12,7 +12,7 @@ namespace bnext::cuda {
 namespace {
 
 template <class T, bool ALIGNED>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED))
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED && sizeof(T) < 8))
     stats_planar_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
                         const Scratch scratch) {
   stats_planar<T, kUnit<T, false>, ALIGNED>(p, pass, scratch, Share(pass));
