@@ -17,9 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "plan_table.txt"
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT))
 
-from shapes import NETWORKS  # noqa: E402
+from bench.suites import NETWORKS  # noqa: E402
 
 # compute capability, multiprocessors, threads and shared bytes of one, shared bytes of a block. To a plan
 # an H200 is an H100.
@@ -60,7 +60,7 @@ def describe(plan: dict) -> str:
 
 
 def table(program: Path) -> str:
-    layers = dict.fromkeys((layer.channels, layer.size) for name in ("resnet50", "resnet18", "densenet")
+    layers = dict.fromkeys(layer.features[:2] for name in ("resnet50", "resnet18", "densenet")
                            for layer in NETWORKS[name])  # fmt: skip
     rows = list(itertools.product(GPUS, ("planar", "interleaved"), ("bf16", "f32"), layers, ("forward", "backward")))
     problems = [
@@ -94,10 +94,6 @@ def unit_size(dtype: str, masked: int) -> int:
     return 8 if masked else 16 // {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}[dtype]
 
 
-def n_steps(shape: tuple[int, int, int]) -> int:
-    return shape[0] * shape[2]
-
-
 def check_pass(p: dict, shape: tuple[int, int, int], gpu: str) -> None:
     """What the kernels rely on: see csrc/cuda/plan.h."""
     n, c, s = shape
@@ -117,6 +113,32 @@ def check_pass(p: dict, shape: tuple[int, int, int], gpu: str) -> None:
         assert p["tiles"] == c
         assert p["stride_planes"] * p["plane_units"] + p["stride_units"] == p["threads"]
         assert p["aligned"] == (s % p["unit"] == 0)
+
+
+def check_scratch(plan: dict, p: dict, state: int) -> None:
+    """A partial result for each block and column, and a counter for each tile, where blocks exchange any."""
+    in_cluster = not p["columns"] and p["kept_bytes"]
+    if (p["splits"] > 1 or p["repeat"] > 1) and not in_cluster:
+        width = p["lanes"] * p["unit"] if p["columns"] else 1
+        assert plan["partial_bytes"] >= p["tiles"] * p["splits"] * width * state
+        assert plan["counters"] > p["tiles"]
+    assert plan["counters"] >= 1
+
+
+def check_resident(p: dict, gpu: str, dtype: str, tensors: int) -> None:
+    capability, multiprocessors, _, shared, _ = map(int, gpu.split())
+    unit_bytes = p["unit"] * 16 // unit_size(dtype, 0) * tensors
+    strides = -(-p["steps_per_split"] // p["lane_rows"]) if p["columns"] else None
+    slots = strides * p["threads"] if p["columns"] else p["steps_per_split"]
+    assert p["kept_bytes"] == slots * unit_bytes, "a slot for each unit of a block's share"
+    if p["columns"]:
+        assert p["lanes"] * p["unit"] * 16 // unit_size(dtype, 0) <= 64
+        # Blocks that wait for each other are on the device together.
+        per_sm = min(shared // (p["kept_bytes"] + p["shared_bytes"] + 1024), 1 if dtype == "f64" else 2)
+        assert p["splits"] == 1 or p["tiles"] * p["splits"] <= per_sm * multiprocessors
+    else:
+        assert p["splits"] in (1, 2, 4, 8)
+        assert p["splits"] == 1 or capability >= 90, "clusters"
 
 
 def test_every_plan_covers_its_tensor(program):
@@ -141,28 +163,22 @@ def test_every_plan_covers_its_tensor(program):
             assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole units"
             assert plan["reduce"]["unit"] == (unit if direction == "backward" else unit_size(dtype, 0))
             assert plan["reduce"]["columns"] == (layout == "interleaved")
-            # A partial result for each block and column, where there is something to merge.
-            reduce = plan["reduce"]
-            if reduce["splits"] > 1 or reduce["repeat"] > 1:
-                width = reduce["lanes"] * reduce["unit"] if reduce["columns"] else 1
-                state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
-                assert plan["partial_bytes"] == reduce["tiles"] * reduce["splits"] * width * state
-                assert plan["counters"] >= (reduce["tiles"] if reduce["repeat"] == 1 else 1)
             whole = plan["whole"]
+            state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
+            check_scratch(plan, plan["reduce"], state)
             if plan["kind"] != "two_pass":
                 check_pass(whole, shape, gpu)
+                check_scratch(plan, whole, state)
+                assert not whole["columns"] or whole["repeat"] == 1, "a tile has whole channels"
             if plan["kind"] == "small":
-                assert whole["splits"] == 1 and whole["repeat"] <= 1 and whole["kept_bytes"] == 0
-                assert layout == "interleaved" and whole["columns"]
-                assert choice in (0, 1) and (not masked or whole["unit"] == 8)
+                assert choice in (0, 1) and layout == "interleaved" and not masked
+                assert whole["splits"] == 1 and whole["unit"] == 1 and whole["kept_bytes"] == 0
             elif plan["kind"] == "resident":
-                tensors = 1 if direction == "forward" else 2
-                assert choice in (0, 3) and (whole["aligned"] or not masked) and whole["splits"] in (1, 2, 4, 8)
-                assert whole["splits"] == 1 or int(gpu.split()[0]) >= 90, "clusters"
-                size = 16 // unit_size(dtype, 0)
-                assert whole["kept_bytes"] == whole["steps_per_split"] * unit * size * tensors
-            elif choice == 1 and layout == "interleaved" and n_steps(shape) < 2**31:
-                assert masked, "only a byte of mask that two blocks would share keeps a shape from the small plan"
+                check_resident(whole, gpu, dtype, 1 if direction == "forward" else 2)
+                assert choice in (0, 3) and whole["unit"] == unit
+                assert whole["columns"] or whole["aligned"] or not masked, "a byte of mask belongs to one block"
+            elif choice == 1 and layout == "interleaved":
+                assert masked or shape[0] * shape[2] >= 2**31 - 512
         except AssertionError as error:
             raise AssertionError(f"{problem}\n{plan}") from error
 

@@ -64,6 +64,16 @@ __device__ __forceinline__ void backward_input_planar(const BackwardParams& p, c
   backward_input_share<T, UNIT, true>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel);
 }
 
+template <class T, int UNIT, bool PARTIAL, class Source>
+__device__ __forceinline__ void backward_input_tile(const BackwardParams& p, const Pass& pass, const Share& share,
+                                                    const ColumnPlace<UNIT>& place, Source&& source, Gate gate,
+                                                    const ChannelGradient<acc_t<T>> (&channel)[UNIT]) {
+  walk_columns<UNIT, kGradientChunk<T, UNIT, true>, PARTIAL>(
+      pass, p.shape.numel(), share, place, [&](const auto& chunk) {
+        backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int e) { return channel[e]; });
+      });
+}
+
 template <class T, int UNIT>
 __device__ __forceinline__ void backward_input_columns(const BackwardParams& p, const Pass& pass, const Share& share,
                                                        Gate gate) {
@@ -74,11 +84,8 @@ __device__ __forceinline__ void backward_input_columns(const BackwardParams& p, 
   for (int e = 0; e < UNIT; ++e) {
     channel[e] = ChannelGradient<acc_t<T>>(p, ChannelColumn(pass, p.shape, place.col + e).channel);
   }
-  auto source = gradient_from_memory<T, UNIT, Reuse::last>(p);
-  walk_columns<UNIT, kGradientChunk<T, UNIT, true>, true>(
-      pass, p.shape.numel(), share, place, [&](const auto& chunk) {
-        backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int e) { return channel[e]; });
-      });
+  backward_input_tile<T, UNIT, true>(p, pass, share, place, gradient_from_memory<T, UNIT, Reuse::last>(p), gate,
+                                     channel);
 }
 
 }  // namespace bnext::cuda

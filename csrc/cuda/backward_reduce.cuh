@@ -69,20 +69,19 @@ __device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, 
                [&](int64_t channel, const Sums<A>& whole) { finish_sums(p, channel, whole); });
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams& p, const Pass& pass,
-                                                            const Scratch& scratch, const Share& share, Gate gate) {
+// The block's share of a tile of columns; in the threads of row 0.
+template <class T, int UNIT, class Source>
+__device__ __forceinline__ void block_column_sums(Sums<acc_t<T>> (&state)[UNIT], const BackwardParams& p,
+                                                  const Pass& pass, const Share& share, const ColumnPlace<UNIT>& place,
+                                                  Source&& source, Gate gate) {
   using A = acc_t<T>;
-  const int64_t numel = p.shape.numel();
-  const ColumnPlace<UNIT> place(pass, share);
   Affine<A> affine[UNIT] = {};
-  if (place.active) {
 #pragma unroll
-    for (int e = 0; e < UNIT; ++e) affine[e] = backward_affine<A>(p, (place.col + e) % p.shape.c);
+  for (int e = 0; e < UNIT; ++e) {
+    state[e] = {};
+    if (place.active) affine[e] = backward_affine<A>(p, (place.col + e) % p.shape.c);
   }
-  Sums<A> state[UNIT] = {};
-  auto source = gradient_from_memory<T, UNIT, Reuse::again>(p);
-  walk_columns<UNIT, kReduceChunk<T, UNIT, true>, false>(pass, numel, share, place, [&](const auto& chunk) {
+  walk_columns<UNIT, kReduceChunk<T, UNIT, true>, false>(pass, p.shape.numel(), share, place, [&](const auto& chunk) {
     for_gradient_units<T, UNIT>(
         p, chunk, source, gate, [&](int e) { return affine[e]; }, [&](int, const GradientUnit<T, UNIT>& unit) {
 #pragma unroll
@@ -90,9 +89,19 @@ __device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams
         });
   });
   reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
+}
+
+template <class T, int UNIT>
+__device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams& p, const Pass& pass,
+                                                            const Scratch& scratch, const Share& share, Gate gate) {
+  using A = acc_t<T>;
+  const ColumnPlace<UNIT> place(pass, share);
+  Sums<A> state[UNIT];
+  block_column_sums<T, UNIT>(state, p, pass, share, place, gradient_from_memory<T, UNIT, Reuse::again>(p), gate);
   merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share,
                [&](int64_t channel, Sums<A> whole) {
                  // What the end of the tensor cut from the last unit: fewer than UNIT elements.
+                 const int64_t numel = p.shape.numel();
                  const auto at = backward_affine<A>(p, channel);
                  for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
                    if (i % p.shape.c != channel) continue;

@@ -19,29 +19,45 @@
 
 namespace bnext::cuda {
 
-// The one way to start a kernel: blocks in clusters of `cluster_size`, adjacent in x, which must divide
-// grid.x; 1 is an ordinary launch.
+// The one way to start a kernel, with one attribute or none.
 template <class... Params, class... Args>
-cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster_size,
-                           size_t dynamic_shared, cudaStream_t stream, Args&&... args) {
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = cluster_size;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+cudaError_t launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Params...), dim3 grid, dim3 block,
+                        size_t dynamic_shared, cudaStream_t stream, Args&&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = cluster_size > 1 ? 1 : 0;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
                    Args&&... args) {
-  return launch_cluster(kernel, grid, block, 1, dynamic_shared, stream, std::forward<Args>(args)...);
+  return launch_with(nullptr, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
+}
+
+// All blocks are resident together, so that they may wait for each other; an error where they do not fit.
+template <class... Params, class... Args>
+cudaError_t launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared,
+                               cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  return launch_with(&attribute, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
+}
+
+// Blocks in clusters of `cluster_size`, adjacent in x; it must divide grid.x.
+template <class... Params, class... Args>
+cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster_size,
+                           size_t dynamic_shared, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster_size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return launch_with(&attribute, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
 }
 
 // The block's dynamic shared memory, 16-byte aligned.

@@ -33,30 +33,23 @@ cudaError_t with_dtype_and_gate(const BackwardParams& p, F&& f) {
   });
 }
 
-// The units that a small plan may have: 16 bytes, 8 elements with a mask, 1 element.
-template <class T, class F>
-cudaError_t with_unit(int32_t unit, F&& f) {
-  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
-  if (unit == 1) return f(std::integral_constant<int, 1>{});
-  if (unit == kWide) return f(std::integral_constant<int, kWide>{});
-  if (unit == 8) return f(std::integral_constant<int, 8>{});
-  return cudaErrorInvalidValue;
-}
-
-// One block for each (tile, split) of the pass, in clusters where the pass keeps what it reads; nothing
-// where there are none.
+// One block for each (tile, split) of the pass; nothing where there are none. Blocks that keep what they
+// read exchange partial results: in clusters (planar), or all being on the device together (columns).
 template <class... Params, class... Args>
 cudaError_t launch_pass(void (*kernel)(Params...), const Pass& pass, cudaStream_t stream, Args&&... args) {
   if (pass.blocks() == 0) return cudaSuccess;
   if (!pass.fits()) return cudaErrorInvalidValue;
-  if (pass.kept_bytes > 32 * 1024) {  // static and dynamic shared memory above 48 KiB must be asked for
+  const dim3 grid(static_cast<uint32_t>(pass.blocks())), block(pass.threads);
+  const auto shared = static_cast<size_t>(pass.kept_bytes);
+  if (shared > 32 * 1024) {  // static and dynamic shared memory above 48 KiB must be asked for
     cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(pass.kept_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  const auto cluster = static_cast<unsigned>(pass.kept_bytes > 0 ? pass.splits : 1);
-  return launch_cluster(kernel, dim3(static_cast<uint32_t>(pass.blocks())), dim3(pass.threads), cluster,
-                        static_cast<size_t>(pass.kept_bytes), stream, std::forward<Args>(args)...);
+  if (shared == 0 || pass.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (pass.columns) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  return launch_cluster(kernel, grid, block, static_cast<unsigned>(pass.splits), shared, stream,
+                        std::forward<Args>(args)...);
 }
 
 }  // namespace bnext::cuda

@@ -1,8 +1,9 @@
 // Training forward as a whole: statistics, running statistics, normalization.
 //
-// Plan `resident`: see resident_forward.cu.
-// Plan `small`: one launch, in which a block takes the statistics of whole channels and normalizes
-// them, reading x from memory once and from the L1 or L2 cache the second time: 2e bytes an element.
+// Plan `resident`: see resident_forward.cu. 2e bytes an element.
+// Plan `small`: one launch for few rows of an odd number of channels, in which a block takes the
+// statistics of some channels, an element to a thread, and normalizes them, reading x from memory once and
+// from the L1 or L2 cache the second time: 2e.
 // Plan `two_pass`: stats, then normalize: 3e.
 #include "dispatch.h"
 #include "normalize.cuh"
@@ -15,21 +16,14 @@ cudaError_t launch_resident_forward(const ForwardParams&, const Plan&, const Scr
 
 namespace {
 
-template <class T, int UNIT>
-__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
-    small_forward_interleaved_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
-                                     const Scratch scratch, const Epilogue epilogue) {
-  stats_interleaved<T, UNIT>(p, pass, scratch, Share(pass));
-  __syncthreads();  // mean and invstd, written by other threads of this block
-  normalize_columns<T, UNIT>(p, pass, Share(pass), epilogue, false);
-  count_batch(p, scratch);
-}
-
 template <class T>
-cudaError_t launch_small(const ForwardParams& p, const Pass& pass, const Scratch& scratch, cudaStream_t stream) {
-  return with_unit<T>(pass.unit, [&](auto unit) {
-    return launch_pass(small_forward_interleaved_kernel<T, unit.value>, pass, stream, p, pass, scratch, epilogue_of(p));
-  });
+__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
+    small_forward_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
+                         const Scratch scratch, const Epilogue epilogue) {
+  stats_interleaved<T, 1>(p, pass, scratch, Share(pass));
+  __syncthreads();  // mean and invstd, written by other threads of this block
+  normalize_columns<T, 1>(p, pass, Share(pass), epilogue, false);
+  count_batch(p, scratch.counters);
 }
 
 }  // namespace
@@ -38,7 +32,8 @@ cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scrat
   if (plan.kind == PlanKind::resident) return launch_resident_forward(p, plan, scratch, stream);
   if (plan.kind == PlanKind::small) {
     return with_dtype(p.dtype, [&](auto element) {
-      return launch_small<decltype(element)>(p, plan.whole, scratch, stream);
+      return launch_pass(small_forward_kernel<decltype(element)>, plan.whole, stream, p, plan.whole, scratch,
+                         epilogue_of(p));
     });
   }
   cudaError_t error = launch_stats(p, plan, scratch, stream);

@@ -94,6 +94,15 @@ __device__ __forceinline__ void normalize_planar(const ForwardParams& p, const P
   normalize_share<T, UNIT, true>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine);
 }
 
+template <class T, int UNIT, bool PARTIAL, class Source>
+__device__ __forceinline__ void normalize_tile(const ForwardParams& p, const Pass& pass, const Share& share,
+                                               const ColumnPlace<UNIT>& place, Source&& x, Epilogue epilogue,
+                                               const Affine<acc_t<T>> (&affine)[UNIT]) {
+  walk_columns<UNIT, kApplyChunk<T, UNIT>, PARTIAL>(pass, p.shape.numel(), share, place, [&](const auto& chunk) {
+    normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int e) { return affine[e]; });
+  });
+}
+
 template <class T, int UNIT>
 __device__ __forceinline__ void normalize_columns(const ForwardParams& p, const Pass& pass, const Share& share,
                                                   Epilogue epilogue, bool by_running) {
@@ -106,10 +115,8 @@ __device__ __forceinline__ void normalize_columns(const ForwardParams& p, const 
     affine[e] = forward_affine<acc_t<T>>(p, column.channel, by_running,
                                          column.first && share.split == 0 && place.row == 0);
   }
-  FromMemory<T, UNIT, Reuse::last> x(p.x, p.shape);
-  walk_columns<UNIT, kApplyChunk<T, UNIT>, true>(
-      pass, p.shape.numel(), share, place,
-      [&](const auto& chunk) { normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int e) { return affine[e]; }); });
+  normalize_tile<T, UNIT, true>(p, pass, share, place, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue,
+                                affine);
 }
 
 }  // namespace bnext::cuda

@@ -6,17 +6,16 @@
 namespace bnext::cuda {
 namespace {
 
-// A block that owns whole channels reads them twice: the second time from L1 or L2, as long as a
-// tile stays about this small. Above it one block per tile is too little parallelism as well.
+// One block per tile, without a word to any other, as long as a tile stays about this small.
 constexpr int64_t kSmallTileBytes = 64 * 1024;
 
 // A tensor that is larger than this should use the whole device, even if that means reading it twice.
 constexpr int64_t kFewBlocksBytes = 2 * 1024 * 1024;
 
-// Lanes of a column tile: 16 units make 256-byte rows; a small plan takes 4, whose 64-byte rows are
-// still whole sectors, to get more blocks out of few channels.
+// A column tile is 16 units wide: 256-byte rows. Where a tile's blocks have to exchange results, or one block
+// owns it, it is 64 bytes: still whole sectors, and more tiles out of few channels.
 constexpr int64_t kLanes = 16;
-constexpr int64_t kSmallLanes = 4;
+constexpr int64_t kNarrowBytes = 64;
 
 // Strides of a block in one elementwise split: enough to amortize a thread's channel coefficients,
 // one set in planar form and one for each element of its unit in columns.
@@ -123,38 +122,56 @@ Pass apply_pass(const Shape& shape, int32_t unit) {
   return pass;
 }
 
-// Tiles are whole channels, so that a block can normalize what it reduced.
-Pass small_pass(const Shape& shape, int32_t unit) {
-  const bool wide = shape.c % unit == 0;
-  Pass pass = columns(shape, wide ? unit : 1, shape.c, 1, wide ? kSmallLanes : kSmallLanes * unit);
+// Channels that are not whole units wide, one element to a thread.
+Pass small_pass(const Shape& shape, DType dtype) {
+  Pass pass = columns(shape, 1, shape.c, 1, kNarrowBytes / size_of(dtype));
   pass.splits = 1;
   pass.steps_per_split = std::max<int64_t>(1, pass.steps);
   return pass;
 }
 
+// What a resident block needs beside its share: `merge_bytes` and some more, and what the system reserves.
+int64_t overhead(int64_t merge_bytes) { return merge_bytes + 2048; }
+
 // The least cluster whose blocks keep their shares in shared memory, two blocks to a multiprocessor, and
 // fill the device; or else the largest that still has work for every thread. kept_bytes is 0 where
 // nothing fits.
-Pass resident_pass(const Shape& shape, int32_t unit, bool masked, int64_t unit_bytes, int64_t merge_bytes,
-                   const DeviceProperties& device) {
+Pass resident_planar(const Shape& shape, int32_t unit, bool masked, int64_t unit_bytes, int64_t merge_bytes,
+                     const DeviceProperties& device) {
   Pass best = {};
-  if (shape.layout != Layout::planar || shape.numel() == 0) return best;
   if (masked && shape.s % unit != 0) return best;  // two blocks would share a byte of mask
-  const int64_t overhead = merge_bytes + 1024;  // and what the system reserves for a block
   const int32_t max_cluster = device.compute_capability >= 90 ? kMaxCluster : 1;
   for (int32_t cluster = 1; cluster <= max_cluster; cluster *= 2) {
     Pass pass = planar(shape, unit);
     pass.splits = cluster;
     pass.steps_per_split = ceil_div(pass.steps, cluster);
     pass.kept_bytes = pass.steps_per_split * unit_bytes;
-    if (pass.kept_bytes + overhead > device.shared_per_block) continue;
+    if (pass.kept_bytes + overhead(merge_bytes) > device.shared_per_block) continue;
     if (best.kept_bytes > 0 && pass.steps_per_split < kMaxThreads) break;
     set_planar_threads(pass, threads_for(ceil_div(pass.steps_per_split, kUnitsPerThread)));
     best = pass;
-    const bool in_pairs = 2 * (pass.kept_bytes + overhead) <= device.shared_per_multiprocessor;
+    const bool in_pairs = 2 * (pass.kept_bytes + overhead(merge_bytes)) <= device.shared_per_multiprocessor;
     if (in_pairs && pass.blocks() >= device.multiprocessors) break;
   }
   return best;
+}
+
+// As many blocks to a tile as the device holds of them at a time, in pairs on a multiprocessor or, for
+// larger shares, one by one. kept_bytes is 0 where nothing fits.
+Pass resident_columns(const Shape& shape, int32_t unit, int64_t unit_bytes, int64_t row_bytes, int64_t merge_bytes,
+                      int32_t most_per_sm, const DeviceProperties& device) {
+  Pass pass = columns(shape, unit, shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes));
+  if (pass.repeat > 1) return {};
+  const bool alone = pass.steps * pass.lanes * unit_bytes <= kSmallTileBytes;
+  for (int32_t per_sm = most_per_sm; per_sm >= 1; --per_sm) {
+    const int64_t splits = alone ? 1 : int64_t{device.multiprocessors} * per_sm / pass.tiles;
+    if (splits < 1) continue;
+    set_splits(pass, splits, pass.lane_rows);
+    pass.kept_bytes = pass.steps_per_split / pass.lane_rows * pass.threads * unit_bytes;
+    const int64_t bytes = pass.kept_bytes + overhead(merge_bytes);
+    if (bytes <= device.shared_per_block && (alone || per_sm * bytes <= device.shared_per_multiprocessor)) return pass;
+  }
+  return {};
 }
 
 int32_t unit_of(DType dtype, bool masked) { return masked ? 8 : static_cast<int32_t>(16 / size_of(dtype)); }
@@ -163,19 +180,26 @@ int32_t unit_of(DType dtype, bool masked) { return masked ? 8 : static_cast<int3
 Plan make_plan(const Shape& shape, DType dtype, bool masked, bool reduces_masked, int tensors, int64_t state_bytes,
                const DeviceProperties& device, PlanChoice choice) {
   const int32_t unit = unit_of(dtype, masked);
+  const bool is_planar = shape.layout == Layout::planar;
   const int64_t slots = state_bytes * (kMaxThreads / 2);
   Plan plan = {};
   plan.kind = PlanKind::two_pass;
   plan.reduce = reduce_pass(shape, unit_of(dtype, reduces_masked), device);
   plan.apply = apply_pass(shape, unit);
 
-  const Pass resident = resident_pass(shape, unit, masked, unit * size_of(dtype) * tensors, slots, device);
+  const int64_t unit_bytes = unit * size_of(dtype) * tensors;
+  Pass resident = {};
+  if (shape.numel() > 0) {
+    resident = is_planar ? resident_planar(shape, unit, masked, unit_bytes, slots, device)
+                         : resident_columns(shape, unit, unit_bytes, unit * size_of(dtype), slots * (unit + 1),
+                                            dtype == DType::f64 ? 1 : 2, device);
+  }
   const bool spreads = 2 * resident.blocks() >= device.multiprocessors ||
                        shape.numel() * size_of(dtype) * tensors <= kFewBlocksBytes;
-  const Pass small = small_pass(shape, unit);
+  const Pass small = small_pass(shape, dtype);
   const int64_t tile_bytes = small.steps * small.tile_width() * size_of(dtype) * tensors;
-  // A byte of mask must not be shared between two blocks, so masked units cannot be single elements.
-  const bool can_be_small = shape.layout == Layout::interleaved && small.fits() && (!masked || small.unit == unit);
+  // Elements one by one could not write bytes of mask.
+  const bool can_be_small = !is_planar && !masked && small.fits();
 
   const bool automatic = choice == PlanChoice::automatic;
   if (resident.kept_bytes > 0 && (choice == PlanChoice::resident || (automatic && spreads))) {
@@ -189,9 +213,14 @@ Plan make_plan(const Shape& shape, DType dtype, bool masked, bool reduces_masked
   for (Pass* pass : {&plan.reduce, &plan.whole}) {
     pass->shared_bytes = slots * (pass->columns && pass->unit > 1 ? pass->unit + 1 : 1);
   }
-  const bool merges = plan.reduce.splits > 1 || plan.reduce.repeat > 1;
-  plan.partial_bytes = merges ? plan.reduce.blocks() * plan.reduce.tile_width() * state_bytes : 0;
-  plan.counters = std::max<int64_t>(1, merges ? plan.reduce.groups() : 0);
+  // The counter behind those of the tiles is for num_batches_tracked.
+  plan.counters = 1;
+  for (const Pass& pass : {plan.reduce, plan.whole}) {
+    if (pass.splits <= 1 && pass.repeat <= 1) continue;
+    if (!pass.columns && pass.kept_bytes > 0) continue;  // clusters exchange through shared memory
+    plan.partial_bytes = std::max(plan.partial_bytes, pass.blocks() * pass.tile_width() * state_bytes);
+    plan.counters = std::max(plan.counters, pass.tiles + 1);
+  }
   return plan;
 }
 

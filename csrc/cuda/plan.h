@@ -29,7 +29,7 @@ constexpr int32_t kMaxCluster = 8;
 constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 
 // How the blocks of one pass share out a tensor. A *unit* is what a thread moves at once: 16 bytes,
-// or 8 elements where a byte of sign mask goes with them, or 1 element where nothing else fits.
+// or 8 elements where a byte of sign mask goes with them, or 1 element in the plan `small`.
 //
 // planar:  a block takes one channel (its tile) and a range of that channel's units, plane after
 //          plane. Where planes are not whole units, `aligned` is false: the units are those that
@@ -41,7 +41,7 @@ constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 //          (k / channel_stride) % c. The last matrix row may be short, by `numel`.
 //
 // Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory. In a
-// resident pass the splits of a tile are a cluster, hence adjacent: tile b / splits and split b % splits.
+// resident planar pass the splits of a tile are a cluster, hence adjacent: tile b / splits and split b % splits.
 struct Pass {
   bool columns;
   bool aligned;
@@ -72,13 +72,12 @@ struct Pass {
   constexpr bool fits() const { return blocks() < kMaxCount && plane_units < kMaxCount && steps_per_split < kMaxCount; }
   // Columns of a tile: so many partial results a block of a reduction has.
   constexpr int64_t tile_width() const { return columns ? int64_t{lanes} * unit : 1; }
-  // A channel's partial results lie in one tile, unless its columns repeat.
-  constexpr int64_t groups() const { return repeat > 1 ? 1 : tiles; }
 };
 
 enum class PlanKind : int32_t {
-  resident,  // one launch: a cluster owns a channel and keeps it in shared memory between the two passes
-  small,     // one launch: a block owns whole interleaved channels and reads them a second time from the caches
+  resident,  // one launch: blocks keep their shares in shared memory between the two passes
+  small,     // one launch, for few rows of an odd number of channels: a block owns whole channels, and reads
+             // them a second time from the caches
   two_pass,  // two launches: a split reduction with a fixed-order merge, then an elementwise pass
 };
 

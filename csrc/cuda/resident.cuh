@@ -1,10 +1,9 @@
-// What the resident plan's kernels share. A cluster of blocks owns a channel: each block reads its share
-// from memory once, into shared memory, the blocks exchange their partial results, and each goes on
-// from what it kept.
+// What the resident plan's kernels share: how the blocks that own a channel (planar) or a tile of
+// channels (interleaved) exchange their partial results, between reading their shares into shared
+// memory and going on from there.
 #pragma once
 
-#include "dialect.h"
-#include "walk.cuh"
+#include "reduce.cuh"
 
 namespace bnext::cuda {
 
@@ -40,5 +39,31 @@ __device__ __forceinline__ State merge_cluster(const State& mine, const Pass& pa
 __device__ __forceinline__ void leave_cluster(const Pass& pass) {
   if (pass.splits > 1) cluster_sync();
 }
+
+// The merge of the tile's partial results, in every block that shares it: of each of its columns, into
+// `whole`, in shared memory. The blocks are all on the device together.
+template <int WIDTH, class State>
+__device__ __forceinline__ void merge_tile(const State (&state)[WIDTH], const ColumnPlace<WIDTH>& place,
+                                           int64_t channels, const Pass& pass, const Scratch& scratch,
+                                           const Share& share, State* whole) {
+  const bool holds = place.active && place.row == 0;
+  if (pass.splits == 1) {
+    if (holds) {
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) whole[place.lane * WIDTH + e] = state[e];
+    }
+  } else {
+    const Partials<State> partials(pass, scratch);
+    if (holds) partials.put(state, place.col, share);
+    meet(&scratch.counters[share.tile], static_cast<uint32_t>(pass.splits));
+    const int64_t first = share.tile * partials.width;
+    partials.merge(first, min(channels, first + partials.width), channels, 1,
+                   [&](int64_t channel, const State& total) { whole[channel - first] = total; });
+  }
+  __syncthreads();
+}
+
+// Columns of a resident tile: 64 bytes, or one unit.
+template <class T, int UNIT> constexpr int kResidentWidth = UNIT * sizeof(T) >= 64 ? UNIT : 64 / sizeof(T);
 
 }  // namespace bnext::cuda

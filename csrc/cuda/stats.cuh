@@ -111,9 +111,9 @@ __device__ __forceinline__ void finish_stats(const ForwardParams& p, int64_t cha
 }
 
 // For kernels that do all of a forward: once every channel has read the counter, somebody adds one.
-__device__ __forceinline__ void count_batch(const ForwardParams& p, const Scratch& scratch) {
+__device__ __forceinline__ void count_batch(const ForwardParams& p, uint32_t* counter) {
   if (!p.num_batches_tracked) return;
-  const bool last = p.cumulative ? arrive_last(scratch.counters, gridDim.x) : blockIdx.x == 0;
+  const bool last = p.cumulative ? arrive_last(counter, gridDim.x) : blockIdx.x == 0;
   if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
 }
 
@@ -141,29 +141,35 @@ __device__ __forceinline__ void stats_planar(const ForwardParams& p, const Pass&
                [&](int64_t channel, const Welford<A>& whole) { finish_stats(p, channel, whole); });
 }
 
+// The block's share of a tile of columns; in the threads of row 0.
+template <class T, int UNIT, class Source>
+__device__ __forceinline__ void block_column_stats(Welford<acc_t<T>> (&state)[UNIT], const Pass& pass,
+                                                   const Shape& shape, const Share& share,
+                                                   const ColumnPlace<UNIT>& place, Source&& x) {
+  ColumnStates<acc_t<T>, UNIT> columns;
+  walk_columns<UNIT, kStatsRows<T, UNIT>, false>(pass, shape.numel(), share, place, [&](const auto& chunk) {
+    Unit<T, UNIT> units[chunk.count];
+    x.load(chunk, units);
+    columns.add(units);
+  });
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) state[e] = {columns.count, columns.shift[e], columns.offset[e], columns.var[e]};
+  reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
+}
+
 template <class T, int UNIT>
 __device__ __forceinline__ void stats_interleaved(const ForwardParams& p, const Pass& pass, const Scratch& scratch,
                                                   const Share& share) {
   using A = acc_t<T>;
-  const T* x = static_cast<const T*>(p.x);
-  const int64_t numel = p.shape.numel();
   const ColumnPlace<UNIT> place(pass, share);
-  ColumnStates<A, UNIT> columns;
-  FromMemory<T, UNIT, Reuse::again> source(p.x, p.shape);
-  walk_columns<UNIT, kStatsRows<T, UNIT>, false>(pass, numel, share, place, [&](const auto& chunk) {
-    Unit<T, UNIT> units[chunk.count];
-    source.load(chunk, units);
-    columns.add(units);
-  });
   Welford<A> state[UNIT];
-#pragma unroll
-  for (int e = 0; e < UNIT; ++e) state[e] = {columns.count, columns.shift[e], columns.offset[e], columns.var[e]};
-  reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
+  block_column_stats<T, UNIT>(state, pass, p.shape, share, place, FromMemory<T, UNIT, Reuse::again>(p.x, p.shape));
   merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share,
                [&](int64_t channel, Welford<A> whole) {
                  // What the end of the tensor cut from the last unit: fewer than UNIT elements.
+                 const int64_t numel = p.shape.numel();
                  for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
-                   if (i % p.shape.c == channel) whole.merge({A(1), widen(x[i]), A(0), A(0)});
+                   if (i % p.shape.c == channel) whole.merge({A(1), widen(static_cast<const T*>(p.x)[i]), A(0), A(0)});
                  }
                  finish_stats(p, channel, whole);
                });
