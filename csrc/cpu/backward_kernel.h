@@ -1,0 +1,163 @@
+// The two halves of the backward on one block: the sums of dy' and dy' * (x - mean), and the
+// input gradient. dy' is dy where the activation let the value pass.
+#pragma once
+
+#include "normalize_kernel.h"
+
+namespace bnext::cpu {
+namespace {
+
+// dy' of the vector at column j of a row, x - mean of which is at hand, or of one `ahead` elements on.
+template <class T, Gate gate, bool by_column> struct Gated {
+  using A = acc_t<T>;
+  const T* dy;
+  const uint8_t* mask;
+  int64_t first;
+  Parameter<A, by_column> scale, bias;
+
+  template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>& xmu, int64_t ahead = 0) const {
+    const Vec<A> v = load(dy + ahead + j, part);
+    // The very expression of VecAffine: the sign must come out as it did in the forward.
+    if constexpr (gate == Gate::recompute) return zero_unless_passing(fma(xmu, scale.at(j), bias.at(j)), v);
+    if constexpr (gate == Gate::mask) return zero_unless_set(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
+    return v;
+  }
+};
+
+template <class A, Gate gate, class F>
+void sweep_gated(int64_t first, int64_t width, F f) {
+  if constexpr (gate == Gate::mask) {
+    sweep_bytes<A>(first, width, f);
+  } else {
+    sweep<A>(width, f);
+  }
+}
+
+template <class T, Gate gate, bool by_column>
+Gated<T, gate, by_column> gated_row(const BackwardArgs<acc_t<T>>& args, int64_t first, int64_t channel) {
+  using P = Parameter<acc_t<T>, by_column>;
+  // Without an activation scale and bias may be null: mean stands in for them, unread.
+  const acc_t<T>* scale = (gate == Gate::recompute ? args.scale : args.mean) + channel;
+  const acc_t<T>* bias = (gate == Gate::recompute ? args.bias : args.mean) + channel;
+  return {static_cast<const T*>(args.dy) + first, args.mask, first, P(scale), P(bias)};
+}
+
+template <class T, Gate gate>
+[[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const Block& block, int64_t next, double* sum_dy,
+                           double* sum_dy_xmu) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  V dys[4] = {V(0), V(0), V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
+  for (int64_t r = 0; r < block.rows; r++) {
+    const int64_t first = block.first + r * block.stride;
+    const int64_t channel = block.param + r * block.param_step;
+    const T* x = static_cast<const T*>(args.x) + first;
+    const V mean(args.mean[channel]);
+    const auto gated = gated_row<T, gate, false>(args, first, channel);
+    const Ahead<T> next_dy(args.dy, next + r * block.stride), next_x(args.x, next + r * block.stride);
+    sweep_gated<A, gate>(first, block.width, [&](int64_t j, auto which, auto part) {
+      next_dy.fetch(j);
+      next_x.fetch(j);
+      const V xmu = load(x + j, part, mean) - mean;
+      const V dy = gated(j, part, xmu);
+      dys[which.value] = dys[which.value] + dy;
+      products[which.value] = fma(dy, xmu, products[which.value]);
+    });
+  }
+  *sum_dy = sum(dys);
+  *sum_dy_xmu = sum(products);
+}
+
+// Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
+template <class T, Gate gate, int rows, class A = acc_t<T>>
+void add_rows(const BackwardArgs<A>& args, int64_t first, int64_t stride, int64_t width, int64_t param, A* dys,
+              A* products) {
+  using V = Vec<A>;
+  const T* x = static_cast<const T*>(args.x) + first;
+  const Parameter<A, true> mean(args.mean + param);
+  const auto gated = gated_row<T, gate, true>(args, first, param);
+  const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
+  sweep_gated<A, gate>(first, width, [&](int64_t j, auto, auto part) {
+    const V m = mean.at(j);
+    V dy_sum = load(dys + j, Whole{}), product = load(products + j, Whole{});
+    for (int r = 0; r < rows; r++) {
+      next_dy.fetch(r * stride + j);
+      next_x.fetch(r * stride + j);
+      const V xmu = load(x + r * stride + j, part, m) - m;
+      const V dy = gated(j, part, xmu, r * stride);
+      dy_sum = dy_sum + dy;
+      product = fma(dy, xmu, product);
+    }
+    store(dys + j, Whole{}, dy_sum);
+    store(products + j, Whole{}, product);
+  });
+}
+
+template <class T, Gate gate>
+[[gnu::flatten]] void column_sums(const BackwardArgs<acc_t<T>>& args, const Block& block, double* sum_dy,
+                                  double* sum_dy_xmu) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  using D = Vec<double>;
+  for (int64_t j = 0; j < block.width; j += D::lanes) {
+    store(sum_dy + j, Whole{}, D(0.0));
+    store(sum_dy_xmu + j, Whole{}, D(0.0));
+  }
+  // Rows that are taken at once must begin at the same bit of a byte.
+  const bool together = gate != Gate::mask || block.stride % 8 == 0;
+  A dys[kColumns + kPadding], products[kColumns + kPadding];
+  for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
+    const int64_t end = begin + kColumnRows < block.rows ? begin + kColumnRows : block.rows;
+    for (int64_t j = 0; j < block.width; j += V::lanes) {
+      store(dys + j, Whole{}, V(0));
+      store(products + j, Whole{}, V(0));
+    }
+    int64_t r = begin;
+    for (; together && r + 4 <= end; r += 4)
+      add_rows<T, gate, 4>(args, block.first + r * block.stride, block.stride, block.width, block.param, dys, products);
+    for (; r < end; r++)
+      add_rows<T, gate, 1>(args, block.first + r * block.stride, block.stride, block.width, block.param, dys, products);
+    for (int64_t j = 0; j < block.width; j += D::lanes) {
+      store(sum_dy + j, Whole{}, wide(sum_dy + j) + wide(dys + j));
+      store(sum_dy_xmu + j, Whole{}, wide(sum_dy_xmu + j) + wide(products + j));
+    }
+  }
+}
+
+// epilogue.h's AffineGradient on vectors. In eval mode dx = dy' * scale, and x is read only where
+// the activation asks for it.
+template <class T, Gate gate, bool training, bool by_column>
+[[gnu::flatten]] void gradient(const BackwardArgs<acc_t<T>>& args, const Block& block) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  using P = Parameter<A, by_column>;
+  constexpr bool reads_x = training || gate == Gate::recompute;
+  for (int64_t r = 0; r < block.rows; r++) {
+    const int64_t first = block.first + r * block.stride;
+    const int64_t channel = block.param + r * block.param_step;
+    const T* x = static_cast<const T*>(args.x) + (reads_x ? first : 0);
+    T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
+    T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
+    const bool stream =
+        args.stream && (gate != Gate::mask || first % 8 == 0) && can_stream(dx) && can_stream(dresidual);
+    const P mean(args.mean + channel), scale(args.scale + channel);
+    const P mean_dy((training ? args.mean_dy : args.mean) + channel);
+    const P slope((training ? args.slope : args.mean) + channel);
+    const auto gated = gated_row<T, gate, by_column>(args, first, channel);
+    const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
+    sweep_gated<A, gate>(first, block.width, [&](int64_t j, auto, auto part) {
+      V xmu(0);
+      if constexpr (by_column) dy_ahead.fetch(j);
+      if constexpr (by_column && reads_x) x_ahead.fetch(j);
+      if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
+      V dy = gated(j, part, xmu);
+      if (dresidual != nullptr) store(dresidual + j, part, dy, stream);
+      if constexpr (training) dy = fnma(xmu, slope.at(j), dy - mean_dy.at(j));
+      if (dx != nullptr) store(dx + j, part, dy * scale.at(j), stream);
+    });
+  }
+  if (args.stream) end_of_stream();
+}
+
+}  // namespace
+}  // namespace bnext::cpu

@@ -1,0 +1,114 @@
+// dy, x -> sum_dy, sum_dy_xmu, dweight?, dbias?. Kernels give the sums of blocks; they are added up
+// here, in double and in the order of the data. Reads dy and x once, and a bit for each element.
+#include <algorithm>
+
+#include "../core/half.h"
+#include "stages.h"
+
+namespace bnext::cpu {
+namespace {
+
+template <class A>
+Sums sums_of_piece(const Backward<A>& b, int64_t channel, int64_t piece) {
+  const int64_t strip = b.plan.outer * b.plan.inner, begin = piece * b.plan.piece;
+  const int64_t end = std::min(begin + b.plan.piece, strip);
+  Sums total = {};
+  for_each_block_of_strip(b.plan, channel, begin, end, [&](const Block& block, int64_t next) {
+    Sums part;
+    b.kernels.sums[b.gate](b.args, block, next, &part.dy, &part.dy_xmu);
+    total.dy += part.dy;
+    total.dy_xmu += part.dy_xmu;
+  });
+  return total;
+}
+
+template <class A>
+std::vector<Sums> sums_of_strips(const Backward<A>& b, const ParallelFor& parallel) {
+  const Plan& plan = b.plan;
+  std::vector<Sums> result(plan.channels);
+  if (plan.pieces == 1) {
+    for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
+      for (int64_t ch = first; ch < end; ch++) result[ch] = sums_of_strip(b, ch);
+    });
+    return result;
+  }
+  std::vector<Sums> parts(plan.channels * plan.pieces);
+  for_each_task(parallel, plan.channels * plan.pieces, [&](int64_t task) {
+    parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces);
+  });
+  for (int64_t i = 0; i < plan.channels * plan.pieces; i++) {
+    result[i / plan.pieces].dy += parts[i].dy;
+    result[i / plan.pieces].dy_xmu += parts[i].dy_xmu;
+  }
+  return result;
+}
+
+template <class A>
+std::vector<Sums> sums_of_columns(const Backward<A>& b, const ParallelFor& parallel) {
+  const Plan& plan = b.plan;
+  const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
+  std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
+  for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
+    const int64_t down = task / plan.blocks_across;
+    const Block block = block_of_columns(plan, down, task % plan.blocks_across);
+    const int64_t at = down * plan.pitch + block.param;
+    if (block.width > 0) b.kernels.column_sums[b.gate](b.args, block, &dy[at], &dy_xmu[at]);
+  });
+
+  std::vector<Sums> result(plan.channels);
+  for (int64_t down = 0; down < splits; down++) {
+    const int64_t columns = down == plan.blocks_down ? plan.tail : plan.width;
+    for (int64_t j = 0; j < columns; j++) {
+      Sums& sums = result[j / plan.inner % plan.channels];
+      sums.dy += dy[down * plan.pitch + j];
+      sums.dy_xmu += dy_xmu[down * plan.pitch + j];
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+template <class A>
+Sums sums_of_strip(const Backward<A>& b, int64_t channel) {
+  Sums total = {};
+  for (int64_t i = 0; i < b.plan.pieces; i++) {
+    const Sums part = sums_of_piece(b, channel, i);
+    total.dy += part.dy;
+    total.dy_xmu += part.dy_xmu;
+  }
+  return total;
+}
+
+template <class A>
+std::vector<Sums> sums_of_all(const Backward<A>& b, const ParallelFor& parallel) {
+  if (b.plan.numel() == 0) return std::vector<Sums>(b.plan.channels);
+  return b.plan.by_column ? sums_of_columns(b, parallel) : sums_of_strips(b, parallel);
+}
+
+template <class A>
+void store_sums(const BackwardParams& p, int64_t channel, const Sums& sums) {
+  const A dy = static_cast<A>(sums.dy), dy_xmu = static_cast<A>(sums.dy_xmu);
+  static_cast<A*>(p.sum_dy)[channel] = dy;
+  static_cast<A*>(p.sum_dy_xmu)[channel] = dy_xmu;
+  store_scalar(p.dweight, p.weight_dtype, channel, dy_xmu * static_cast<const A*>(p.invstd)[channel]);
+  store_scalar(p.dbias, p.weight_dtype, channel, dy);
+}
+
+template Sums sums_of_strip(const Backward<float>&, int64_t);
+template Sums sums_of_strip(const Backward<double>&, int64_t);
+template std::vector<Sums> sums_of_all(const Backward<float>&, const ParallelFor&);
+template std::vector<Sums> sums_of_all(const Backward<double>&, const ParallelFor&);
+template void store_sums<float>(const BackwardParams&, int64_t, const Sums&);
+template void store_sums<double>(const BackwardParams&, int64_t, const Sums&);
+
+void backward_reduce(const BackwardParams& p, const ParallelFor& parallel) {
+  with_acc_type(p.dtype, [&](auto acc) {
+    using A = decltype(acc);
+    const Plan plan = make_plan(p.shape);
+    const std::vector<Sums> all = sums_of_all(Backward<A>(p, plan), parallel);
+    for (int64_t ch = 0; ch < p.shape.c; ch++) store_sums<A>(p, ch, all[ch]);
+  });
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,26 @@
+// The CPU backend: all that the bindings see of it. The same stages and the same semantics as
+// csrc/cuda/launch.h, run through the caller's parallel_for. How work is cut into tasks and the
+// order in which partial results are merged depend on the shape alone, so that the result does
+// not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../core/params.h"
+
+namespace bnext::cpu {
+
+// Calls body(begin, end) on disjoint ranges that cover [0, tasks), possibly on several threads,
+// and returns when all are done.
+using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
+
+void stats(const ForwardParams&, const ParallelFor&);
+void normalize(const ForwardParams&, const ParallelFor&);
+void forward(const ForwardParams&, const ParallelFor&);
+
+void backward_reduce(const BackwardParams&, const ParallelFor&);
+void backward_input(const BackwardParams&, const ParallelFor&);
+void backward(const BackwardParams&, const ParallelFor&);
+
+}  // namespace bnext::cpu

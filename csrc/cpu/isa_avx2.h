@@ -1,0 +1,135 @@
+// Registers of AVX2 with FMA and F16C (x86 since 2013). See vec.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "../core/types.h"
+
+namespace bnext::cpu {
+namespace {
+
+template <class A> struct native;
+template <> struct native<float> { using type = __m256; };
+template <> struct native<double> { using type = __m256d; };
+
+inline __m256 broadcast(float v) { return _mm256_set1_ps(v); }
+inline __m256d broadcast(double v) { return _mm256_set1_pd(v); }
+
+inline __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+inline __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+inline __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256 fnma(__m256 a, __m256 b, __m256 c) { return _mm256_fnmadd_ps(a, b, c); }
+inline __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
+inline __m256d sub(__m256d a, __m256d b) { return _mm256_sub_pd(a, b); }
+inline __m256d mul(__m256d a, __m256d b) { return _mm256_mul_pd(a, b); }
+inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+inline __m256d fnma(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a, b, c); }
+
+inline __m256 at_least(__m256 low, __m256 v) { return _mm256_max_ps(low, v); }
+inline __m256d at_least(__m256d low, __m256d v) { return _mm256_max_pd(low, v); }
+inline __m256 zero_unless_passing(__m256 v, __m256 dy) {
+  return _mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ), dy);
+}
+inline __m256d zero_unless_passing(__m256d v, __m256d dy) {
+  return _mm256_and_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ), dy);
+}
+inline uint32_t passing_bits(__m256 v) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
+}
+inline uint32_t passing_bits(__m256d v) {
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
+}
+inline __m256 zero_unless_set(uint32_t bits, __m256 dy) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each)), dy);
+}
+inline __m256d zero_unless_set(uint32_t bits, __m256d dy) {
+  const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), each);
+  return _mm256_and_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(set, each)), dy);
+}
+
+// 8 values of 16 bits <-> 8 floats.
+inline __m256 widen(__m128i v, const f16*) { return _mm256_cvtph_ps(v); }
+inline __m256 widen(__m128i v, const bf16*) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+inline __m128i narrow(__m256 v, const f16*) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// Integer rounding to nearest even; NaN stays one.
+inline __m128i narrow(__m256 v, const bf16*) {
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i bits = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+}
+
+inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256d load(const double* p) { return _mm256_loadu_pd(p); }
+template <class T> __m256 load(const T* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p);
+}
+inline __m256d load_double(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline __m256d load_double(const double* p) { return _mm256_loadu_pd(p); }
+
+inline void store(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+inline void store(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
+inline void store(float* p, __m256d v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+template <class T> void store(T* p, __m256 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
+
+inline void stream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
+inline void stream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
+template <class T> void stream(T* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
+inline void end_of_stream() { _mm_sfence(); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline __m256i first_floats(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_doubles(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+// There is no masked access to 16-bit lanes: n of them go through memory in powers of two.
+inline void copy_halves(void* to, const void* from, int64_t n) {
+  if (n >= 8) {
+    memcpy(to, from, 16);
+    return;
+  }
+  char* t = static_cast<char*>(to);
+  const char* f = static_cast<const char*>(from);
+  if (n > 0 && (n & 4) != 0) memcpy(t, f, 8), t += 8, f += 8;
+  if (n > 0 && (n & 2) != 0) memcpy(t, f, 4), t += 4, f += 4;
+  if (n > 0 && (n & 1) != 0) memcpy(t, f, 2);
+}
+
+inline __m256 load(const float* p, int64_t n, __m256 fill) {
+  const __m256i some = first_floats(n);
+  return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, some), _mm256_castsi256_ps(some));
+}
+inline __m256d load(const double* p, int64_t n, __m256d fill) {
+  const __m256i some = first_doubles(n);
+  return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, some), _mm256_castsi256_pd(some));
+}
+template <class T> __m256 load(const T* p, int64_t n, __m256 fill) {
+  T halves[8] = {};
+  copy_halves(halves, p, n);
+  return _mm256_blendv_ps(fill, load(halves), _mm256_castsi256_ps(first_floats(n)));
+}
+inline void store(float* p, int64_t n, __m256 v) { _mm256_maskstore_ps(p, first_floats(n), v); }
+inline void store(double* p, int64_t n, __m256d v) { _mm256_maskstore_pd(p, first_doubles(n), v); }
+template <class T> void store(T* p, int64_t n, __m256 v) {
+  T halves[8];
+  store(halves, v);
+  copy_halves(p, halves, n);
+}
+
+}  // namespace
+}  // namespace bnext::cpu

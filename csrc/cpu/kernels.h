@@ -1,0 +1,100 @@
+// The inner loops' interface: everything that is compiled once for each instruction set. A kernel
+// works on one block of one tensor, knows nothing of threads, and leaves the merging of partial
+// results, which must not depend on the machine, to the stage that calls it.
+#pragma once
+
+#include "../core/params.h"
+#include "../core/welford.h"
+
+namespace bnext::cpu {
+
+// `rows` runs of `width` contiguous elements, `stride` elements apart; `first` is the index of the
+// first one. A channel's parameters are either the same along a row (a row is a piece of an image
+// of one channel) or differ from column to column. In the first case row r takes entry
+// param + r * param_step of the parameter arrays, in the second column j takes entry param + j.
+struct Block {
+  int64_t first, rows, width, stride;
+  int64_t param, param_step;
+};
+
+// Arrays with an entry per column are read and written in whole vectors: this is the padding that
+// every one of them has behind its end.
+constexpr int64_t kPadding = 16;
+
+// Rows that a column kernel sums up in the storage's accumulation type before it goes on in double.
+constexpr int64_t kColumnRows = 32;
+// Elements that a row kernel sums up likewise, each row rounded up to kRowStep, its 4 vectors of
+// float: 32 to a lane. Their squares may reach 4e36 without overflow, and they stay in the
+// first-level cache for the second look.
+constexpr int64_t kRowStep = 64;
+constexpr int64_t kRowElements = 32 * kRowStep;
+// Columns of a block of a column kernel, at most.
+constexpr int64_t kColumns = 512;
+
+template <class A>
+struct NormalizeArgs {
+  const void* x;
+  const void* residual;
+  void* y;
+  uint8_t* mask;
+  const A *mean, *scale, *bias;
+  A low;        // relu is max(v, 0), no activation is max(v, -infinity)
+  bool stream;  // y is too large to be found in cache by whoever reads it next
+};
+
+// Which elements of dy count.
+enum class Gate : int32_t {
+  none,       // all
+  recompute,  // those whose affine(x) passes relu
+  mask,       // those whose bit is set
+};
+
+template <class A>
+struct BackwardArgs {
+  const void* dy;
+  const void* x;
+  const uint8_t* mask;
+  const A *mean, *scale, *bias;
+  const A *mean_dy, *slope;  // gradient in training only
+  void* dx;
+  void* dresidual;
+  bool stream;  // likewise of dx and dresidual
+};
+
+template <class A>
+struct Kernels {
+  // Statistics of the block as a whole, within kRowElements.
+  // Meanwhile the block that begins at element `next` is fetched into cache.
+  Welford<double> (*moments)(const void* x, const Block&, int64_t next);
+  // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
+  void (*column_moments)(const void* x, const Block&, A* shift, double* offset, double* var);
+
+  // y and, with a residual, the sign mask. Variants: no residual, residual, residual with mask.
+  void (*normalize[3][2])(const NormalizeArgs<A>&, const Block&);  // [variant][by column]
+
+  // Sums of dy' and of dy' * (x - mean), of the block as a whole or of each column: same limits.
+  void (*sums[3])(const BackwardArgs<A>&, const Block&, int64_t next, double* sum_dy, double* sum_dy_xmu);  // [gate]
+  void (*column_sums[3])(const BackwardArgs<A>&, const Block&, double* sum_dy, double* sum_dy_xmu);         // [gate]
+
+  // dx and, where not null, dresidual.
+  void (*gradient[3][2][2])(const BackwardArgs<A>&, const Block&);  // [gate][training][by column]
+};
+
+// One for each storage type: the list to extend for a new one, with its loads and stores in isa_*.h.
+struct KernelSet {
+  Kernels<float> f32, f16, bf16;
+  Kernels<double> f64;
+};
+
+// The best that this machine can run, chosen once. BNEXT_CPU=portable, avx2 or avx512 in the
+// environment lowers the choice; it never raises it above what the machine has.
+const KernelSet& kernel_set();
+
+template <class A> const Kernels<A>& kernels(DType);
+template <> inline const Kernels<double>& kernels<double>(DType) { return kernel_set().f64; }
+template <> inline const Kernels<float>& kernels<float>(DType t) {
+  const KernelSet& set = kernel_set();
+  return t == DType::f32 ? set.f32 : t == DType::f16 ? set.f16 : set.bf16;
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,26 @@
+// The kernels for AVX2. The target is set here, for the code below the pragma only, so that
+// the file needs no compiler flags of its own and shared headers above stay runnable anywhere.
+#include "isa.h"
+
+#if BNEXT_X86
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "isa_avx2.h"
+#include "kernel_table.h"
+
+namespace bnext::cpu {
+const KernelSet& avx2_kernels() { return table; }
+}  // namespace bnext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,62 @@
+// x, residual? -> y, mask?. Reads x and the residual once, writes y and a bit for each element.
+#include <algorithm>
+#include <limits>
+
+#include "../core/half.h"
+#include "stages.h"
+
+namespace bnext::cpu {
+
+template <class A>
+Normalizer<A>::Normalizer(const ForwardParams& p, const Plan& plan)
+    : params_(p), plan_(plan), mean_(plan), scale_(plan), bias_(plan) {
+  const bool relu = p.activation == Activation::relu;
+  const A low = relu ? A(0) : -std::numeric_limits<A>::infinity();
+  args_ = {p.x, p.residual, p.y, p.mask, mean_.data(), scale_.data(), bias_.data(), low, false};
+  args_.stream = plan.streams(size_of(p.dtype));
+  const int variant = p.residual == nullptr ? 0 : p.mask == nullptr || !relu ? 1 : 2;
+  kernel_ = kernels<A>(p.dtype).normalize[variant][plan.by_column];
+}
+
+template <class A>
+void Normalizer<A>::set(int64_t channel, A mean, A invstd) {
+  mean_.set(channel, mean);
+  scale_.set(channel, load_scalar<A>(params_.weight, params_.weight_dtype, channel, A(1)) * invstd);
+  bias_.set(channel, load_scalar<A>(params_.bias, params_.weight_dtype, channel, A(0)));
+}
+
+template <class A>
+void Normalizer<A>::run_all(const ParallelFor& parallel) const {
+  for_each_task_reversed(parallel, plan_.grains, [&](int64_t task) {
+    const int64_t begin = task * plan_.grain;
+    for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
+                             [&](const Block& block) { run(block); });
+  });
+}
+
+template class Normalizer<float>;
+template class Normalizer<double>;
+
+void normalize(const ForwardParams& p, const ParallelFor& parallel) {
+  with_acc_type(p.dtype, [&](auto acc) {
+    using A = decltype(acc);
+    const Plan plan = make_plan(p.shape);
+    Normalizer<A> normalizer(p, plan);
+    A* const mean = static_cast<A*>(p.mean);
+    A* const invstd = static_cast<A*>(p.invstd);
+    for (int64_t ch = 0; ch < p.shape.c; ch++) {
+      if (p.running_mean == nullptr) {
+        normalizer.set(ch, mean[ch], invstd[ch]);
+        continue;
+      }
+      const A m = load_scalar<A>(p.running_mean, p.running_dtype, ch, A(0));
+      const A i = inverse_std(load_scalar<A>(p.running_var, p.running_dtype, ch, A(1)), p.eps);
+      if (mean != nullptr) mean[ch] = m;
+      if (invstd != nullptr) invstd[ch] = i;
+      normalizer.set(ch, m, i);
+    }
+    normalizer.run_all(parallel);
+  });
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,103 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace bnext::cpu {
+namespace {
+
+// A run that fills at least one vector of floats is worth a strip.
+constexpr int64_t kShortestRun = 16;
+// Elements that are worth a task of their own: some microseconds of work.
+constexpr int64_t kGrain = 32768;
+// Tasks that a reduction is cut into where the shape has enough for it: enough to keep many cores
+// busy, few enough that merging their results in one place costs nothing.
+constexpr int64_t kTasks = 32;
+// Fewer channels than this do not keep many cores busy: their strips are cut.
+constexpr int64_t kEnoughChannels = 16;
+// Contiguous elements that are worth the latency of finding the next ones, and elements that stay in
+// a second-level cache.
+constexpr int64_t kLongRun = 2048;
+constexpr int64_t kCached = 65536;
+// A matrix of columns should be this wide, so that a row is worth a loop, and a block of it at least
+// so high, so that the columns' states are merged seldom.
+constexpr int64_t kWidth = 128;
+constexpr int64_t kHeight = 256;
+constexpr int64_t kNarrowestBlock = 64;
+
+void plan_strips(Plan& p) {
+  const int64_t strip = p.outer * p.inner;
+  const bool cut = p.channels < kEnoughChannels;
+  const int64_t wanted = cut ? std::clamp<int64_t>(strip / kGrain, 1, kTasks / p.channels + 1) : 1;
+  p.piece = std::max<int64_t>(1, divide_up(strip, wanted));
+  p.pieces = std::max<int64_t>(1, divide_up(strip, p.piece));
+
+  // Adjacent channels, where runs are short, so that a task reads and writes longer pieces of
+  // memory; but few enough that they stay in the second-level cache between the two looks.
+  const int64_t bytes_step = 8 / std::gcd(p.inner, int64_t{8});
+  int64_t each = std::max(divide_up(kGrain, strip), std::min(divide_up(kLongRun, p.inner), kCached / strip));
+  each = std::min(each, std::max(divide_up(kGrain, strip), p.channels / kEnoughChannels));
+  p.channels_per_task = round_up(std::max<int64_t>(1, each), bytes_step);
+  p.whole_bytes = p.channels * p.inner % 8 == 0;
+}
+
+void plan_columns(Plan& p) {
+  const int64_t period = p.channels * p.inner;
+  int64_t fold = 1;
+  if (period < kWidth) {
+    fold = 16 / std::gcd(period, int64_t{16});
+    fold *= divide_up(kWidth, fold * period);
+    fold = std::clamp<int64_t>(fold, 1, std::max<int64_t>(1, p.outer / 16));
+  }
+  p.width = period * fold;
+  p.rows = p.outer / fold;
+  p.tail = p.outer % fold * period;
+  p.pitch = round_up(p.width, kPadding) + kPadding;
+
+  const int64_t tasks = std::clamp<int64_t>(p.numel() / kGrain, 1, kTasks);
+  const int64_t down = std::clamp<int64_t>(std::min(p.rows / kHeight, tasks), 1, kTasks);
+  p.block_rows = std::max<int64_t>(1, divide_up(p.rows, down));
+  p.blocks_down = divide_up(p.rows, p.block_rows);
+  const int64_t across = divide_up(tasks, down);
+  p.block_width = std::min(round_up(divide_up(p.width, across), kNarrowestBlock), kColumns);
+  p.blocks_across = divide_up(p.width, p.block_width);
+}
+
+}  // namespace
+
+Plan make_plan(const Shape& shape) {
+  Plan p = {};
+  const bool planar = shape.layout == Layout::planar;
+  p.outer = planar ? shape.n : shape.n * shape.s;
+  p.channels = shape.c;
+  p.inner = planar ? shape.s : 1;
+  if (p.channels == 1) {
+    p.inner *= p.outer;
+    p.outer = 1;
+  }
+  p.grain = std::max(kGrain, round_up(divide_up(p.numel(), 1024), 64));
+  p.grains = divide_up(p.numel(), p.grain);
+  if (p.numel() == 0) return p;
+  p.by_column = p.channels > 1 && p.inner < kShortestRun;
+  if (p.by_column) {
+    plan_columns(p);
+  } else {
+    plan_strips(p);
+  }
+  return p;
+}
+
+Block block_of_columns(const Plan& p, int64_t down, int64_t across) {
+  const bool tail = down == p.blocks_down;
+  const int64_t row = tail ? p.rows : down * p.block_rows;
+  const int64_t column = across * p.block_width;
+  const int64_t end = tail ? p.tail : p.width;
+  return {row * p.width + column,
+          tail ? 1 : std::min(p.block_rows, p.rows - row),
+          std::clamp<int64_t>(end - column, 0, p.block_width),
+          p.width,
+          column,
+          0};
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,91 @@
+// How the work on a shape is cut: a pure function of the shape, never of the number of threads.
+//
+// Both layouts are one: element (o, ch, i) of outer x channels x inner lies at
+// (o * channels + ch) * inner + i, and interleaved data has inner = 1. What matters is whether
+// inner fills a vector:
+//   strips:  a channel is `outer` runs of `inner` contiguous elements, with one parameter each.
+//   columns: where runs are short, the tensor is a matrix of `rows` x `width` whose columns keep to
+//            one channel: column j belongs to channel (j / inner) % channels. Several outer indices
+//            are folded into a row where channels * inner alone is narrow or odd; outer indices
+//            that do not fill a row are the tail, a shorter last row.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace bnext::cpu {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// An output of this size would only push other data out of a last-level cache.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+struct Plan {
+  int64_t outer, channels, inner;
+  bool by_column;
+
+  // strips. Reductions cut a channel's outer * inner elements into pieces; where there is but one,
+  // a task takes whole channels, from statistics to output, while they are in cache.
+  int64_t piece, pieces;
+  int64_t channels_per_task;
+  bool whole_bytes;  // tasks that own whole channels share no byte of a sign mask
+
+  // columns. Reductions cut the matrix into blocks; the tail is one more split, a row high.
+  int64_t width, rows, tail;
+  int64_t block_width, blocks_across;
+  int64_t block_rows, blocks_down;
+  int64_t pitch;  // entries of an array with one for each column, with its padding
+
+  // Elementwise passes cut memory every `grain` elements, which are whole bytes of a mask.
+  int64_t grain, grains;
+
+  bool streams(int64_t element_size) const { return numel() * element_size >= kStreamBytes; }
+
+  int64_t numel() const { return outer * channels * inner; }
+  int64_t parameters() const { return by_column ? width : channels; }
+};
+
+Plan make_plan(const Shape&);
+
+// The blocks that make up elements [begin, end) of a channel, within the limits of the row kernels.
+// f also gets the first element of the block that comes next, which may be the next channel's.
+template <class F>
+void for_each_block_of_strip(const Plan& plan, int64_t channel, int64_t begin, int64_t end, F f) {
+  const int64_t stride = plan.channels * plan.inner;
+  const auto element = [&](int64_t ch, int64_t i) {
+    return i / plan.inner * stride + ch * plan.inner + i % plan.inner;
+  };
+  for (int64_t i = begin; i < end;) {
+    int64_t rows = 1, width = std::min({plan.inner - i % plan.inner, end - i, kRowElements});
+    if (width == plan.inner) rows = std::min(kRowElements / round_up(width, kRowStep), (end - i) / width);
+    const Block block = {element(channel, i), rows, width, stride, channel, 0};
+    i += rows * width;
+    f(block, i < end ? element(channel, i) : element(channel + 1, begin));
+  }
+}
+
+// The blocks that make up elements [begin, end) of memory, in ascending order.
+template <class F>
+void for_each_block_of_memory(const Plan& plan, int64_t begin, int64_t end, F f) {
+  const int64_t run = plan.by_column ? plan.width : plan.inner;
+  while (begin < end) {
+    const int64_t index = begin / run, i = begin % run;
+    const int64_t param = plan.by_column ? i : index % plan.channels;
+    int64_t rows = 1, width = run - i;
+    if (i == 0 && width <= end - begin) {
+      rows = (end - begin) / run;
+      if (!plan.by_column && rows > plan.channels - param) rows = plan.channels - param;
+    } else if (width > end - begin) {
+      width = end - begin;
+    }
+    f(Block{begin, rows, width, run, param, plan.by_column ? 0 : 1});
+    begin += rows * width;
+  }
+}
+
+// Block (down, across) of the matrix; down == blocks_down is the tail. May have no rows or columns.
+Block block_of_columns(const Plan&, int64_t down, int64_t across);
+
+}  // namespace bnext::cpu

@@ -1,0 +1,133 @@
+// The halves that stages are made of, for A the accumulation type. `forward` and `backward` run two
+// of them on one channel after another, while it is in cache; where a channel does not come as
+// strips, or has to be cut, they run the first on all channels and then the second.
+#pragma once
+
+#include <vector>
+
+#include "cpu.h"
+#include "plan.h"
+
+namespace bnext::cpu {
+
+// Calls run(task) for every task, or from each thread's last task to its first, for the same reason
+// as below.
+template <class F>
+void for_each_task(const ParallelFor& parallel, int64_t tasks, F run) {
+  if (tasks == 0) return;
+  parallel(tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) run(task);
+  });
+}
+template <class F>
+void for_each_task_reversed(const ParallelFor& parallel, int64_t tasks, F run) {
+  if (tasks == 0) return;
+  parallel(tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = end; task-- > begin;) run(task);
+  });
+}
+
+// Calls run(first, end) for groups of adjacent channels of a plan by strips.
+template <class F>
+void for_each_group(const ParallelFor& parallel, const Plan& plan, F run) {
+  const int64_t each = plan.channels_per_task;
+  for_each_task(parallel, divide_up(plan.channels, each),
+                [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
+}
+
+// The blocks of channels [first, end), as they lie in memory, last image first: what was read last is
+// what is still in cache.
+template <class F>
+void for_each_block_of_group(const Plan& plan, int64_t first, int64_t end, F f) {
+  for (int64_t o = plan.outer; o-- > 0;)
+    f(Block{(o * plan.channels + first) * plan.inner, end - first, plan.inner, plan.inner, first, 1});
+}
+
+// Calls visit(column) for all columns of a channel.
+template <class F>
+void for_each_column(const Plan& plan, int64_t channel, F visit) {
+  for (int64_t j = channel * plan.inner; j < plan.width; j += plan.channels * plan.inner)
+    for (int64_t i = 0; i < plan.inner; i++) visit(j + i);
+}
+
+// A parameter of every channel, laid out for the kernels: an entry for each channel or each column.
+template <class A>
+class PerChannel {
+ public:
+  explicit PerChannel(const Plan& plan) : plan_(plan), values_(static_cast<size_t>(plan.parameters() + kPadding)) {}
+
+  void set(int64_t channel, A v) {
+    if (plan_.by_column) {
+      for_each_column(plan_, channel, [&](int64_t j) { values_[j] = v; });
+    } else {
+      values_[channel] = v;
+    }
+  }
+  const A* data() const { return values_.data(); }
+
+ private:
+  const Plan& plan_;
+  std::vector<A> values_;
+};
+
+// stats.cpp
+template <class A> Welford<double> stats_of_strip(const ForwardParams&, const Plan&, int64_t channel);
+template <class A> std::vector<Welford<double>> stats_of_all(const ForwardParams&, const Plan&, const ParallelFor&);
+
+// normalize.cpp
+template <class A>
+class Normalizer {
+ public:
+  Normalizer(const ForwardParams&, const Plan&);
+  void set(int64_t channel, A mean, A invstd);
+  void run(const Block& block) const { kernel_(args_, block); }
+  void run_all(const ParallelFor&) const;
+
+ private:
+  const ForwardParams& params_;
+  const Plan& plan_;
+  PerChannel<A> mean_, scale_, bias_;
+  NormalizeArgs<A> args_;
+  void (*kernel_)(const NormalizeArgs<A>&, const Block&);
+};
+
+// What both halves of the backward read. backward_input.cpp
+template <class A>
+struct Backward {
+  Backward(const BackwardParams&, const Plan&);
+
+  const BackwardParams& params;
+  const Plan& plan;
+  const Kernels<A>& kernels;
+  const int gate;
+  PerChannel<A> mean, scale, bias, mean_dy, slope;
+  const BackwardArgs<A> args;
+};
+
+struct Sums {
+  double dy, dy_xmu;
+};
+
+// backward_reduce.cpp
+template <class A> Sums sums_of_strip(const Backward<A>&, int64_t channel);
+template <class A> std::vector<Sums> sums_of_all(const Backward<A>&, const ParallelFor&);
+// Rounds a channel's sums to A and stores them, and the parameters' gradients where they are wanted.
+template <class A> void store_sums(const BackwardParams&, int64_t channel, const Sums&);
+
+// backward_input.cpp
+// Takes a channel's sums from where store_sums left them, in training.
+template <class A> void load_sums(Backward<A>&, int64_t channel);
+template <class A> void gradient(const Backward<A>&, const Block&);
+template <class A> void gradient_of_all(const Backward<A>&, const ParallelFor&);
+
+// The three dtypes that accumulate in float share all code above the kernels.
+template <class F>
+void with_acc_type(DType t, F f) {
+  if (t == DType::f64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,133 @@
+// x -> mean, var. Kernels give count, mean and variance of blocks; they are merged here, in double
+// and in an order that is the data's alone. Reads x once.
+#include <algorithm>
+
+#include "stages.h"
+
+namespace bnext::cpu {
+namespace {
+
+// Merges a sequence pairwise, as a binary counter counts: rounding errors grow with the logarithm
+// of its length, which float64 data would notice.
+class Merger {
+ public:
+  void add(Welford<double> w) {
+    int level = 0;
+    for (; (length_ >> level & 1) != 0; level++) {
+      levels_[level].merge(w);
+      w = levels_[level];
+    }
+    levels_[level] = w;
+    length_++;
+  }
+  Welford<double> total() const {
+    Welford<double> w = {};
+    for (int level = 63; level >= 0; level--)
+      if ((length_ >> level & 1) != 0) w.merge(levels_[level]);
+    return w;
+  }
+
+ private:
+  uint64_t length_ = 0;
+  Welford<double> levels_[64];
+};
+
+template <class A>
+Welford<double> stats_of_piece(const ForwardParams& p, const Plan& plan, int64_t channel, int64_t piece) {
+  const Kernels<A>& k = kernels<A>(p.dtype);
+  const int64_t strip = plan.outer * plan.inner, begin = piece * plan.piece;
+  Merger merger;
+  for_each_block_of_strip(plan, channel, begin, std::min(begin + plan.piece, strip),
+                          [&](const Block& block, int64_t next) { merger.add(k.moments(p.x, block, next)); });
+  return merger.total();
+}
+
+template <class A>
+std::vector<Welford<double>> stats_of_strips(const ForwardParams& p, const Plan& plan, const ParallelFor& parallel) {
+  std::vector<Welford<double>> result(plan.channels);
+  if (plan.pieces == 1) {
+    for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
+      for (int64_t ch = first; ch < end; ch++) result[ch] = stats_of_strip<A>(p, plan, ch);
+    });
+    return result;
+  }
+  std::vector<Welford<double>> parts(plan.channels * plan.pieces);
+  for_each_task(parallel, plan.channels * plan.pieces, [&](int64_t task) {
+    parts[task] = stats_of_piece<A>(p, plan, task / plan.pieces, task % plan.pieces);
+  });
+  for (int64_t i = 0; i < plan.channels * plan.pieces; i++) result[i / plan.pieces].merge(parts[i]);
+  return result;
+}
+
+template <class A>
+std::vector<Welford<double>> stats_of_columns(const ForwardParams& p, const Plan& plan, const ParallelFor& parallel) {
+  const Kernels<A>& k = kernels<A>(p.dtype);
+  const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
+  std::vector<A> shift(splits * plan.pitch);
+  std::vector<double> offset(splits * plan.pitch), var(splits * plan.pitch);
+  for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
+    const int64_t down = task / plan.blocks_across;
+    const Block block = block_of_columns(plan, down, task % plan.blocks_across);
+    const int64_t at = down * plan.pitch + block.param;
+    if (block.width > 0) k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
+  });
+
+  // Two passes over a channel's columns, as over the data: no division for each.
+  const auto sum = [&](int64_t channel, auto term) {
+    double total = 0;
+    for (int64_t down = 0; down < splits; down++) {
+      const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
+      double part = 0;
+      for_each_column(plan, channel, [&](int64_t j) {
+        if (j < columns) part += term(at + j);
+      });
+      total += part * static_cast<double>(block_of_columns(plan, down, 0).rows);
+    }
+    return total;
+  };
+  const double count = static_cast<double>(plan.outer * plan.inner);
+  std::vector<Welford<double>> result(plan.channels);
+  for (int64_t ch = 0; ch < plan.channels; ch++) {
+    const double centre = shift[ch * plan.inner];
+    const double mean = sum(ch, [&](int64_t i) { return (shift[i] - centre) + offset[i]; }) / count;
+    const double m2 = sum(ch, [&](int64_t i) {
+      const double d = ((shift[i] - centre) + offset[i]) - mean;
+      return var[i] + d * d;
+    });
+    result[ch] = {count, centre, mean, m2 / count};
+  }
+  return result;
+}
+
+}  // namespace
+
+template <class A>
+Welford<double> stats_of_strip(const ForwardParams& p, const Plan& plan, int64_t channel) {
+  Welford<double> total = {};
+  for (int64_t i = 0; i < plan.pieces; i++) total.merge(stats_of_piece<A>(p, plan, channel, i));
+  return total;
+}
+
+template <class A>
+std::vector<Welford<double>> stats_of_all(const ForwardParams& p, const Plan& plan, const ParallelFor& parallel) {
+  if (plan.numel() == 0) return std::vector<Welford<double>>(plan.channels);
+  return plan.by_column ? stats_of_columns<A>(p, plan, parallel) : stats_of_strips<A>(p, plan, parallel);
+}
+
+template Welford<double> stats_of_strip<float>(const ForwardParams&, const Plan&, int64_t);
+template Welford<double> stats_of_strip<double>(const ForwardParams&, const Plan&, int64_t);
+template std::vector<Welford<double>> stats_of_all<float>(const ForwardParams&, const Plan&, const ParallelFor&);
+template std::vector<Welford<double>> stats_of_all<double>(const ForwardParams&, const Plan&, const ParallelFor&);
+
+void stats(const ForwardParams& p, const ParallelFor& parallel) {
+  with_acc_type(p.dtype, [&](auto acc) {
+    using A = decltype(acc);
+    const std::vector<Welford<double>> all = stats_of_all<A>(p, make_plan(p.shape), parallel);
+    for (int64_t ch = 0; ch < p.shape.c; ch++) {
+      static_cast<A*>(p.mean)[ch] = static_cast<A>(all[ch].mean());
+      static_cast<A*>(p.var)[ch] = static_cast<A>(all[ch].var);
+    }
+  });
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,144 @@
+// Statistics of one block, in two passes over data that the first pass has brought into cache:
+// deviations from a first guess give the mean, deviations from the mean the variance. As cheap as
+// sums of squares, and nothing cancels.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace bnext::cpu {
+namespace {
+
+// The first guess is the block's first element, so that differences to it are exact where
+// |mean| >> std. The centre of the second pass, and the shift of the result, is the mean rounded
+// to A; what the rounding lost is put right in the end, because it is known in double.
+template <class T>
+[[gnu::flatten]] Welford<double> moments(const void* x, const Block& block, int64_t next) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const T* p = static_cast<const T*>(x) + block.first;
+  A shift;
+  {
+    A lanes[V::lanes];
+    store(lanes, Whole{}, load(p, Part{1}));
+    shift = lanes[0];
+  }
+  const V k(shift);
+  V deviations[4] = {V(0), V(0), V(0), V(0)};
+  for (int64_t r = 0; r < block.rows; r++) {
+    const T* row = p + r * block.stride;
+    sweep<A>(block.width, [&](int64_t i, auto which, auto part) {
+      V& d = deviations[which.value];
+      d = d + (load(row + i, part, k) - k);
+    });
+  }
+  const double count = static_cast<double>(block.rows * block.width);
+  const double offset = sum(deviations) / count;
+
+  const A centre = static_cast<A>(shift + offset);
+  const V c(centre);
+  V squares[4] = {V(0), V(0), V(0), V(0)};
+  for (int64_t r = 0; r < block.rows; r++) {
+    const T* row = p + r * block.stride;
+    const Ahead<T> ahead(x, next + r * block.stride);
+    sweep<A>(block.width, [&](int64_t i, auto which, auto part) {
+      ahead.fetch(i);
+      const V d = load(row + i, part, c) - c;
+      squares[which.value] = fma(d, d, squares[which.value]);
+    });
+  }
+  const double lost = (static_cast<double>(centre) - shift) - offset;
+  return {count, centre, -lost, sum(squares) / count - lost * lost};
+}
+
+// The same for each column, kColumnRows rows at a time, which are merged into the columns' state
+// in double. The first guess is the first row, and from then on the means of the first rows. During
+// the loop `var` holds M2, the sum of squared deviations: all columns share their counts, so that a
+// merge takes no division.
+template <class T>
+[[gnu::flatten]] void column_moments(const void* x, const Block& block, acc_t<T>* shift, double* offset, double* var) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  using D = Vec<double>;
+  const T* p = static_cast<const T*>(x) + block.first;
+  const int64_t width = block.width, stride = block.stride;
+  const auto each_vector = [&](auto f) {
+    int64_t j = 0;
+    for (; j + V::lanes <= width; j += V::lanes) f(j, Whole{});
+    if (j < width) f(j, Part{width - j});
+  };
+  each_vector([&](int64_t j, auto part) { store(shift + j, Whole{}, load(p + j, part)); });
+
+  A sums[kColumns + kPadding], centre[kColumns + kPadding];
+  for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
+    const int64_t rows = block.rows - begin < kColumnRows ? block.rows - begin : kColumnRows;
+    const T* q = p + begin * stride;
+
+    // Row after row, as memory comes, but 4 at once, to spare the traffic of the sums.
+    each_vector([&](int64_t j, auto) { store(sums + j, Whole{}, V(0)); });
+    for (int64_t r = 0; r < rows; r += 4) {
+      const T* row = q + r * stride;
+      if (r + 4 <= rows) {
+        each_vector([&](int64_t j, auto part) {
+          const V k = load(shift + j, Whole{});
+          const V a = (load(row + j, part, k) - k) + (load(row + stride + j, part, k) - k);
+          const V b = (load(row + 2 * stride + j, part, k) - k) + (load(row + 3 * stride + j, part, k) - k);
+          store(sums + j, Whole{}, load(sums + j, Whole{}) + (a + b));
+        });
+      } else {
+        for (int64_t i = r; i < rows; i++, row += stride)
+          each_vector([&](int64_t j, auto part) {
+            const V k = load(shift + j, Whole{});
+            store(sums + j, Whole{}, load(sums + j, Whole{}) + (load(row + j, part, k) - k));
+          });
+      }
+    }
+
+    const D each_row(1.0 / static_cast<double>(rows));
+    for (int64_t j = 0; j < width; j += D::lanes)
+      store(centre + j, Whole{}, wide(shift + j) + wide(sums + j) * each_row);
+
+    // Now down the columns: the rows are in cache, and the squares in a register.
+    const D count(static_cast<double>(rows));
+    const double seen = static_cast<double>(begin), total = seen + static_cast<double>(rows);
+    const D weight(static_cast<double>(rows) / total), spread(seen * (static_cast<double>(rows) / total));
+    each_vector([&](int64_t j, auto part) {
+      const V c = load(centre + j, Whole{});
+      V even(0), odd(0);
+      int64_t r = 0;
+      for (; r + 2 <= rows; r += 2) {
+        const V d = load(q + r * stride + j, part, c) - c;
+        const V e = load(q + (r + 1) * stride + j, part, c) - c;
+        even = fma(d, d, even);
+        odd = fma(e, e, odd);
+      }
+      if (r < rows) {
+        const V d = load(q + r * stride + j, part, c) - c;
+        even = fma(d, d, even);
+      }
+      A squares[V::lanes];
+      store(squares, Whole{}, even + odd);
+      for (int64_t i = 0; i < V::lanes; i += D::lanes) {
+        const int64_t d = j + i;
+        const D mean = wide(sums + d) * each_row;
+        const D lost = (wide(centre + d) - wide(shift + d)) - mean;
+        const D m2 = fnma(lost * lost, count, wide(squares + i));
+        if (begin == 0) {
+          store(shift + d, Whole{}, wide(centre + d));
+          store(offset + d, Whole{}, D(0.0) - lost);
+          store(var + d, Whole{}, m2);
+          continue;
+        }
+        const D delta = mean - wide(offset + d);
+        store(offset + d, Whole{}, fma(delta, weight, wide(offset + d)));
+        store(var + d, Whole{}, wide(var + d) + fma(delta * delta, spread, m2));
+      }
+    });
+  }
+
+  const D each_row(1.0 / static_cast<double>(block.rows));
+  for (int64_t j = 0; j < width; j += D::lanes) store(var + j, Whole{}, wide(var + j) * each_row);
+}
+
+}  // namespace
+}  // namespace bnext::cpu
