@@ -1,0 +1,215 @@
+"""Loads the compiled module bnext._C: the one compiled ahead of time where it matches the running
+torch, one compiled now otherwise.
+
+BNEXT_BUILD=jit always compiles at first use; BNEXT_BUILD=aot never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from . import _toolchain
+
+PACKAGE = Path(__file__).parent
+MODULE = "bnext._C"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled extension: where it is, or is going to be, and what it is for."""
+
+    how: str  # "ahead of time" or "just in time"
+    path: Path
+    info: dict[str, str]  # as in _toolchain.describe
+    why: str = ""  # why it is compiled just in time
+
+
+def sources_folder() -> Path:
+    """csrc: inside the installed package, beside it in a source tree."""
+    inside = PACKAGE / "csrc"
+    return inside if inside.is_dir() else PACKAGE.parent / "csrc"
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def extension() -> ModuleType:
+    """The compiled module. The first call loads it, and compiles it where there is none to load."""
+    with _loading:
+        if MODULE in sys.modules:
+            return sys.modules[MODULE]
+        build = find()
+        if build.how == "ahead of time":
+            try:
+                return _import(build.path)
+            except ImportError as error:
+                build = just_in_time(f"{build.path} does not load ({error})")
+        return _import(_compiled(build))
+
+
+def find() -> Build:
+    """Which extension the first use loads, or compiles. Compiles and loads nothing itself."""
+    how = os.environ.get("BNEXT_BUILD", "")
+    if how not in ("", "aot", "jit"):
+        raise ValueError(f"BNEXT_BUILD must be 'aot', 'jit' or unset, got {how!r}")
+    if how == "jit":
+        return just_in_time("BNEXT_BUILD=jit asks for it")
+    path = next((p for suffix in EXTENSION_SUFFIXES if (p := PACKAGE / f"_C{suffix}").is_file()), None)
+    if path is None:
+        return just_in_time("no extension was compiled ahead of time")
+    info = _toolchain.read_info(path)
+    if not matches(info, torch.__version__, torch.version.cuda):
+        built_for = f"torch {info['torch']} (CUDA {info['torch_cuda']})" if info else "an unknown torch"
+        running = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
+        return just_in_time(f"the extension compiled ahead of time is for {built_for}, and this is {running}")
+    return Build("ahead of time", path, info)
+
+
+def matches(info: dict[str, str], torch_version: str, torch_cuda: str | None) -> bool:
+    """Whether an extension built for `info` can run with this torch, which keeps its binary
+    interface from one patch release to the next, not between minor ones or nightly builds."""
+
+    def interface(version: str) -> str:
+        public = version.split("+")[0]
+        release = re.fullmatch(r"(\d+\.\d+)\.\d+", public)
+        return release[1] if release else public
+
+    return (
+        bool(info)
+        and interface(info["torch"]) == interface(torch_version)
+        and info["torch_cuda"] == (torch_cuda or "none")
+    )
+
+
+def just_in_time(why: str) -> Build:
+    """The build for this torch, this Python, the visible GPUs and these very sources."""
+    toolkit, architectures = _cuda_target()
+    info = _toolchain.describe(torch.__version__, torch.version.cuda, toolkit, architectures)
+    digest = hashlib.sha256(repr(info).encode())
+    for path in sorted(sources_folder().glob("*/*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{digest.hexdigest()[:16]}"
+    return Build("just in time", _cache() / folder / "_C.so", info, why)
+
+
+def _cuda_target() -> tuple[_toolchain.Toolkit | None, list[str]]:
+    """The CUDA compiler and the architectures to compile for at first use: CUDA only where a GPU
+    is visible or TORCH_CUDA_ARCH_LIST asks for it, since nobody waits for code that cannot run."""
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if torch.version.cuda is None or not (gpus or _toolchain.requested_architectures()):
+        return None, []
+    toolkit, _ = _toolchain.find_toolkit(torch.version.cuda)
+    return toolkit, _toolchain.architectures_for(toolkit, gpus) if toolkit else []
+
+
+def _cache() -> Path:
+    """Where torch's own just-in-time extensions go, if the user moved them; else the user's cache."""
+    moved = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(moved or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnext"
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[MODULE] = module
+    return module
+
+
+def _compiled(build: Build) -> Path:
+    """Compiles `build` unless that was done before, in this process or another."""
+    if os.environ.get("BNEXT_BUILD") == "aot":
+        raise ImportError(f"bnext: {build.why}, and BNEXT_BUILD=aot forbids compiling one now{_advice()}")
+    done = build.path.with_suffix(".done")  # a linker that was killed may leave a file of its name
+    if done.exists():
+        return build.path
+    try:
+        build.path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"{build.path.parent} ({error})"
+        raise ImportError(f"bnext: cannot compile into {where}; set TORCH_EXTENSIONS_DIR") from error
+    with _locked(build.path.parent):
+        if not done.exists():
+            _compile(build)
+            done.touch()
+    return build.path
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time. The kernel drops this lock with the process that holds it, whereas
+    torch's own is a file that outlives a killed process, for which torch then waits for ever."""
+    with open(folder / "bnext.lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"waiting for another process that compiles into {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
+def _compile(build: Build) -> None:
+    from torch.utils import cpp_extension
+
+    toolkit, architectures = _cuda_target()
+    _toolchain.put_ninja_on_path()
+    for tool in ("ninja", os.environ.get("CXX", "c++").split()[0]):
+        if shutil.which(tool) is None:
+            raise ImportError(f"bnext: {build.why}, and to compile one now {tool} is missing{_advice()}")
+    what, how_long = ("C++ and CUDA sources", "some minutes") if toolkit else ("C++ sources", "a minute or two")
+    _say(f"{build.why}: compiling {what} for torch {torch.__version__}, once; takes {how_long} ({build.path.parent})")
+    if torch.cuda.is_available() and toolkit is None:
+        _say("no CUDA compiler was found: tensors on the GPU will be refused; see `python -m bnext.doctor`")
+
+    folder = build.path.parent
+    recipe = _toolchain.recipe(sources_folder(), build.info, toolkit, architectures)
+    library_dirs = []
+    if toolkit is not None:
+        cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own guess may hold no headers
+        library_dirs = [f"-L{_toolchain.link_folder(toolkit, folder)}"]
+    try:
+        cpp_extension.load(
+            name=build.path.stem,
+            sources=[str(_stub(source, folder)) for source in recipe.sources],
+            extra_cflags=recipe.cxx,
+            extra_cuda_cflags=recipe.nvcc,
+            extra_ldflags=library_dirs + recipe.link,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    except Exception as error:
+        raise ImportError(f"bnext: {build.why}, and compiling one now failed{_advice()}\n{error}") from error
+
+
+def _stub(source: Path, folder: Path) -> Path:
+    """A file that includes `source`: torch names an object after its source's stem alone, and
+    several of ours share one."""
+    stub = folder / f"{source.parent.name}_{source.name}"
+    stub.write_text(f'#include "{source.resolve()}"\n')
+    return stub
+
+
+def _advice() -> str:
+    return "; `python -m bnext.doctor` says how to repair it"
+
+
+def _say(line: str) -> None:
+    print(f"bnext: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,36 @@
+"""The operators `torch.ops.bnext.*`, as attributes of this module; the first use loads them.
+
+    mean, var = bnext.ops.stats(x)
+
+The stages, of which synchronised and other statistics can be composed:
+
+- `stats(x) -> (mean, var)`: over all axes but 1; var is biased.
+- `normalize(x, mean, invstd, weight, bias, residual, activation, save_mask) -> (y, mask)`.
+- `backward_reduce(dy, x, mean, invstd, weight, bias, mask, activation)
+  -> (sum_dy, sum_dy_xmu, dweight, dbias)`.
+- `backward_input(dy, x, mean, invstd, weight, bias, mask, sum_dy, sum_dy_xmu, count, activation)
+  -> (dx, dresidual)`.
+
+The fusions that the layers use:
+
+- `forward(...) -> (y, mean, invstd, mask)`: training, with the step of the running statistics.
+- `forward_eval(...) -> (y, mean, invstd, mask)`: by the running statistics.
+- `backward(...) -> (dx, dweight, dbias, dresidual)`.
+- `batch_norm(...) -> y`: all of it, differentiable twice.
+
+`torch.ops.bnext.stats.default._schema` and so on give the full signatures. x is float32, float64,
+float16 or bfloat16 of shape (N, C, *); mean, var, invstd and sums are (C,), float64 for float64 x
+and float32 for all others; `activation` is "none" or "relu"; `mask` is uint8 with one bit for each
+element in memory order, set where relu let a value pass. All but `batch_norm` know no autograd.
+"""
+
+import torch
+
+from bnext._extension import extension
+
+
+def __getattr__(name: str):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    extension()
+    return getattr(torch.ops.bnext, name)

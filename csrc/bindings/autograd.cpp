@@ -1,0 +1,190 @@
+// The autograd of bnext::batch_norm, once: eager modules call `batch_norm` directly, and
+// torch.compile and torch.export reach the same function as the composite operator of that name.
+#include "autograd.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "double_backward.h"
+
+namespace bnext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// The buffers, and what else forward takes that has no gradient.
+struct Settings {
+  const OptionalTensor &running_mean, &running_var, &num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  std::string_view activation;
+};
+
+// y, mean, invstd, mask. `save`: for a backward; `save_mask`: of the activation's signs.
+Four run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& residual, const Settings& settings, bool save, bool save_mask) {
+  const at::AutoDispatchBelowAutograd guard;
+  if (settings.training) {
+    static const auto op =
+        find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
+                     std::string_view, bool)>("bnext::forward");
+    return op.call(x, weight, bias, settings.running_mean, settings.running_var, settings.num_batches_tracked, residual,
+                   settings.momentum, settings.eps, settings.activation, save_mask);
+  }
+  static const auto op =
+      find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                   const OptionalTensor&, double, std::string_view, bool, bool)>("bnext::forward_eval");
+  return op.call(x, weight, bias, *settings.running_mean, *settings.running_var, residual, settings.eps,
+                 settings.activation, save, save_mask);
+}
+
+// dx, dweight, dbias, dresidual; those not needed are empty.
+Four run_backward(const Tensor& dy, const Saved& saved, std::array<bool, 4> needs) {
+  const at::AutoDispatchBelowAutograd guard;
+  static const auto op =
+      find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                   const Tensor&, const OptionalTensor&, std::string_view, bool, std::array<bool, 4>)>(
+          "bnext::backward");
+  return op.call(dy, saved.x, saved.weight, saved.bias, saved.mean, saved.invstd, saved.mask, name_of(saved.activation),
+                 saved.training, needs);
+}
+
+void save(AutogradContext* ctx, const Saved& saved, const Tensor& dy = {}) {
+  const auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
+  variable_list tensors = {tensor(saved.x), tensor(saved.weight), tensor(saved.bias),
+                           saved.mean,      saved.invstd,         tensor(saved.mask)};
+  if (dy.defined()) tensors.push_back(dy);
+  ctx->save_for_backward(std::move(tensors));
+  ctx->saved_data["activation"] = static_cast<int64_t>(saved.activation);
+  ctx->saved_data["training"] = saved.training;
+  ctx->saved_data["eps"] = saved.eps;
+}
+
+Saved restore(AutogradContext* ctx, const variable_list& tensors) {
+  const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); };
+  return {optional(tensors[0]),
+          optional(tensors[1]),
+          optional(tensors[2]),
+          tensors[3],
+          tensors[4],
+          optional(tensors[5]),
+          static_cast<Activation>(ctx->saved_data["activation"].toInt()),
+          ctx->saved_data["training"].toBool(),
+          ctx->saved_data["eps"].toDouble()};
+}
+
+// Reads needs_input_grad in order, past arguments that were not given and so have no edge.
+class Needs {
+ public:
+  explicit Needs(AutogradContext* ctx) : ctx_(ctx) {}
+  bool next(bool is_given) { return is_given && ctx_->needs_input_grad(edge_++); }
+
+ private:
+  AutogradContext* ctx_;
+  size_t edge_ = 0;
+};
+
+struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const OptionalTensor& /*x*/,
+                               const OptionalTensor& /*weight*/, const Saved& saved, std::array<bool, 4> needs) {
+    ctx->set_materialize_grads(false);
+    save(ctx, saved, dy);
+    auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
+    return {dx, dweight, dbias, dresidual};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list tensors = ctx->get_saved_variables();
+    const Saved saved = restore(ctx, tensors);
+    Needs needs(ctx);
+    needs.next(true);
+    const bool need_dx = needs.next(given(saved.x)), need_dweight = needs.next(given(saved.weight));
+    auto [ddy, dx, dweight] =
+        double_backward(saved, tensors[6], grads[0], grads[1], grads[2], grads[3], need_dx, need_dweight);
+    return {ddy, dx, dweight, Tensor(), Tensor()};
+  }
+};
+
+struct BatchNorm : torch::autograd::Function<BatchNorm> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const Settings& settings) {
+    ctx->set_materialize_grads(false);
+    const Activation activation = parse_activation(settings.activation);
+    const bool active = activation != Activation::none;
+    const bool use_mask = active && given(residual);  // else the sign follows from x
+    auto [y, mean, invstd, mask] = run_forward(x, weight, bias, residual, settings, /*save=*/true, use_mask);
+
+    // With frozen statistics and parameters, dx is dy times a constant.
+    const bool need_x = settings.training || active || (given(weight) && weight->requires_grad()) ||
+                        (given(bias) && bias->requires_grad());
+    const OptionalTensor none;
+    save(ctx, {need_x ? OptionalTensor(x) : none, weight, active && !use_mask ? bias : none, mean, invstd,
+               use_mask ? OptionalTensor(mask) : none, activation, settings.training, settings.eps});
+    ctx->saved_data["given"] = given(weight) + 2 * given(bias) + 4 * given(residual);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(5);  // x, weight, bias, residual, settings
+    const Tensor& dy = grads[0];
+    if (!dy.defined()) return result;
+    const Saved saved = restore(ctx, ctx->get_saved_variables());
+    const int64_t arguments = ctx->saved_data["given"].toInt();
+    Needs each(ctx);
+    std::array<bool, 4> needs = {each.next(true), each.next(arguments & 1), each.next(arguments & 2),
+                                 each.next(arguments & 4)};
+    if (needs[3] && saved.activation == Activation::none) {
+      result[3] = dy;
+      needs[3] = false;
+    }
+    const auto keep = [&](const variable_list& all) {
+      for (size_t i = 0; i < all.size(); ++i) {
+        if (needs[i]) result[i] = all[i];
+      }
+    };
+    if (at::GradMode::is_enabled()) {  // create_graph
+      keep(BatchNormBackward::apply(dy, saved.x, saved.weight, saved, needs));
+    } else {
+      auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
+      keep({dx, dweight, dbias, dresidual});
+    }
+    return result;
+  }
+};
+
+bool tracked(const Tensor& t) {
+  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
+}
+bool tracked(const OptionalTensor& t) { return given(t) && tracked(*t); }
+
+}  // namespace
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
+                  std::optional<double> momentum, double eps, std::string_view activation) {
+  check_dense("input", input);
+  check_dense("residual", residual);
+  TORCH_CHECK(training || given(running_mean), "running_mean must be defined in evaluation mode");
+  TORCH_CHECK(training || given(running_var), "running_var must be defined in evaluation mode");
+  TORCH_CHECK(!tracked(running_mean) && !tracked(running_var),
+              "running_mean and running_var cannot require gradients: batch_norm has none for them");
+  const Settings settings = {running_mean, running_var, num_batches_tracked, training, momentum, eps, activation};
+  if (tracked(input) || tracked(weight) || tracked(bias) || tracked(residual)) {
+    return BatchNorm::apply(input, weight, bias, residual, settings);
+  }
+  return std::get<0>(run_forward(input, weight, bias, residual, settings, /*save=*/false, /*save_mask=*/false));
+}
+
+TORCH_LIBRARY_IMPL(bnext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
+
+}  // namespace bnext

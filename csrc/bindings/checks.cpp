@@ -1,0 +1,126 @@
+#include "checks.h"
+
+#include <c10/core/InferenceMode.h>
+#include <c10/core/ScalarType.h>
+
+#include <string>
+
+namespace bnext {
+
+namespace {
+
+std::string name_of(at::ScalarType t) { return std::string(c10::getDtypeNames(t).first); }
+
+bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
+
+void check_device(const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.device() == x.device(), name, " is on ", t.device(), ", but input is on ", x.device());
+}
+
+void check_length(const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.sym_numel() == x.sym_size(1), name, " should contain ", x.sym_size(1), " elements not ", t.sym_numel());
+}
+
+// One of the module's own channel vectors.
+void check_vector(const char* name, const Tensor& t, const Tensor& x) {
+  check_length(name, t, x);
+  check_device(name, t, x);
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK(t.scalar_type() == dtype || (is_half(dtype) && t.scalar_type() == at::kFloat), name, " should be ",
+              name_of(dtype), is_half(dtype) ? " or float32" : "", " for an input of ", name_of(dtype), ", not ",
+              name_of(t.scalar_type()));
+}
+
+void check_same_dtype(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " should have the dtype of ", other_name, ", ",
+              name_of(other.scalar_type()), ", not ", name_of(t.scalar_type()));
+}
+
+}  // namespace
+
+at::ScalarType acc_type_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Activation parse_activation(std::string_view name) {
+  if (name == "none") return Activation::none;
+  TORCH_CHECK_VALUE(name == "relu", "activation should be None or 'relu', not '", name, "'");
+  return Activation::relu;
+}
+
+std::string_view name_of(Activation activation) { return activation == Activation::relu ? "relu" : "none"; }
+
+void check_dense(const char* name, const OptionalTensor& t) {
+  TORCH_CHECK(!given(t) || t->layout() == at::kStrided, name, " should be a dense tensor, not ", t->layout());
+}
+
+void check_input(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions, (N, C) or (N, C, *) (got ", x.dim(),
+                    "D input)");
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble || is_half(dtype),
+                              "input should be float32, float64, float16 or bfloat16, not ", name_of(dtype));
+}
+
+void check_batch(const Tensor& x) {
+  c10::SymInt per_channel = x.sym_size(0);
+  for (int64_t d = 2; d < x.dim(); ++d) per_channel *= x.sym_size(d);
+  TORCH_CHECK_VALUE(per_channel != 1,
+                    "Expected more than 1 value per channel when training, got input size torch.Size(", x.sym_sizes(),
+                    ")");
+}
+
+void check_eps(double eps, bool training) {
+  TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ", eps);
+  TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", eps);
+}
+
+void check_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
+  if (given(weight)) check_vector("weight", *weight, x);
+  if (given(bias)) check_vector("bias", *bias, x);
+  if (given(weight) && given(bias)) check_same_dtype("bias", *bias, "weight", *weight);
+}
+
+void check_running(const Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  TORCH_CHECK_VALUE(given(running_mean) == given(running_var),
+                    "running_mean and running_var must either both be None or neither be None");
+  if (!given(running_mean)) return;
+  check_vector("running_mean", *running_mean, x);
+  check_vector("running_var", *running_var, x);
+  check_same_dtype("running_var", *running_var, "running_mean", *running_mean);
+}
+
+void check_counter(const Tensor& x, const OptionalTensor& num_batches_tracked) {
+  if (!given(num_batches_tracked)) return;
+  const Tensor& t = *num_batches_tracked;
+  TORCH_CHECK(t.sym_numel() == 1, "num_batches_tracked should contain 1 element not ", t.sym_numel());
+  TORCH_CHECK(t.scalar_type() == at::kLong, "num_batches_tracked should be int64, not ", name_of(t.scalar_type()));
+  check_device("num_batches_tracked", t, x);
+}
+
+void check_writable(const char* name, const OptionalTensor& t) {
+  TORCH_CHECK(!given(t) || !t->is_inference() || c10::InferenceMode::is_enabled(), name,
+              " is an inference tensor, which training cannot update outside InferenceMode");
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.sym_sizes() == x.sym_sizes(), name, " should have the shape of input, ", x.sym_sizes(), ", not ",
+              t.sym_sizes());
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " should have the dtype of input, ", name_of(x.scalar_type()),
+              ", not ", name_of(t.scalar_type()));
+  check_device(name, t, x);
+}
+
+void check_statistic(const char* name, const Tensor& t, const Tensor& x) {
+  check_length(name, t, x);
+  check_device(name, t, x);
+  TORCH_CHECK(t.scalar_type() == acc_type_of(x), name, " should be ", name_of(acc_type_of(x)), " for an input of ",
+              name_of(x.scalar_type()), ", not ", name_of(t.scalar_type()));
+}
+
+void check_mask(const Tensor& mask, const Tensor& x) {
+  const auto bytes = (x.sym_numel() + 7) / 8;
+  TORCH_CHECK(mask.scalar_type() == at::kByte && mask.sym_numel() == bytes, "mask should be uint8 with ", bytes,
+              " elements, not ", name_of(mask.scalar_type()), " with ", mask.sym_numel());
+  check_device("mask", mask, x);
+}
+
+}  // namespace bnext

@@ -1,0 +1,57 @@
+// Every mistake that a caller can make, found before anything is allocated or changed. A message
+// names the argument, what was expected and what came; exceptions are of torch.nn's types.
+//
+// Sizes are symbolic, because tracing runs the same checks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "../core/types.h"
+
+namespace bnext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+// The dtype that statistics of x are kept in.
+at::ScalarType acc_type_of(const Tensor& x);
+
+Activation parse_activation(std::string_view name);
+std::string_view name_of(Activation);
+
+// Not sparse. The dispatcher refuses sparse tensors too, but in words that help nobody.
+void check_dense(const char* name, const OptionalTensor& t);
+
+// Rank and dtype.
+void check_input(const Tensor& x);
+
+// torch.nn refuses to take a variance over one value.
+void check_batch(const Tensor& x);
+
+void check_eps(double eps, bool training);
+
+// weight, bias: one value a channel, both of one dtype: x's, or float32 beside 16-bit x.
+void check_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias);
+
+// running_mean, running_var: likewise, both or neither.
+void check_running(const Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var);
+void check_counter(const Tensor& x, const OptionalTensor& num_batches_tracked);
+
+// Raises what an in-place operation on t would, before anything has been changed.
+void check_writable(const char* name, const OptionalTensor& t);
+
+// A tensor that has to be just like x: residual, dy.
+void check_like(const char* name, const Tensor& t, const Tensor& x);
+
+// A channel vector of statistics: mean, invstd, sums.
+void check_statistic(const char* name, const Tensor& t, const Tensor& x);
+
+// The sign mask that a forward over x wrote.
+void check_mask(const Tensor& mask, const Tensor& x);
+
+}  // namespace bnext

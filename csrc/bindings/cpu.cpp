@@ -1,0 +1,35 @@
+// The operators on CPU tensors.
+#include "../cpu/cpu.h"
+
+#include <ATen/Parallel.h>
+
+#include "ops.h"
+
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "compile with -fopenmp: without it at::parallel_for uses one thread"
+#endif
+
+namespace bnext {
+namespace {
+
+void parallel_for(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
+  at::parallel_for(0, tasks, 1, body);
+}
+
+struct Cpu {
+  static constexpr bool executes = true;
+  using Int = int64_t;
+
+  static void stats(const ForwardParams& p, const Tensor&) { cpu::stats(p, parallel_for); }
+  static void normalize(const ForwardParams& p, const Tensor&) { cpu::normalize(p, parallel_for); }
+  static void forward(const ForwardParams& p, const Tensor&) { cpu::forward(p, parallel_for); }
+  static void backward_reduce(const BackwardParams& p, const Tensor&) { cpu::backward_reduce(p, parallel_for); }
+  static void backward_input(const BackwardParams& p, const Tensor&) { cpu::backward_input(p, parallel_for); }
+  static void backward(const BackwardParams& p, const Tensor&) { cpu::backward(p, parallel_for); }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bnext, CPU, m) { register_ops<Cpu>(m); }
+
+}  // namespace bnext

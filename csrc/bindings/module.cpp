@@ -1,0 +1,18 @@
+// bnext._C: the direct way from Python, past the dispatcher's boxing.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "autograd.h"
+
+namespace bnext {
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
+#if defined(BNEXT_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}
+
+}  // namespace bnext

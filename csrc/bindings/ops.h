@@ -1,0 +1,449 @@
+// The stages and their two fusions as torch operators, for any backend. A backend is a struct of
+//
+//   executes     false: shapes only (Meta); nothing is filled in, nothing runs
+//   Int          its type for a number that may be symbolic
+//   stats, normalize, forward (const ForwardParams&, const Tensor& x)
+//   backward_reduce, backward_input, backward (const BackwardParams&, const Tensor& x)
+//
+// Tracing and execution share this code, so that they cannot disagree on a size or a stride.
+// Outputs that are not asked for are empty: an operator of torch returns tensors.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+#include "layout.h"
+
+namespace bnext {
+
+inline void* data(const Tensor& t) { return t.numel() == 0 ? nullptr : t.data_ptr(); }
+inline void* data(const OptionalTensor& t) { return given(t) ? data(*t) : nullptr; }
+inline const void* const_data(const OptionalTensor& t) { return given(t) ? t->const_data_ptr() : nullptr; }
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
+}
+
+inline Tensor nothing(const Tensor& x) { return at::empty({0}, x.options()); }
+
+inline Tensor channel_vector(const Tensor& x, at::ScalarType dtype) {
+  return at::empty_symint({x.sym_size(1)}, x.options().dtype(dtype));
+}
+
+inline Tensor statistic(const Tensor& x) { return channel_vector(x, acc_type_of(x)); }
+
+inline Tensor sign_mask(const Tensor& x, bool wanted) {
+  const c10::SymInt bytes = wanted ? (x.sym_numel() + 7) / 8 : c10::SymInt(0);
+  return at::empty_symint({bytes}, x.options().dtype(at::kByte));
+}
+
+template <class... Tensors>
+void zero(const Tensors&... tensors) {
+  (tensors.zero_(), ...);
+}
+
+// The dtype that both parameters have; where there are none, that of their gradients' sums.
+inline at::ScalarType parameter_type(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return given(weight) ? weight->scalar_type() : given(bias) ? bias->scalar_type() : acc_type_of(x);
+}
+
+// In the shape of the parameter, which torch lets be any that has a value for each channel.
+inline Tensor parameter_gradient(const Tensor& x, const OptionalTensor& parameter, const OptionalTensor& other) {
+  return given(parameter) ? at::empty_like(*parameter, at::MemoryFormat::Contiguous)
+                          : channel_vector(x, parameter_type(x, parameter, other));
+}
+
+// A buffer that an operator changes in place, under the rules of in-place changes: its version
+// moves (before anything runs, as that may raise), and any strides will do.
+class Buffer {
+ public:
+  explicit Buffer(const OptionalTensor& t) : original_(t), dense_(contiguous(t)) {
+    if (given(original_) && !original_->is_inference()) original_->unsafeGetTensorImpl()->bump_version();
+  }
+
+  void* data() const { return bnext::data(dense_); }
+  const OptionalTensor& tensor() const { return dense_; }
+  void write_back() const {
+    if (given(original_) && !dense_->is_same(*original_)) original_->copy_(*dense_);
+  }
+
+ private:
+  const OptionalTensor& original_;
+  OptionalTensor dense_;
+};
+
+template <class Backend>
+struct Ops {
+  static constexpr bool executes = Backend::executes;
+
+  static std::tuple<Tensor, Tensor> stats(const Tensor& x) {
+    // Validate.
+    check_input(x);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const auto format = format_of(x);
+    const Tensor xd = dense(x, format, executes);
+
+    // Allocate.
+    Tensor mean = statistic(x), var = statistic(x);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      ForwardParams p = forward_params(xd, format, {}, {});
+      p.mean = data(mean);
+      p.var = data(var);
+      if (p.shape.numel() == 0) {
+        zero(mean, var);
+      } else {
+        Backend::stats(p, xd);
+      }
+    }
+    return {mean, var};
+  }
+
+  static std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                              const OptionalTensor& weight, const OptionalTensor& bias,
+                                              const OptionalTensor& residual, std::string_view activation,
+                                              bool save_mask) {
+    // Validate.
+    const Activation act = parse_activation(activation);
+    check_input(x);
+    check_statistic("mean", mean, x);
+    check_statistic("invstd", invstd, x);
+    check_parameters(x, weight, bias);
+    if (given(residual)) check_like("residual", *residual, x);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const Apply apply(x, weight, bias, residual);
+    const Tensor mean_d = mean.contiguous(), invstd_d = invstd.contiguous();
+
+    // Allocate.
+    Tensor y = at::empty_like(apply.x, apply.format);
+    Tensor mask = sign_mask(x, save_mask && act != Activation::none);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      ForwardParams p = apply.params(act, y, mask);
+      p.mean = mean_d.data_ptr();
+      p.invstd = invstd_d.data_ptr();
+      if (p.shape.numel() != 0) Backend::normalize(p, apply.x);
+    }
+    return {y, mask};
+  }
+
+  // Training: the batch's own statistics, and their step into the running ones.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+      const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+      const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
+      std::optional<double> momentum, double eps, std::string_view activation, bool save_mask) {
+    // Validate.
+    const Activation act = parse_activation(activation);
+    check_input(x);
+    check_batch(x);
+    check_eps(eps, /*training=*/true);
+    check_parameters(x, weight, bias);
+    check_running(x, running_mean, running_var);
+    check_counter(x, num_batches_tracked);
+    check_writable("running_mean", running_mean);
+    check_writable("running_var", running_var);
+    check_writable("num_batches_tracked", num_batches_tracked);
+    TORCH_CHECK_VALUE(momentum || !given(running_mean) || given(num_batches_tracked),
+                      "momentum=None averages over all batches, and needs num_batches_tracked to count them");
+    if (given(residual)) check_like("residual", *residual, x);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const Apply apply(x, weight, bias, residual);
+
+    // Allocate.
+    Tensor y = at::empty_like(apply.x, apply.format);
+    Tensor mean = statistic(x), invstd = statistic(x);
+    Tensor mask = sign_mask(x, save_mask && act != Activation::none);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      const Buffer running_mean_d(running_mean), running_var_d(running_var), counter_d(num_batches_tracked);
+      ForwardParams p = apply.params(act, y, mask);
+      p.mean = data(mean);
+      p.invstd = data(invstd);
+      p.running_dtype = to_dtype(given(running_mean) ? running_mean->scalar_type() : acc_type_of(x));
+      p.running_mean = running_mean_d.data();
+      p.running_var = running_var_d.data();
+      p.num_batches_tracked = static_cast<int64_t*>(counter_d.data());
+      p.momentum = momentum.value_or(0);
+      p.cumulative = !momentum.has_value();
+      p.eps = eps;
+      if (p.shape.numel() == 0) {
+        zero(mean, invstd);
+        if (given(num_batches_tracked)) num_batches_tracked->add_(1);
+      } else {
+        Backend::forward(p, apply.x);
+        running_mean_d.write_back();
+        running_var_d.write_back();
+      }
+    }
+    return {y, mean, invstd, mask};
+  }
+
+  // Evaluation: the running statistics. `save` returns what they were, for the backward.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_eval(const Tensor& x, const OptionalTensor& weight,
+                                                                 const OptionalTensor& bias, const Tensor& running_mean,
+                                                                 const Tensor& running_var,
+                                                                 const OptionalTensor& residual, double eps,
+                                                                 std::string_view activation, bool save,
+                                                                 bool save_mask) {
+    // Validate.
+    const Activation act = parse_activation(activation);
+    check_input(x);
+    check_eps(eps, /*training=*/false);
+    check_parameters(x, weight, bias);
+    check_running(x, running_mean, running_var);
+    if (given(residual)) check_like("residual", *residual, x);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const Apply apply(x, weight, bias, residual);
+    const Tensor running_mean_d = running_mean.contiguous(), running_var_d = running_var.contiguous();
+
+    // Allocate.
+    Tensor y = at::empty_like(apply.x, apply.format);
+    Tensor mean = save ? statistic(x) : nothing(x), invstd = save ? statistic(x) : nothing(x);
+    Tensor mask = sign_mask(x, save_mask && act != Activation::none);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      ForwardParams p = apply.params(act, y, mask);
+      p.mean = data(mean);
+      p.invstd = data(invstd);
+      p.running_dtype = to_dtype(running_mean.scalar_type());
+      p.running_mean = running_mean_d.data_ptr();
+      p.running_var = running_var_d.data_ptr();
+      p.eps = eps;
+      if (p.shape.numel() == 0) {
+        zero(mean, invstd);
+      } else {
+        Backend::normalize(p, apply.x);
+      }
+    }
+    return {y, mean, invstd, mask};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(
+      const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
+      const OptionalTensor& bias, const OptionalTensor& mask, std::string_view activation) {
+    // Validate.
+    const Activation act = parse_activation(activation);
+    check_backward(dy, x, mean, invstd, weight, bias, mask);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const Gradient gradient(dy, x, mean, invstd, weight, bias, mask);
+
+    // Allocate.
+    Tensor sum_dy = statistic(x), sum_dy_xmu = statistic(x);
+    Tensor dweight = parameter_gradient(x, weight, bias), dbias = parameter_gradient(x, bias, weight);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      BackwardParams p = gradient.params(act);
+      p.sum_dy = data(sum_dy);
+      p.sum_dy_xmu = data(sum_dy_xmu);
+      p.dweight = data(dweight);
+      p.dbias = data(dbias);
+      if (p.shape.numel() == 0) {
+        zero(sum_dy, sum_dy_xmu, dweight, dbias);
+      } else {
+        Backend::backward_reduce(p, gradient.dy);
+      }
+    }
+    return {sum_dy, sum_dy_xmu, dweight, dbias};
+  }
+
+  // The sums may come from further than x, as they do in SyncBatchNorm; `count` is then how many
+  // values a channel they were taken over. Where only the device knows that number, divide the
+  // sums by it there and pass 1.
+  static std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, const Tensor& mean,
+                                                   const Tensor& invstd, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& mask,
+                                                   const Tensor& sum_dy, const Tensor& sum_dy_xmu,
+                                                   typename Backend::Int count, std::string_view activation) {
+    // Validate.
+    const Activation act = parse_activation(activation);
+    check_backward(dy, x, mean, invstd, weight, bias, mask);
+    check_statistic("sum_dy", sum_dy, x);
+    check_statistic("sum_dy_xmu", sum_dy_xmu, x);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const Gradient gradient(dy, x, mean, invstd, weight, bias, mask);
+    const Tensor sum_dy_d = sum_dy.contiguous(), sum_dy_xmu_d = sum_dy_xmu.contiguous();
+
+    // Allocate.
+    Tensor dx = at::empty_like(gradient.x);
+    Tensor dresidual = given(mask) ? at::empty_like(gradient.x) : nothing(x);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      BackwardParams p = gradient.params(act);
+      p.training = true;
+      p.count = count;
+      p.sum_dy = sum_dy_d.data_ptr();
+      p.sum_dy_xmu = sum_dy_xmu_d.data_ptr();
+      p.dx = data(dx);
+      p.dresidual = data(dresidual);
+      if (p.shape.numel() != 0) Backend::backward_input(p, gradient.dy);
+    }
+    return {dx, dresidual};
+  }
+
+  // `needs` asks for (dx, dweight, dbias, dresidual). Without a mask dresidual would be dy.
+  // x may be missing where only dx is asked for, training is false, and there is no activation.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x,
+                                                             const OptionalTensor& weight, const OptionalTensor& bias,
+                                                             const Tensor& mean, const Tensor& invstd,
+                                                             const OptionalTensor& mask, std::string_view activation,
+                                                             bool training, std::array<bool, 4> needs) {
+    // Validate.
+    const Activation act = parse_activation(activation);
+    const auto [need_dx, need_dweight, need_dbias, need_dresidual] = needs;
+    const bool reduces = need_dweight || need_dbias || (training && need_dx);
+    const Tensor& like = given(x) ? *x : dy;
+    check_backward(dy, like, mean, invstd, weight, bias, mask);
+    TORCH_CHECK(given(x) || !(reduces || act != Activation::none), "x is needed for this gradient");
+    TORCH_CHECK(given(mask) || !need_dresidual, "mask is needed for the gradient of residual");
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(like.device());
+    const Gradient gradient(dy, like, mean, invstd, weight, bias, mask);
+
+    // Allocate.
+    Tensor dx = need_dx ? at::empty_like(gradient.x) : nothing(like);
+    Tensor dresidual = need_dresidual ? at::empty_like(gradient.x) : nothing(like);
+    Tensor dweight = need_dweight ? parameter_gradient(like, weight, bias) : nothing(like);
+    Tensor dbias = need_dbias ? parameter_gradient(like, bias, weight) : nothing(like);
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      BackwardParams p = gradient.params(act);
+      if (!given(x)) p.x = nullptr;
+      p.training = training;
+      p.dweight = data(dweight);
+      p.dbias = data(dbias);
+      p.dx = data(dx);
+      p.dresidual = data(dresidual);
+      const Tensor sums = reduces ? at::empty({2, like.size(1)}, mean.options()) : Tensor();
+      if (reduces) {
+        p.sum_dy = data(sums);
+        p.sum_dy_xmu = static_cast<char*>(p.sum_dy) + sums.nbytes() / 2;
+      }
+      if (p.shape.numel() == 0) {
+        zero(dweight, dbias);
+      } else if (reduces || need_dx || need_dresidual) {
+        Backend::backward(p, gradient.dy);
+      }
+    }
+    return {dx, dweight, dbias, dresidual};
+  }
+
+ private:
+  static ForwardParams forward_params(const Tensor& x, at::MemoryFormat format, const OptionalTensor& weight,
+                                      const OptionalTensor& bias) {
+    ForwardParams p = {};
+    p.shape = shape_of(x, format);
+    p.dtype = to_dtype(x.scalar_type());
+    p.weight_dtype = to_dtype(parameter_type(x, weight, bias));
+    p.running_dtype = to_dtype(acc_type_of(x));
+    p.x = x.const_data_ptr();
+    return p;
+  }
+
+  // The operands of an elementwise forward, all in the layout of x.
+  struct Apply {
+    at::MemoryFormat format;
+    Tensor x;
+    OptionalTensor weight, bias, residual;
+
+    Apply(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual)
+        : format(format_of(x)),
+          x(dense(x, format, executes)),
+          weight(contiguous(weight)),
+          bias(contiguous(bias)),
+          residual(given(residual) ? OptionalTensor(dense(*residual, format, executes)) : OptionalTensor()) {}
+
+    ForwardParams params(Activation activation, const Tensor& y, const Tensor& mask) const {
+      ForwardParams p = forward_params(x, format, weight, bias);
+      p.activation = activation;
+      p.residual = const_data(residual);
+      p.weight = const_data(weight);
+      p.bias = const_data(bias);
+      p.y = data(y);
+      p.mask = static_cast<uint8_t*>(data(mask));
+      return p;
+    }
+  };
+
+  static void check_backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                             const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask) {
+    check_input(x);
+    check_like("dy", dy, x);
+    check_statistic("mean", mean, x);
+    check_statistic("invstd", invstd, x);
+    check_parameters(x, weight, bias);
+    if (given(mask)) check_mask(*mask, x);
+  }
+
+  // The operands of a backward, all in the layout of x.
+  struct Gradient {
+    at::MemoryFormat format;
+    Tensor x, dy, mean, invstd;
+    OptionalTensor weight, bias, mask;
+
+    Gradient(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
+             const OptionalTensor& bias, const OptionalTensor& mask)
+        : format(format_of(x)),
+          x(dense(x, format, executes)),
+          dy(dense(dy, format, executes)),
+          mean(mean.contiguous()),
+          invstd(invstd.contiguous()),
+          weight(contiguous(weight)),
+          bias(contiguous(bias)),
+          mask(contiguous(mask)) {}
+
+    BackwardParams params(Activation activation) const {
+      BackwardParams p = {};
+      p.shape = shape_of(x, format);
+      p.dtype = to_dtype(x.scalar_type());
+      p.weight_dtype = to_dtype(parameter_type(x, weight, bias));
+      p.activation = activation;
+      p.dy = dy.const_data_ptr();
+      p.x = x.const_data_ptr();
+      p.mask = static_cast<const uint8_t*>(const_data(mask));
+      p.weight = const_data(weight);
+      p.bias = const_data(bias);
+      p.mean = mean.const_data_ptr();
+      p.invstd = invstd.const_data_ptr();
+      p.count = p.shape.per_channel();
+      return p;
+    }
+  };
+};
+
+template <class Backend>
+void register_ops(torch::Library& m) {
+  m.impl("stats", &Ops<Backend>::stats);
+  m.impl("normalize", &Ops<Backend>::normalize);
+  m.impl("forward", &Ops<Backend>::forward);
+  m.impl("forward_eval", &Ops<Backend>::forward_eval);
+  m.impl("backward_reduce", &Ops<Backend>::backward_reduce);
+  m.impl("backward_input", &Ops<Backend>::backward_input);
+  m.impl("backward", &Ops<Backend>::backward);
+}
+
+}  // namespace bnext

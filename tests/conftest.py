@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Each test that takes this runs on the CPU and on the GPU; without a GPU that half is skipped."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """The same random numbers, and one thread: for tensors as small as the tests' own, waiting for a
+    second one takes longer than the work. test_repeatability.py shows that results do not depend on it."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,182 @@
+"""What bad input gets: an error of torch.nn's type that names the argument, says what was expected
+and what came, and leaves every buffer as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import bnext
+from bnext.functional import batch_norm
+
+
+def assert_refused(m, error, message, *args):
+    before = {name: t.clone() for name, t in m.state_dict().items()}
+    with pytest.raises(error, match=message):
+        m(*args)
+    assert all(torch.equal(t, before[name]) for name, t in m.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "error", "message"),
+    [
+        ("BatchNorm2d", (2, 3, 4), ValueError, r"expected 4D input \(got 3D input\)"),
+        ("BatchNorm2d", (2, 3, 4, 4, 4), ValueError, r"expected 4D input \(got 5D input\)"),
+        ("BatchNorm1d", (3,), ValueError, r"expected 2D or 3D input \(got 1D input\)"),
+        ("BatchNorm3d", (2, 3, 4, 4), ValueError, r"expected 5D input \(got 4D input\)"),
+        ("BatchNorm2d", (2, 4, 5, 5), RuntimeError, r"(weight|running_mean) should contain 4 elements not 3"),
+        ("BatchNorm1d", (1, 3), ValueError, "Expected more than 1 value per channel when training, got input size"),
+        ("BatchNorm2d", (1, 3, 1, 1), ValueError, r"more than 1 value per channel .* torch.Size\(\[1, 3, 1, 1\]\)"),
+    ],
+)
+def test_shapes_get_the_error_of_torch(device, kind, shape, error, message):
+    x = torch.randn(shape, device=device)
+    assert_refused(getattr(bnext, kind)(3, device=device), error, message, x)
+    with pytest.raises(error, match=message):
+        getattr(nn, kind)(3, device=device)(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_dtypes_that_cannot_be_normalized(device, dtype, options):
+    x = torch.ones(2, 3, 4, 4, device=device).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    m = bnext.BatchNorm2d(3, device=device, **options)
+    assert_refused(m, RuntimeError, f"input should be float32, float64, float16 or bfloat16, not {name}", x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype", "expected"),
+    [
+        (torch.float64, torch.float32, "float64"),
+        (torch.float32, torch.float64, "float32"),
+        (torch.float16, torch.bfloat16, "float16 or float32"),
+        (torch.bfloat16, torch.float64, "bfloat16 or float32"),
+    ],
+    ids=str,
+)
+def test_dtypes_that_do_not_match(device, dtype, parameter_dtype, expected):
+    x = torch.randn(2, 3, 4, 4, device=device).to(dtype)
+    whole = bnext.BatchNorm2d(3, dtype=parameter_dtype, device=device)
+    came = str(parameter_dtype).removeprefix("torch.")
+    for m in (whole, whole.eval()):
+        assert_refused(m, RuntimeError, f"weight should be {expected} .* not {came}", x)
+    bare = bnext.BatchNorm2d(3, affine=False, dtype=parameter_dtype, device=device)
+    for m in (bare, bare.eval()):
+        assert_refused(m, RuntimeError, f"running_mean should be {expected} .* not {came}", x)
+
+
+def arguments(device, **changed):
+    vector = {
+        "running_mean": torch.zeros(3, device=device),
+        "running_var": torch.ones(3, device=device),
+        "weight": torch.ones(3, device=device),
+        "bias": torch.zeros(3, device=device),
+    }
+    counter = {"num_batches_tracked": torch.zeros((), dtype=torch.int64, device=device)}
+    options = {"training": True}
+    return {"input": torch.randn(2, 3, 4, 4, device=device), **vector, **counter, **options, **changed}
+
+
+WRONG = [
+    (RuntimeError, r"{} should contain 3 elements not 4", ("weight", "bias", "running_mean", "running_var"), torch.ones(4)),
+    (RuntimeError, r"{} should be float32 .* not float16", ("weight", "bias", "running_mean", "running_var"), torch.ones(3).half()),
+    (ValueError, r"running_mean and running_var must either both be None", ("running_mean", "running_var"), None),
+    (RuntimeError, r"residual should have the shape of input, \[2, 3, 4, 4\], not \[2, 3, 4\]", ("residual",), torch.ones(2, 3, 4)),
+    (RuntimeError, r"residual should have the shape of input, \[2, 3, 4, 4\], not \[2, 3, 1, 1\]", ("residual",), torch.ones(2, 3, 1, 1)),
+    (RuntimeError, r"residual should have the dtype of input, float32, not float64", ("residual",), torch.ones(2, 3, 4, 4).double()),
+    (RuntimeError, r"residual should be a dense tensor, not Sparse", ("residual",), torch.ones(2, 3, 4, 4).to_sparse()),
+    (RuntimeError, r"num_batches_tracked should be int64, not float32", ("num_batches_tracked",), torch.ones(())),
+    (RuntimeError, r"num_batches_tracked should contain 1 element not 3", ("num_batches_tracked",), torch.ones(3).long()),
+    (ValueError, r"activation should be None or 'relu', not 'swish'", ("activation",), "swish"),
+    (ValueError, r"activation should be None or 'relu'", ("activation",), nn.ReLU()),
+    (ValueError, r"eps must be positive during training", ("eps",), 0.0),
+    (ValueError, r"at least 2 dimensions.*got 1D", ("input",), torch.ones(3)),
+    (ValueError, r"at least 2 dimensions.*got 0D", ("input",), torch.ones(())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "name", "value"), [(e, m, name, v) for e, m, names, v in WRONG for name in names]
+)
+def test_wrong_arguments(device, error, message, name, value):
+    value = value.to(device) if isinstance(value, torch.Tensor) else value
+    args = arguments(device, **{name: value})
+    before = {k: t.clone() for k, t in args.items() if isinstance(t, torch.Tensor)}
+    with pytest.raises(error, match=message.format(name)):
+        batch_norm(**args)
+    for k, t in before.items():
+        assert torch.equal(args[k].to_dense(), t.to_dense()), k
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked", "residual"])
+def test_wrong_device(device, name):
+    elsewhere = "meta" if device == "cpu" else "cpu"
+    args = arguments(device)
+    args[name] = torch.empty_like(args.get(name, args["input"]), device=elsewhere)
+    with pytest.raises(RuntimeError, match=f"{name} is on {elsewhere}, but input is on {device}"):
+        batch_norm(**args)
+    assert name == "num_batches_tracked" or args["num_batches_tracked"] == 0
+
+
+def test_cpu_tensor_to_a_module_on_the_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    m = bnext.BatchNorm2d(3, device="cuda")
+    assert_refused(m, RuntimeError, "weight is on cuda:0, but input is on cpu", torch.randn(2, 3, 4, 4))
+
+
+def test_dtypes_of_weight_and_bias_must_agree(device):
+    x = torch.randn(2, 3, 4, 4, device=device).half()
+    args = arguments(device, input=x, bias=torch.zeros(3, device=device).half())
+    with pytest.raises(RuntimeError, match="bias should have the dtype of weight, float32, not float16"):
+        batch_norm(**args)
+    args = arguments(device, input=x, running_var=torch.ones(3, device=device).half())
+    with pytest.raises(RuntimeError, match="running_var should have the dtype of running_mean, float32, not float16"):
+        batch_norm(**args)
+
+
+def test_evaluation_needs_running_statistics(device):
+    x = torch.randn(2, 3, 4, 4, device=device)
+    for f in (batch_norm, nn.functional.batch_norm):
+        with pytest.raises(RuntimeError, match="running_mean must be defined in evaluation mode"):
+            f(x, None, None)
+
+
+def test_cumulative_average_needs_a_counter(device):
+    args = arguments(device, momentum=None, num_batches_tracked=None)
+    with pytest.raises(ValueError, match="momentum=None .* needs num_batches_tracked"):
+        batch_norm(**args)
+
+
+def test_running_statistics_cannot_require_gradients(device):
+    args = arguments(device)
+    args["running_mean"].requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot require gradients"):
+        batch_norm(**args)
+
+
+def test_inference_buffers_are_not_updated_outside_inference_mode(device):
+    with torch.inference_mode():
+        m = bnext.BatchNorm2d(3, affine=False, device=device)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    assert_refused(m, RuntimeError, "running_mean is an inference tensor", x)
+    m.eval()(x)
+    with torch.inference_mode():
+        m.train()(x)
+
+
+def test_sparse_input(device):
+    with pytest.raises(RuntimeError, match="input should be a dense tensor, not Sparse"):
+        batch_norm(torch.ones(2, 3, 4, 4, device=device).to_sparse(), None, None, training=True)
+
+
+@pytest.mark.parametrize("activation", ["swish", "none", 1, nn.ReLU])
+def test_unknown_activation_of_a_layer(activation):
+    with pytest.raises(ValueError, match="activation should be None or 'relu'"):
+        bnext.BatchNorm2d(3, activation=activation)
+
+
+def test_residual_of_a_layer(device):
+    x = torch.randn(2, 3, 4, 4, device=device)
+    for m in (bnext.BatchNorm2d(3, device=device), bnext.BatchNorm2d(3, device=device).eval()):
+        assert_refused(m, RuntimeError, "residual should have the shape of input", x, x[:1])

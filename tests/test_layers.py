@@ -1,0 +1,168 @@
+"""The layers as citizens of torch.nn."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bnext
+
+PAIRS = [(bnext.BatchNorm1d, nn.BatchNorm1d), (bnext.BatchNorm2d, nn.BatchNorm2d), (bnext.BatchNorm3d, nn.BatchNorm3d)]
+pairs = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=lambda c: c.__name__)
+
+
+def batch(kind, device="cpu"):
+    extra = {"BatchNorm1d": (), "BatchNorm2d": (5, 4), "BatchNorm3d": (2, 3, 4)}[kind.__name__]
+    return torch.randn(6, 3, *extra, device=device)
+
+
+@pairs
+def test_are_torchs_own_classes(ours, theirs):
+    m = ours(3)
+    assert isinstance(m, theirs) and isinstance(m, nn.modules.batchnorm._BatchNorm)
+    assert repr(m) == repr(theirs(3))
+    assert repr(ours(3, activation="relu")) == repr(theirs(3))[:-1] + ", activation='relu')"
+
+
+@pairs
+def test_constructor_is_that_of_the_installed_torch(ours, theirs):
+    parameters = dict(inspect.signature(ours).parameters)
+    assert parameters.pop("activation").kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(parameters.values()) == list(inspect.signature(nn.modules.batchnorm._BatchNorm).parameters.values())
+    m = ours(3, 1e-3, 0.2, False, True, None, torch.float64)
+    assert (m.eps, m.momentum, m.affine, m.track_running_stats) == (1e-3, 0.2, False, True)
+    assert m.running_mean.dtype == torch.float64
+    if "bias" in parameters:
+        m = ours(3, bias=False)
+        assert m.bias is None and m.weight is not None
+        assert m(batch(ours)).shape == batch(ours).shape
+    with pytest.raises(TypeError):
+        ours(3, unknown=1)
+
+
+@pairs
+def test_a_subclass_has_the_constructor_that_it_writes(ours, theirs):
+    class Wide(ours):
+        def __init__(self, factor):
+            super().__init__(3 * factor, activation="relu")
+
+    assert list(inspect.signature(Wide).parameters) == ["factor"]
+    assert Wide(2).num_features == 6
+
+
+@pairs
+def test_state_dicts_interchange(ours, theirs):
+    a, b = ours(3), theirs(3)
+    for m in (a, b):
+        m(batch(ours) + 1)
+    assert list(a.state_dict()) == list(b.state_dict())
+    restored_theirs, restored_ours = theirs(3), ours(3)
+    restored_theirs.load_state_dict(a.state_dict())
+    restored_ours.load_state_dict(b.state_dict())
+    x = batch(ours)
+    torch.testing.assert_close(restored_theirs.eval()(x), a.eval()(x))
+    torch.testing.assert_close(restored_ours.eval()(x), b.eval()(x))
+
+
+@pairs
+def test_old_checkpoints_without_a_counter(ours, theirs):
+    """Version 1 of torch's own format."""
+    state = theirs(3).state_dict()
+    del state["num_batches_tracked"]
+    state._metadata[""]["version"] = 1
+    m = ours(3)
+    m.load_state_dict(state)
+    assert m.num_batches_tracked == 0
+
+
+@pairs
+def test_copies_behave_alike(ours, theirs):
+    m = ours(3, momentum=None, activation="relu")
+    m(batch(ours))
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    x = batch(ours)
+    copies = [copy.deepcopy(m), pickle.loads(pickle.dumps(m)), torch.load(buffer, weights_only=False)]
+    expected = m(x, x)
+    for c in copies:
+        assert type(c) is ours and torch.equal(c(x, x), expected)
+        assert all(torch.equal(a, b) for a, b in zip(c.buffers(), m.buffers(), strict=True))
+
+
+@pairs
+def test_assigned_to_an_existing_layer(ours, theirs):
+    m = theirs(3)
+    m.__class__ = ours
+    x = batch(ours)
+    torch.testing.assert_close(m(x), theirs(3)(x))
+
+
+def test_buffers_follow_the_module(device):
+    m = bnext.BatchNorm2d(3).to(device).double()
+    m(torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device))
+    assert {t.device.type for t in m.state_dict().values()} == {device}
+    assert m.running_var.dtype == torch.float64 and m.num_batches_tracked.dtype == torch.int64
+
+
+def test_forward_hooks_and_residual_by_name(device):
+    m = bnext.BatchNorm2d(3, device=device)
+    seen = []
+    m.register_forward_hook(lambda module, args, kwargs, output: seen.append(set(kwargs)), with_kwargs=True)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    torch.testing.assert_close(m(x, residual=x), nn.BatchNorm2d(3, device=device)(x) + x)
+    assert seen == [{"residual"}]
+
+
+def test_tensor_subclasses_and_modes_see_the_call(device):
+    calls = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, f, types, args=(), kwargs=None):
+            calls.append(f)
+            return super().__torch_function__(f, types, args, kwargs or {})
+
+    x = torch.randn(2, 3, 4, 4, device=device)
+    m = bnext.BatchNorm2d(3, device=device)
+    y = m(x.as_subclass(Logged))
+    assert bnext.functional.batch_norm in calls and type(y) is Logged
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, f, types, args=(), kwargs=None):
+            calls.append(f)
+            return f(*args, **(kwargs or {}))
+
+    calls.clear()
+    with Mode():
+        m(x)
+    assert bnext.functional.batch_norm in calls
+
+
+def test_fake_tensors_go_through(device):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        m = bnext.BatchNorm2d(3, activation="relu", device=device)
+        x = torch.randn(2, 3, 4, 4, device=device).to(memory_format=torch.channels_last).requires_grad_()
+        y = m(x, x)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == (2, 3, 4, 4) and y.stride() == x.stride()
+
+
+def test_functional_gradients_are_refused_not_wrong(device):
+    m = bnext.BatchNorm1d(3, track_running_stats=False, device=device)
+    with pytest.raises(RuntimeError, match="C\\+\\+|functorch"):
+        torch.func.grad(lambda x: m(x).sum())(torch.randn(4, 3, device=device))
+
+
+def test_import_neither_loads_nor_compiles():
+    import subprocess
+    import sys
+
+    code = "import sys, bnext; assert 'bnext._C' not in sys.modules; print(bnext.__version__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
