@@ -1,0 +1,485 @@
+"""Finding a compiler, choosing what to compile, and loading or compiling the extension."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnext import _extension, _toolchain, doctor
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- the CUDA compiler
+
+
+def make_toolkit(home: Path, version: str = "13.0", headers: bool = True) -> Path:
+    """A folder that looks like a CUDA toolkit, with an nvcc that answers what bnext asks it."""
+    (home / "bin").mkdir(parents=True)
+    (home / "lib64").mkdir()
+    if headers:
+        (home / "include").mkdir()
+        (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        f'--version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;\n'
+        "--list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\ncompute_120\\n' ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+def find(tmp_path: Path, torch_cuda: str | None = "13.0", search: tuple[Path, ...] = (), **environ):
+    """find_toolkit in a world of tmp_path alone; the conventional prefix is tmp_path/prefix."""
+    environ = {name: str(value) for name, value in environ.items()}
+    places = [str(folder) for folder in search]
+    return _toolchain.find_toolkit(torch_cuda, environ=environ, prefix=tmp_path / "prefix", search=places)
+
+
+def test_cuda_home_comes_first(tmp_path):
+    home = make_toolkit(tmp_path / "home")
+    on_path = make_toolkit(tmp_path / "other")
+    make_toolkit(tmp_path / "prefix")
+    toolkit, passed_over = find(tmp_path, CUDA_HOME=home, PATH=on_path / "bin")
+    assert (toolkit.home, toolkit.origin, toolkit.version) == (home, "CUDA_HOME", "13.0")
+    assert passed_over == []
+
+
+def test_nvcc_on_path(tmp_path):
+    on_path = make_toolkit(tmp_path / "other")
+    make_toolkit(tmp_path / "prefix")
+    assert find(tmp_path, PATH=on_path / "bin")[0].home == on_path
+
+
+def test_a_wrapper_outside_the_toolkit_is_passed_over(tmp_path):
+    """torch answers the folder above the wrapper, which holds no headers."""
+    wrapper = make_toolkit(tmp_path / "local", headers=False)
+    prefix = make_toolkit(tmp_path / "prefix")
+    toolkit, passed_over = find(tmp_path, PATH=wrapper / "bin")
+    assert toolkit.home == prefix
+    assert passed_over == [f"nvcc on PATH: {wrapper} has no include/cuda_runtime.h"]
+
+
+def test_a_link_into_the_toolkit_is_followed(tmp_path):
+    real = make_toolkit(tmp_path / "real")
+    (tmp_path / "local" / "bin").mkdir(parents=True)
+    (tmp_path / "local" / "bin" / "nvcc").symlink_to(real / "bin" / "nvcc")
+    assert find(tmp_path, PATH=tmp_path / "local" / "bin")[0].home == real
+
+
+def test_nvidias_packages_come_last(tmp_path):
+    packaged = make_toolkit(tmp_path / "site-packages" / "nvidia" / "cu13")
+    search = (tmp_path / "elsewhere", tmp_path / "site-packages")
+    assert find(tmp_path, search=search)[0].home == packaged
+    prefix = make_toolkit(tmp_path / "prefix")
+    assert find(tmp_path, search=search)[0].home == prefix
+
+
+def test_a_toolkit_of_another_major_version_is_passed_over(tmp_path):
+    home = make_toolkit(tmp_path / "home", version="12.8")
+    prefix = make_toolkit(tmp_path / "prefix", version="13.1")
+    toolkit, passed_over = find(tmp_path, torch_cuda="13.0", CUDA_HOME=home)
+    assert toolkit.home == prefix
+    assert passed_over == [f"CUDA_HOME: {home} is CUDA 12.8, and torch is built for CUDA 13.0"]
+    assert find(tmp_path, torch_cuda=None, CUDA_HOME=home)[0].home == home
+
+
+def test_a_broken_nvcc_is_passed_over(tmp_path):
+    home = make_toolkit(tmp_path / "home")
+    (home / "bin" / "nvcc").write_text("#!/bin/sh\nexit 3\n")
+    toolkit, passed_over = find(tmp_path, CUDA_HOME=home)
+    assert toolkit is None
+    assert "does not run" in passed_over[0]
+
+
+def test_no_compiler_at_all(tmp_path):
+    toolkit, passed_over = find(tmp_path, CUDA_HOME=tmp_path / "gone")
+    assert toolkit is None
+    assert passed_over[0] == f"CUDA_HOME: {tmp_path / 'gone'} has no bin/nvcc"
+
+
+def test_cudart_without_its_plain_name_gets_one(tmp_path):
+    toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
+    (toolkit.home / "lib").mkdir()
+    library = toolkit.home / "lib" / "libcudart.so.13"
+    library.touch()
+    assert _toolchain.link_folder(toolkit, tmp_path / "made") == tmp_path / "made"
+    assert (tmp_path / "made" / "libcudart.so").resolve() == library
+    (toolkit.home / "lib64" / "libcudart.so").touch()
+    assert _toolchain.link_folder(toolkit, tmp_path / "made") == toolkit.home / "lib64"
+
+
+# ---- what to compile
+
+
+@pytest.mark.parametrize(
+    "known, visible, chosen",
+    [
+        (["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0", "12.1"], [], list(_toolchain.ARCHITECTURES)),
+        (["5.0", "7.5", "8.0", "9.0"], [], ["7.5", "8.0", "9.0"]),
+        (["7.5", "9.0", "12.0"], [(9, 0)], ["9.0"]),
+        (["7.5", "9.0", "12.0"], [(12, 0), (7, 5), (12, 0)], ["7.5", "12.0"]),
+        (["7.5", "9.0"], [(10, 3)], ["9.0"]),  # newer than the compiler: runs the newest's PTX
+    ],
+)
+def test_architectures(known, visible, chosen):
+    assert _toolchain.choose_architectures(known, visible) == chosen
+
+
+def test_architectures_of_the_compiler(tmp_path):
+    toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
+    assert _toolchain.known_architectures(toolkit) == ["7.5", "8.0", "9.0", "12.0"]
+
+
+def test_ptx_of_the_newest():
+    assert _toolchain.gencode(["9.0", "12.0"]) == [
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_torch_cuda_arch_list_is_left_to_torch(tmp_path, monkeypatch):
+    toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    assert _toolchain.architectures_for(toolkit, [(7, 5)]) == []
+    assert not any("arch" in flag for flag in _toolchain.recipe(ROOT / "csrc", {}, toolkit, []).nvcc)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    assert _toolchain.architectures_for(toolkit, [(7, 5)]) == ["7.5"]
+
+
+def test_cuda_sources_need_a_toolkit(tmp_path):
+    toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
+    without, with_cuda = (_toolchain.recipe(ROOT / "csrc", {}, t, []) for t in (None, toolkit))
+    cuda = {source for source in with_cuda.sources if source.parent.name == "cuda"}
+    assert {source.suffix for source in cuda} == {".cpp", ".cu"}
+    assert set(with_cuda.sources) - set(without.sources) == cuda
+    assert "-DBNEXT_WITH_CUDA" in with_cuda.cxx
+    assert "-DBNEXT_WITH_CUDA" not in without.cxx
+
+
+def test_what_a_binary_was_built_for_can_be_read_from_it(tmp_path):
+    info = {"torch": "2.14.0+cu130", "torch_cuda": "13.0", "nvcc": "13.1", "gpus": "7.5;9.0+PTX"}
+    flags = [flag for flag in _toolchain.recipe(ROOT / "csrc", info, None, []).cxx if flag.startswith("-D")]
+    source, binary = ROOT / "csrc" / "bindings" / "build_info.cpp", tmp_path / "build_info.o"
+    subprocess.run(["c++", "-c", *flags, str(source), "-o", str(binary)], check=True)
+    assert _toolchain.read_info(binary) == {**info, "gpus": "7.5/9.0+PTX"}
+    assert _toolchain.read_info(Path(__file__)) == {}
+
+
+# ---- which extension
+
+
+@pytest.mark.parametrize(
+    "built, running, cuda, fits",
+    [
+        ("2.14.0", "2.14.0", "13.0", True),
+        ("2.14.0+cu130", "2.14.1", "13.0", True),
+        ("2.14.0", "2.13.0", "13.0", False),
+        ("2.14.0", "2.14.0", "12.8", False),
+        ("2.14.0", "2.14.0+cpu", None, False),
+        ("2.15.0.dev20260101", "2.15.0.dev20260101", "13.0", True),
+        ("2.15.0.dev20260101", "2.15.0.dev20260102", "13.0", False),
+    ],
+)
+def test_an_extension_must_match_the_running_torch(built, running, cuda, fits):
+    assert _extension.matches({"torch": built, "torch_cuda": "13.0"}, running, cuda) is fits
+
+
+def test_an_unmarked_extension_matches_nothing():
+    assert not _extension.matches({}, torch.__version__, torch.version.cuda)
+
+
+def test_bnext_build_is_checked(monkeypatch):
+    monkeypatch.setenv("BNEXT_BUILD", "yes")
+    with pytest.raises(ValueError, match="BNEXT_BUILD must be 'aot', 'jit' or unset, got 'yes'"):
+        _extension.find()
+
+
+def test_just_in_time_cache_is_per_torch_and_sources(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(_extension, "sources_folder", lambda: tmp_path / "csrc")
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    paths = []
+    for text in ("int a;", "int b;"):
+        (tmp_path / "csrc" / "cpu" / "a.cpp").write_text(text)
+        paths.append(_extension.just_in_time("").path)
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    paths.append(_extension.just_in_time("").path)
+    assert len(set(paths)) == 3
+    assert "torch9.9.9" in str(paths[2])
+
+
+# ---- the build itself, of a package whose extension is one small file
+
+SMALL_MODULE = """
+#include <Python.h>
+static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(ANSWER); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+"""
+LOAD = "from bnext import _extension as e; print(e.extension().answer(), e.extension().__file__)"
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A source tree like this one, except for what it compiles."""
+    root = tmp_path / "package"
+    (root / "bnext").mkdir(parents=True)
+    for name in ("_extension.py", "_toolchain.py", "doctor.py", "py.typed"):
+        shutil.copy(ROOT / "bnext" / name, root / "bnext")
+    (root / "bnext" / "__init__.py").write_text('__version__ = "0"\n')
+    for name in ("setup.py", "pyproject.toml", "requirements-dev.txt", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, root)
+    (root / "csrc" / "bindings").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "bindings" / "build_info.cpp", root / "csrc" / "bindings")
+    (root / "csrc" / "bindings" / "module.cpp").write_text(SMALL_MODULE.replace("ANSWER", "42"))
+    return root
+
+
+def environment(package: Path, **more: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("BNEXT_BUILD", "PYTHONPATH")}
+    return {**inherited, "TORCH_EXTENSIONS_DIR": str(package.parent / "cache"), **more}
+
+
+def python(package: Path, *arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=package, env=environment(package, **more), capture_output=True, text=True, timeout=200
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def compilations(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("bnext:") and "compiling" in line]
+
+
+@pytest.mark.slow
+def test_pip_install_compiles_ahead_of_time(package, tmp_path):
+    site = tmp_path / "site"
+    pip = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index")
+    python(package, *pip, "--target", str(site), ".")
+    shutil.copytree(site, tmp_path / "installed" / "package")
+    done = python(tmp_path / "installed" / "package", "-c", LOAD, BNEXT_BUILD="aot")
+    answer, file = done.stdout.split()
+    assert answer == "42"
+    assert Path(file).parent == tmp_path / "installed" / "package" / "bnext"
+    assert compilations(done) == []
+    shipped = {p.name for p in (site / "bnext" / "csrc").rglob("*.cpp")}
+    assert shipped == {"build_info.cpp", "module.cpp"}
+
+
+@pytest.mark.slow
+def test_first_use_compiles_once_and_says_so(package):
+    first = python(package, "-c", LOAD)
+    assert first.stdout.split()[0] == "42"
+    (line,) = compilations(first)
+    assert "no extension was compiled ahead of time" in line
+    assert f"for torch {torch.__version__}" in line
+    assert "takes a minute or two" in line
+    second = python(package, "-c", LOAD)
+    assert second.stdout == first.stdout
+    assert compilations(second) == []
+
+
+@pytest.mark.slow
+def test_importing_and_asking_the_doctor_compile_nothing(package):
+    done = python(package, "-c", "import bnext, bnext._extension")
+    doctor_says = python(package, "-m", "bnext.doctor")
+    assert compilations(done) == compilations(doctor_says) == []
+    assert "at first use" in doctor_says.stdout
+    assert not (package.parent / "cache").exists()
+
+
+@pytest.mark.slow
+def test_an_extension_of_another_torch_is_replaced_not_loaded(package):
+    python(package, "setup.py", "-q", "build_ext", "--inplace")
+    (binary,) = (package / "bnext").glob("_C*.so")
+    running = torch.__version__.encode()
+    stale = b"0" + running[1:]
+    binary.write_bytes(binary.read_bytes().replace(b"torch:" + running, b"torch:" + stale))
+    done = python(package, "-c", LOAD)
+    (line,) = compilations(done)
+    assert f"is for torch {stale.decode()}" in line
+    assert f"this is torch {torch.__version__}" in line
+    assert str(package.parent / "cache") in done.stdout
+    refused = python(package, "-c", LOAD, check=False, BNEXT_BUILD="aot")
+    assert "BNEXT_BUILD=aot forbids compiling" in refused.stderr
+
+
+@pytest.mark.slow
+def test_an_extension_with_undefined_symbols_is_replaced(package):
+    source = package / "csrc" / "bindings" / "module.cpp"
+    good = source.read_text()
+    source.write_text("long gone();" + good.replace("42", "gone()"))
+    python(package, "setup.py", "-q", "build_ext", "--inplace")
+    source.write_text(good)
+    done = python(package, "-c", LOAD)
+    assert done.stdout.split()[0] == "42"
+    (line,) = compilations(done)
+    assert "undefined symbol" in line
+
+
+@pytest.mark.slow
+def test_a_killed_compilation_does_not_block_the_next(package, tmp_path):
+    """torch's own lock file outlives a killed process, and torch then waits for ever."""
+    started = tmp_path / "started"
+    slow = tmp_path / "slow-c++"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *-c*) touch {started}; sleep 600;; esac\nexec c++ "$@"\n')
+    slow.chmod(0o755)
+    victim = subprocess.Popen(
+        [sys.executable, "-c", LOAD],
+        cwd=package,
+        env=environment(package, CXX=str(slow)),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert started.exists()
+    (lock,) = (tmp_path / "cache").glob("bnext/*/bnext.lock")
+    (lock.parent / "lock").touch()  # what torch 2.14 and older leave; later ones hold a real lock
+    done = python(package, "-c", LOAD)
+    assert done.stdout.split()[0] == "42"
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_compile_once(package):
+    command = [sys.executable, "-c", LOAD]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=package, env=environment(package), **pipes) for _ in range(3)]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [out.split()[0] for out, _ in outputs] == ["42"] * 3
+    assert sum(err.count(": compiling") for _, err in outputs) == 1
+
+
+@pytest.mark.slow
+def test_a_failing_compilation_says_why(package):
+    (package / "csrc" / "bindings" / "module.cpp").write_text("#error out of order\n")
+    done = python(package, "-c", LOAD, check=False)
+    assert "compiling one now failed; `python -m bnext.doctor` says how to repair it" in done.stderr
+    assert "out of order" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_named(package):
+    done = python(package, "-c", LOAD, check=False, CXX="no-such-compiler")
+    assert "to compile one now no-such-compiler is missing" in done.stderr
+    verdict = python(package, "-m", "bnext.doctor", check=False, CXX="no-such-compiler")
+    assert verdict.returncode == 1
+    assert "install a C++ compiler" in verdict.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+@pytest.mark.skipif(_toolchain.find_toolkit(torch.version.cuda)[0] is None, reason="no CUDA compiler")
+@pytest.mark.parametrize("how", ["aot", "jit"])
+def test_cuda_sources_are_compiled_where_they_can_be(package, how):
+    (package / "csrc" / "cuda").mkdir()
+    (package / "csrc" / "cuda" / "plan.cpp").touch()
+    (package / "csrc" / "cuda" / "answer.cu").write_text(
+        "__global__ void kernel(int* out) { *out = 42; }\n"
+        "long answer() { return reinterpret_cast<void*>(kernel) ? 42 : 0; }\n"
+    )
+    (package / "csrc" / "bindings" / "module.cpp").write_text(
+        "#ifdef BNEXT_WITH_CUDA\n#include <c10/cuda/CUDAGuard.h>\n#include <c10/cuda/CUDAStream.h>\n#endif\n"
+        "long answer();\n"
+        + SMALL_MODULE.replace("ANSWER", "answer()").replace(" answer(Py", " call(Py").replace("answer, M", "call, M")
+    )
+    architectures = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
+    if how == "aot":
+        python(package, "setup.py", "-q", "build_ext", "--inplace", **architectures)
+    done = python(package, "-c", LOAD, BNEXT_BUILD=how, **architectures)
+    answer, file = done.stdout.split()
+    assert answer == "42"
+    assert _toolchain.read_info(Path(file))["gpus"] == "9.0+PTX"
+    assert "on the CPU and on CUDA" in python(package, "-m", "bnext.doctor", BNEXT_BUILD=how, **architectures).stdout
+
+
+# ---- the real extension, from the sources that an installed package ships
+
+
+@pytest.mark.slow
+def test_an_installed_package_compiles_itself_at_first_use(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "requirements-dev.txt", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("bnext", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    site = tmp_path / "site"
+    pip = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(site))
+    python(tree, *pip, ".", BNEXT_BUILD="jit")
+    assert not list(site.rglob("*.so"))
+    program = (
+        "import torch, bnext\n"
+        "x = torch.randn(4, 3, 5, 5)\n"
+        "torch.testing.assert_close(bnext.BatchNorm2d(3)(x), torch.nn.BatchNorm2d(3)(x))\n"
+        "print(bnext.__file__)\n"
+    )
+    done = python(site, "-c", program)
+    assert done.stdout.startswith(str(site))
+    assert len(compilations(done)) == 1
+    assert compilations(python(site, "-c", program)) == []
+
+
+# ---- the doctor
+
+
+def build(how: str = "ahead of time", nvcc: str = "none") -> _extension.Build:
+    return _extension.Build(how, Path("/nowhere/_C.so"), {"torch": "2.14.0", "nvcc": nvcc}, "because")
+
+
+TOOLKIT = _toolchain.Toolkit(Path("/somewhere"), "CUDA_HOME", "13.0")
+
+
+@pytest.mark.parametrize(
+    "build, toolkit, torch_cuda, gpu, problems, works, says",
+    [
+        (build(nvcc="13.0"), TOOLKIT, "13.0", True, [], True, "on the CPU and on CUDA."),
+        (build(nvcc="13.0"), TOOLKIT, "13.0", False, [], True, "no GPU is visible"),
+        (build(), None, None, False, [], True, "this torch is built without CUDA"),
+        (build(), None, "13.0", True, [], True, "no CUDA compiler was found"),
+        (build(), TOOLKIT, "13.0", True, [], True, "although a CUDA compiler is there now"),
+        (build("just in time"), TOOLKIT, "13.0", False, [], True, "where a GPU is visible"),
+        (build("just in time"), None, None, False, ["install a C++ compiler"], False, "nothing to compile with"),
+    ],
+)
+def test_the_doctors_verdict(monkeypatch, build, toolkit, torch_cuda, gpu, problems, works, says):
+    monkeypatch.delenv("BNEXT_BUILD", raising=False)
+    answer, verdict, remedies = doctor.judge(build, toolkit, torch_cuda, gpu, problems)
+    assert answer is works
+    assert says in verdict
+    assert remedies or build.info["nvcc"] != "none" or torch_cuda is None
+
+
+def test_the_doctor_on_this_machine(capsys):
+    assert doctor.main() == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    assert "bnext runs on the CPU" in said
+
+
+def test_setup_loads_the_toolchain_without_the_package():
+    """setup.py runs before there is a package to import."""
+    spec = importlib.util.spec_from_file_location("bnext_toolchain_alone", ROOT / "bnext" / "_toolchain.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.ARCHITECTURES == _toolchain.ARCHITECTURES

@@ -1,0 +1,112 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bnext
+
+ROOT = Path(__file__).parent.parent
+NOT_OURS = {".git", ".venv", "build", "dist", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}
+TEXT = sorted(
+    path
+    for path in ROOT.rglob("*")
+    if path.is_file()
+    and not NOT_OURS & set(path.relative_to(ROOT).parts)
+    and not any(part.endswith(".egg-info") for part in path.parts)
+    and path.suffix not in (".so", ".png", ".pyc")
+)
+CPP = [path for path in TEXT if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+#: What a dependency may point to: bindings -> {cuda, cpu} -> core, and never cuda <-> cpu.
+MAY_INCLUDE = {"core": {"core"}, "cpu": {"cpu", "core"}, "cuda": {"cuda", "core"}}
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def lines_that_match(pattern: str, paths) -> list[str]:
+    expression = re.compile(pattern)
+    return [
+        f"{shown(path)}:{number}: {line.strip()}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if expression.search(line)
+    ]
+
+
+def test_torch_is_included_by_bindings_alone():
+    outside = [p for p in CPP if "csrc" in p.parts and "bindings" not in p.parts]
+    assert outside
+    assert lines_that_match(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python)\b", outside) == []
+
+
+@pytest.mark.parametrize("folder", MAY_INCLUDE)
+def test_dependencies_point_one_way(folder):
+    for path in (ROOT / "csrc" / folder).iterdir():
+        for included in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text()):
+            target = (path.parent / included).resolve()
+            if target.exists():
+                assert target.parent.name in MAY_INCLUDE[folder], f"{shown(path)} includes {included}"
+
+
+def test_python_does_not_import_upward():
+    """bnext.nn -> bnext.functional -> bnext.ops -> the extension."""
+    order = ["_toolchain", "_extension", "ops", "functional", "nn"]
+    for i, name in enumerate(order):
+        above = "|".join(order[i + 1 :])
+        if above:
+            pattern = rf"^\s*(from bnext\.({above})\b|from \.({above})\b|import bnext\.({above})\b|from bnext import .*\b({above})\b)"
+            assert lines_that_match(pattern, [ROOT / "bnext" / f"{name}.py"]) == []
+
+
+def test_cuda_kernels_are_started_in_one_place():
+    cuda = [p for p in CPP if "cuda" in p.parts]
+    assert lines_that_match(r"<<<", cuda) == []
+    assert {shown(p) for p in cuda if "cudaLaunchKernel" in p.read_text()} <= {"csrc/cuda/dialect.h"}
+
+
+def test_macros_are_ours():
+    ours = [p for p in CPP if "csrc" in p.parts]
+    assert lines_that_match(r"#\s*define\s+(?!BNEXT_)", ours) == []
+
+
+def test_setup_is_data():
+    text = (ROOT / "setup.py").read_text()
+    assert len(text.splitlines()) < 120
+    assert not re.search(r"\bprint\(|urllib|requests|socket|subprocess|git ", text)
+
+
+def test_no_path_or_host_of_a_machine():
+    # Assembled, so that this file does not match itself. The conventional CUDA prefix is no machine's.
+    places = "|".join(
+        ("/ho" + "me/", "/ro" + "ot/", "/wo" + "rk/", "/op" + "t/", "/Us" + "ers/", "/us" + r"r/local/cuda-")
+    )
+    assert lines_that_match(rf"(?<![\w.~>\"])({places})", TEXT) == []
+    assert lines_that_match(r"https?://[\w.]*(pypi|pythonhosted|mirror|proxy|artifactory)", TEXT) == []
+
+
+def test_no_unfinished_business():
+    words = "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK"))
+    assert lines_that_match(rf"\b({words})\b", TEXT) == []
+
+
+def test_versions_agree():
+    stated = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert stated[1] == bnext.__version__
+
+
+def test_importing_compiles_and_loads_nothing():
+    program = "import sys, bnext; sys.exit('bnext._C' in sys.modules or 'torch.utils.cpp_extension' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_python_is_clean():
+    pytest.importorskip("ruff")
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

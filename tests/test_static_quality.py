@@ -1,0 +1,231 @@
+"""What the compiler made of the CUDA kernels: no spills, no local memory, registers within the launch
+bound, wide accesses in the hot loops, no float atomics. Needs nvcc, and cuobjdump for the machine
+code; no GPU, and no particular torch.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bnext import _toolchain
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+#: One of each generation: what is said of 8.0 holds for 8.6 and 8.9, and of 9.0 for 10.0.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "12.0")
+REGISTERS_PER_MULTIPROCESSOR = 65536
+
+TOOLKIT, PASSED_OVER = _toolchain.find_toolkit()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA compiler ({'; '.join(PASSED_OVER)})"),
+]
+each_compilation = pytest.mark.parametrize(
+    "source, architecture", [(s, a) for s in SOURCES for a in ARCHITECTURES], ids=lambda v: getattr(v, "name", v)
+)
+
+
+@functools.cache
+def cuobjdump() -> str | None:
+    """On PATH, in the toolkit, or in triton's package, which torch brings along for CUDA."""
+    spec = importlib.util.find_spec("triton")
+    folders = [TOOLKIT.home / "bin"] if TOOLKIT else []
+    if spec and spec.origin:
+        folders.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    return shutil.which("cuobjdump") or next(
+        (str(folder / "cuobjdump") for folder in folders if (folder / "cuobjdump").is_file()), None
+    )
+
+
+@dataclass
+class Compilation:
+    cubin: Path
+    log: str  # of ptxas -v
+    ptx: str
+
+
+def flags() -> list[str]:
+    ours = _toolchain.recipe(CSRC, {}, TOOLKIT, []).nvcc
+    torchs = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+    return [*ours, "-std=c++17", "--expt-relaxed-constexpr", *(f"-D__CUDA_NO_{name}__" for name in torchs)]
+
+
+@functools.cache
+def folder() -> Path:
+    """Where compilations are kept for as long as nothing that they depend on changes."""
+    digest = hashlib.sha256(repr((TOOLKIT.version, flags())).encode())
+    for path in sorted([*CSRC.glob("core/*"), *CSRC.glob("cuda/*")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    made = ROOT / "build" / "static-quality" / digest.hexdigest()[:16]
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+@functools.cache
+def compiled(source: Path, architecture: str) -> Compilation:
+    if architecture not in _toolchain.known_architectures(TOOLKIT):
+        pytest.skip(f"this nvcc does not know {architecture}")
+    kept = folder() / f"{source.stem}-{architecture}"
+    kept.mkdir(exist_ok=True)
+    with open(kept / "lock", "w") as lock:  # other test processes want the same file
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (kept / "log").exists():
+            number = architecture.replace(".", "")
+            command = [str(TOOLKIT.nvcc), "-cubin", f"-arch=sm_{number}", *flags(), "-Xptxas", "-v"]
+            command += ["--keep", "--keep-dir", str(kept), "-o", str(kept / "cubin"), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            (kept / "log").write_text(done.stderr)
+    return Compilation(kept / "cubin", (kept / "log").read_text(), (kept / f"{source.stem}.ptx").read_text())
+
+
+@functools.cache
+def title(mangled: str) -> str:
+    """stats_planar_kernel<float, true>"""
+    full = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"(\w+_kernel(<.*?>)?)\(", full.replace("bnext::", "").replace("cuda::", ""))
+    return found[1] if found else full.strip()
+
+
+# ---- registers
+
+
+@each_compilation
+def test_no_spills_and_no_stack(source, architecture):
+    log = compiled(source, architecture).log
+    frames = re.findall(r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert frames
+    assert [(title(name), stack, spills) for name, stack, spills in frames if stack != "0" or spills != "0"] == []
+
+
+@each_compilation
+def test_registers_allow_the_declared_occupancy(source, architecture):
+    """Each kernel says how many blocks of how many threads are to run on a multiprocessor."""
+    compilation = compiled(source, architecture)
+    bounds = {}
+    for entry in re.split(r"\.entry ", compilation.ptx)[1:]:
+        head = entry.split("{")[0]
+        threads = re.search(r"\.maxntid (\d+)", head)
+        blocks = re.search(r"\.minnctapersm (\d+)", head)
+        bounds[head.split("(")[0]] = (int(threads[1]), int(blocks[1])) if threads and blocks else None
+    assert [title(name) for name, bound in bounds.items() if bound is None] == []
+    used = re.findall(r"entry function '(\S+)'.*?Used (\d+) registers", compilation.log, re.DOTALL)
+    assert {name for name, _ in used} == set(bounds)
+    too_many = []
+    for name, registers in used:
+        threads, blocks = bounds[name]
+        if int(registers) * threads * blocks > REGISTERS_PER_MULTIPROCESSOR:
+            too_many.append((title(name), registers, threads, blocks))
+    assert too_many == []
+
+
+# ---- machine code
+
+
+@dataclass
+class Instruction:
+    address: int
+    opcode: str
+    target: int | None  # of a branch
+
+
+@functools.cache
+def machine_code(source: Path, architecture: str) -> dict[str, list[Instruction]]:
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump on PATH, in the toolkit or in triton's package")
+    cubin = compiled(source, architecture).cubin
+    text = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, list[Instruction]] = {}
+    for function in re.split(r"Function : ", text)[1:]:
+        name, body = function.split("\n", 1)
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", body)
+        kernels[title(name)] = [Instruction(int(at, 16), opcode, _target(opcode, rest)) for at, opcode, rest in found]
+    assert all(kernels.values())
+    return kernels
+
+
+def _target(opcode: str, operands: str) -> int | None:
+    found = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if opcode.startswith("BRA") else None
+    return int(found[1], 16) if found else None
+
+
+@dataclass
+class Loop:
+    loads: collections.Counter
+    stores: collections.Counter
+    atomics: int
+
+
+WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    """Global accesses by width in bytes, of each backward branch's range."""
+    found = []
+    for branch in code:
+        if branch.target is None or branch.target >= branch.address:
+            continue
+        loop = Loop(collections.Counter(), collections.Counter(), 0)
+        for instruction in code:
+            if branch.target <= instruction.address <= branch.address:
+                kind = instruction.opcode.split(".")[0]
+                width = WIDTH.search(instruction.opcode)
+                size = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
+                if kind in ("LDG", "LD"):
+                    loop.loads[size] += 1
+                elif kind in ("STG", "ST"):
+                    loop.stores[size] += 1
+                elif kind in ("ATOM", "ATOMG", "RED", "REDG"):
+                    loop.atomics += 1
+        found.append(loop)
+    return found
+
+
+@each_compilation
+def test_no_local_memory_and_no_float_atomics(source, architecture):
+    """Also what ptxas does not call a spill: arrays that are indexed at run time. Atomics count
+    blocks; sums of floats have a fixed order."""
+    for kernel, code in machine_code(source, architecture).items():
+        opcodes = {instruction.opcode for instruction in code}
+        assert {o for o in opcodes if re.match(r"(LDL|STL)\b", o)} == set(), kernel
+        assert {o for o in opcodes if re.match(r"(RED|ATOM)", o) and re.search(r"F16|F32|F64|FADD", o)} == set(), kernel
+
+
+@each_compilation
+def test_hot_loops_move_16_bytes_at_a_time(source, architecture):
+    """The loop with the most 16-byte loads is the one that walks the tensor: it has at least four
+    loads in flight, and nothing narrower in it but the bytes of a sign mask. Exempt are kernels for
+    data that does not come in whole units (template arguments ALIGNED = false, UNIT = 1), and
+    float64 on 12.0, whose loads ptxas splits, and of which those GPUs compute next to none."""
+    for kernel, code in machine_code(source, architecture).items():
+        if re.search(r", (false|1)>$", kernel) or ("<double" in kernel and architecture == "12.0"):
+            continue
+        hot = max(loops(code), key=lambda loop: loop.loads[16], default=None)
+        assert hot is not None, kernel
+        assert hot.loads[16] >= 4, (kernel, hot)
+        assert set(hot.loads) <= {16, 1}, (kernel, hot)
+        assert set(hot.stores) <= {16, 1}, (kernel, hot)
+        assert hot.atomics == 0, (kernel, hot)
+
+
+def test_there_is_a_kernel_for_every_stage_layout_and_type():
+    """So that no kernel escapes the tests above by being somewhere else."""
+    kernels = [kernel for source in SOURCES for kernel in machine_code(source, "9.0")]
+    stages = ("stats", "normalize", "backward_reduce", "backward_input", r"\w+_forward", r"\w+_backward")
+    for stage in stages:
+        for dtype in ("float", "double", "f16", "bf16"):
+            layouts = {"planar" in k for k in kernels if re.match(rf"{stage}_[a-z]+_kernel<{dtype}\b", k)}
+            assert layouts == {True, False}, (stage, dtype)
