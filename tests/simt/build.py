@@ -1,0 +1,116 @@
+"""Builds executables that run CUDA kernels on the device of simt.h.
+
+Objects and executables are kept in build/simt, named by a hash of everything that went into them, so
+that a change rebuilds just what it touches, and processes that build the same thing wait for each other.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMT = Path("tests/simt")
+CACHE = ROOT / "build" / "simt"
+
+# plain: fast; reports what rendezvous see. sanitize: AddressSanitizer and UBSan. race: every access of a
+# kernel goes through race.cpp.
+MODES = ("plain", "sanitize", "race")
+
+# Strict aliasing is off because nvcc's is; contraction, so that all modes and machines compute alike; a
+# fixed address lets race.cpp keep code addresses in 31 bits.
+COMMON = "-std=c++17 -g -fno-strict-aliasing -ffp-contract=off -fno-pie -pthread -Wall -Wextra -Wno-unknown-pragmas"
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+RACE = "-fsanitize=thread,alignment,bounds -fno-sanitize-recover=all"
+
+
+class BuildError(RuntimeError):
+    """The compiler's command and what it printed."""
+
+
+@lru_cache
+def compiler():
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    return command, run([*command, "--version"])
+
+
+def flags(mode, kernel):
+    """Compiler flags of a kernel's source, or of a host source, in a mode."""
+    out = f"{COMMON} -DBNEXT_SIMT -I{SIMT}".split()
+    out.append("-O1" if mode == "sanitize" else "-O2")  # the sanitizers' checks take long to optimise
+    if mode == "sanitize":
+        out += SANITIZE.split()
+    if mode == "race":
+        out.append("-DSIMT_RACE")
+        if kernel:
+            # Volatile accesses count as atomic, so they must be told apart.
+            clang = "clang" in compiler()[1]
+            out += RACE.split() + (["-mllvm"] if clang else ["--param"])
+            out.append("-tsan-distinguish-volatile=1" if clang else "tsan-distinguish-volatile=1")
+    return out
+
+
+def build(name, mode, kernels, host=()):
+    """The executable made of these sources (paths from the repository's root) and the device."""
+    runtime = [SIMT / "simt.cpp"] + ([SIMT / "race.cpp"] if mode == "race" else [])
+    jobs = [(Path(source), flags(mode, True), mode == "race") for source in kernels]
+    jobs += [(Path(source), flags(mode, False), False) for source in [*host, *runtime]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job), jobs))
+    link = ["-no-pie", "-pthread", *(SANITIZE.split() if mode == "sanitize" else [])]
+    command = [*compiler()[0], *link, *map(str, objects)]
+    return cached(f"{name}-{mode}", [*command, compiler()[1]], lambda out: run([*command, "-o", str(out)]))
+
+
+def compile_object(source, options, rename):
+    command = [*compiler()[0], *options, "-x", "c++", "-c", str(source)]
+    parts = [*command, compiler()[1], *(path.read_text() for path in with_headers(ROOT / source))]
+
+    def make(out):
+        run([*command, "-o", str(out)])
+        if rename:
+            symbols = [f"--redefine-sym={f}=simt_{f}" for f in ("memcpy", "memmove", "memset")]
+            run(["objcopy", *symbols, str(out)])
+
+    return cached(f"{source.stem}.o", parts, make)
+
+
+def with_headers(source):
+    """The source and, in a fixed order, every file that it includes in quotes."""
+    found, queue = [], [source]
+    while queue:
+        path = queue.pop().resolve()
+        if path in found:
+            continue
+        found.append(path)
+        for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+            queue += [p for p in (path.parent / header, ROOT / SIMT / header) if p.exists()][:1]
+    return found
+
+
+def cached(name, parts, make):
+    """The file that make(path) makes, unless there is one of the same parts already."""
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = CACHE / f"{key}-{name}"
+    if path.exists():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed, also by a process that dies
+        if not path.exists():
+            part = path.with_name(f"part-{path.name}")
+            make(part)
+            part.replace(path)
+    return path
+
+
+def run(command):
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)}\nfailed with exit status {done.returncode}:\n{done.stdout}")
+    return done.stdout

@@ -1,0 +1,808 @@
+// Runs bnext's CUDA launchers on the device of simt.h and compares them with an oracle of its own:
+//
+//     driver [FILE]        cases from FILE or the standard input, one a line
+//
+// A case is a list of key=value, each with a default (see Case). For each it prints one line: ok or
+// FAIL, the plan it got, and the largest error of each output in units of u (half an ulp of 1 in the
+// accumulation type) of that output's natural scale; what the storage type rounds off is not counted.
+// Exit status 1 if any case failed.
+//
+// The oracle computes in long double from the rounded inputs. Statistics and sums are compared with
+// exact ones; what is elementwise, with the formula evaluated on the statistics that the kernels
+// themselves gave, because a mean rounded to float moves y by far more than the arithmetic does where
+// |mean| / std is large. Besides the values, each case checks that
+//   - every output is written, and nothing outside the outputs (guards, and poison in all of them);
+//   - inputs stay as they were, and counters return to 0;
+//   - a second run under another order of threads and blocks gives the same bits.
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+
+namespace {
+
+using namespace bnext;
+using real = long double;
+
+// ---- Storage types, written independently of csrc/core/half.h ------------------------------------
+
+struct Format {
+  const char* name;
+  int mantissa;  // stored bits
+  int exponent;  // smallest normal exponent
+};
+
+const Format& format(DType t) {
+  static const Format formats[] = {{"f32", 23, -126}, {"f64", 52, -1022}, {"f16", 10, -14}, {"bf16", 7, -126}};
+  return formats[static_cast<int>(t)];
+}
+
+// The distance of the numbers around v.
+real ulp(DType t, real v) {
+  const int e = v == 0 ? format(t).exponent : std::max(std::ilogb(v), format(t).exponent);
+  return std::ldexp(real(1), e - format(t).mantissa);
+}
+
+void encode(DType t, void* p, int64_t i, real v) {
+  if (t == DType::f32) {
+    static_cast<float*>(p)[i] = static_cast<float>(v);
+  } else if (t == DType::f64) {
+    static_cast<double*>(p)[i] = static_cast<double>(v);
+  } else if (t == DType::bf16) {
+    // No test value is subnormal or overflows here: rounding to 8 bits is all there is to it.
+    const float rounded = std::isnan(v) ? NAN : static_cast<float>(std::nearbyint(v / ulp(t, v)) * ulp(t, v));
+    uint32_t bits;
+    memcpy(&bits, &rounded, 4);
+    static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits >> 16);
+  } else {
+    const real magnitude = std::nearbyint(std::fabs(v) / ulp(t, v)) * ulp(t, v);
+    uint16_t bits = std::isnan(v) ? 0x7e00 : 0;
+    if (magnitude > 0) {
+      const int e = std::max(std::ilogb(magnitude), -14);
+      const int mantissa = static_cast<int>(std::ldexp(magnitude, 10 - e));  // 1024..2047, less if subnormal
+      bits = static_cast<uint16_t>(((e + 14) << 10) + mantissa);
+    }
+    static_cast<uint16_t*>(p)[i] = bits | (std::signbit(v) ? 0x8000 : 0);
+  }
+}
+
+real decode(DType t, const void* p, int64_t i) {
+  if (t == DType::f32) return static_cast<const float*>(p)[i];
+  if (t == DType::f64) return static_cast<const double*>(p)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(p)[i];
+  const int exponent_bits = t == DType::f16 ? 5 : 8, mantissa_bits = format(t).mantissa;
+  const int e = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const real sign = bits & 0x8000 ? -1 : 1;
+  if (e == (1 << exponent_bits) - 1) return mantissa ? NAN : sign * INFINITY;
+  return sign * std::ldexp(real(mantissa + (e ? 1 << mantissa_bits : 0)),
+                           std::max(e, 1) - 1 + format(t).exponent - mantissa_bits);
+}
+
+DType accumulation(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+
+// ---- Cases ---------------------------------------------------------------------------------------
+
+struct Case {
+  std::string op = "forward";  // stats normalize forward eval backward_reduce backward_input backward backward_eval
+  DType dtype = DType::f32;
+  Layout layout = Layout::planar;
+  int64_t n = 2, c = 3, s = 16;
+  DType param = DType::f32;  // of weight and bias (and their gradients)
+  DType running = DType::f32;
+  bool weight = true, bias = true;
+  bool stats = false;   // running statistics in training
+  bool counter = true;  // num_batches_tracked along with them
+  bool cumulative = false;
+  double momentum = 0.1, eps = 1e-5;
+  bool relu = false, residual = false, mask = true;
+  bool saves = true;  // eval: mean and invstd as well
+  bool dx = true, dweight = true, dbias = true, dresidual = true;
+  bool x = true;                   // backward_eval: without x, where nothing needs it
+  int64_t ranks = 1;               // backward: the statistics are of so many times as many elements
+  std::string plan = "automatic";  // small resident two_pass
+  std::string data = "normal";     // offset huge constant nan
+  int sms = 0, cc = 0;             // multiprocessors and compute capability to plan for; 0: the device's
+  uint64_t seed = 1;               // of the data
+  uint64_t order = 0;              // of the schedule
+
+  Shape shape() const { return {layout, n, c, s}; }
+  bool backward() const { return op.rfind("backward", 0) == 0; }
+};
+
+template <class T>
+T pick(const std::string& value, const std::map<std::string, T>& choices) {
+  auto found = choices.find(value);
+  if (found == choices.end()) throw std::runtime_error("unknown value " + value);
+  return found->second;
+}
+
+Case parse(const std::string& line) {
+  Case out;
+  using Set = std::function<void(const std::string&)>;
+  auto text = [](std::string& to) -> Set { return [&](const std::string& v) { to = v; }; };
+  auto flag = [](bool& to) -> Set { return [&](const std::string& v) { to = v != "0"; }; };
+  auto integer = [](auto& to) -> Set { return [&](const std::string& v) { to = std::stoll(v); }; };
+  auto number = [](double& to) -> Set { return [&](const std::string& v) { to = std::stod(v); }; };
+  auto dtype = [](DType& to) -> Set {
+    return [&](const std::string& v) {
+      to = pick<DType>(v, {{"f32", DType::f32}, {"f64", DType::f64}, {"f16", DType::f16}, {"bf16", DType::bf16}});
+    };
+  };
+  auto layout = [](Layout& to) -> Set {
+    return [&](const std::string& v) {
+      to = pick<Layout>(v, {{"planar", Layout::planar}, {"interleaved", Layout::interleaved}});
+    };
+  };
+  const std::map<std::string, Set> set = {
+      {"op", text(out.op)},
+      {"dtype", dtype(out.dtype)},
+      {"layout", layout(out.layout)},
+      {"n", integer(out.n)},
+      {"c", integer(out.c)},
+      {"s", integer(out.s)},
+      {"param", dtype(out.param)},
+      {"running", dtype(out.running)},
+      {"weight", flag(out.weight)},
+      {"bias", flag(out.bias)},
+      {"stats", flag(out.stats)},
+      {"counter", flag(out.counter)},
+      {"cumulative", flag(out.cumulative)},
+      {"momentum", number(out.momentum)},
+      {"eps", number(out.eps)},
+      {"relu", flag(out.relu)},
+      {"residual", flag(out.residual)},
+      {"mask", flag(out.mask)},
+      {"saves", flag(out.saves)},
+      {"dx", flag(out.dx)},
+      {"dweight", flag(out.dweight)},
+      {"dbias", flag(out.dbias)},
+      {"dresidual", flag(out.dresidual)},
+      {"x", flag(out.x)},
+      {"ranks", integer(out.ranks)},
+      {"plan", text(out.plan)},
+      {"data", text(out.data)},
+      {"sms", integer(out.sms)},
+      {"cc", integer(out.cc)},
+      {"seed", integer(out.seed)},
+      {"order", integer(out.order)},
+  };
+  std::istringstream words(line);
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    const auto found = set.find(word.substr(0, equals));
+    if (equals == std::string::npos || found == set.end()) throw std::runtime_error("unknown option " + word);
+    found->second(word.substr(equals + 1));
+  }
+  return out;
+}
+
+// ---- Device memory -------------------------------------------------------------------------------
+
+struct Failure : std::runtime_error { using std::runtime_error::runtime_error; };
+
+std::string say(const char* text, ...) __attribute__((format(printf, 1, 2)));
+std::string say(const char* text, ...) {
+  char buffer[512];
+  va_list arguments;
+  va_start(arguments, text);
+  vsnprintf(buffer, sizeof(buffer), text, arguments);
+  va_end(arguments);
+  return buffer;
+}
+
+// A tensor or vector in "global memory"; null where it is absent.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const char* name, DType dtype, int64_t count) : Buffer(name, dtype, count, count * size_of(dtype)) {}
+  Buffer(const char* name, DType dtype, int64_t count, int64_t bytes)
+      : name_(name), dtype_(dtype), count_(count), bytes_(bytes), p_(simt::allocate(bytes, name), simt::release) {}
+
+  explicit operator bool() const { return p_ != nullptr; }
+  void* get() const { return p_.get(); }
+  template <class T> T* as() const { return static_cast<T*>(p_.get()); }
+  const char* name() const { return name_; }
+  DType dtype() const { return dtype_; }
+  int64_t count() const { return count_; }
+  real operator[](int64_t i) const { return decode(dtype_, p_.get(), i); }
+
+  // Makes it an input.
+  void fill(const std::function<real(int64_t)>& f) {
+    for (int64_t i = 0; i < count_; ++i) encode(dtype_, p_.get(), i, f(i));
+    freeze();
+  }
+  void freeze() {
+    simt::written(p_.get(), bytes_);
+    before_.assign(as<char>(), as<char>() + bytes_);
+  }
+  void restore() {
+    std::copy(before_.begin(), before_.end(), as<char>());
+    simt::written(p_.get(), bytes_);
+  }
+  // Forgets what a run wrote.
+  void poison() {
+    simt::release(p_.release());
+    p_.reset(simt::allocate(bytes_, name_));
+  }
+
+  std::vector<char> bytes() const { return {as<char>(), as<char>() + bytes_}; }
+  void expect_unchanged() const {
+    if (!std::equal(before_.begin(), before_.end(), as<char>())) throw Failure(say("%s has changed", name_));
+  }
+  void expect_written() const {
+    const size_t missing = simt::count_unwritten(p_.get(), bytes_);
+    if (missing > 0) throw Failure(say("%zu bytes of %s were not written", missing, name_));
+  }
+
+ private:
+  const char* name_ = nullptr;
+  DType dtype_ = DType::f32;
+  int64_t count_ = 0, bytes_ = 0;
+  std::unique_ptr<void, void (*)(void*)> p_ = {nullptr, simt::release};
+  std::vector<char> before_;
+};
+
+// ---- The oracle's arithmetic ---------------------------------------------------------------------
+
+// Kahan's summation, so that the oracle's own error stays below float64's.
+struct Sum {
+  real sum = 0, low = 0;
+  void add(real v) {
+    const real y = v - low, t = sum + y;
+    low = (t - sum) - y;
+    sum = t;
+  }
+};
+
+// Numbers as even as they come, about normally distributed, in (-6, 6).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15 + 1) {}
+  real uniform() { return std::ldexp(real(next() >> 11), -53); }
+  real normal() {
+    real sum = -6;
+    for (int i = 0; i < 12; ++i) sum += uniform();
+    return sum;
+  }
+
+ private:
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+  uint64_t state_;
+};
+
+// Largest errors by output, in units of u.
+class Errors {
+ public:
+  explicit Errors(DType accumulation) : u_(std::ldexp(real(1), -format(accumulation).mantissa - 1)) {}
+
+  // |got - want| may be `limit` units of u * scale, and half an ulp where `storage` rounds.
+  void expect(const char* what, int64_t i, real got, real want, real scale, double limit, DType storage) {
+    if (std::isnan(want) && std::isnan(got)) return;
+    real error = std::fabs(got - want);
+    if (format(storage).mantissa < 23) error = std::max(real(0), error - ulp(storage, want) / 2);
+    const double units = error == 0 ? 0 : static_cast<double>(error / (u_ * scale));
+    double& largest = largest_.try_emplace(what, 0.0).first->second;
+    if (!(units <= largest)) largest = units;
+    if (!(units <= limit)) {
+      throw Failure(say("%s[%" PRId64 "] is %.9Lg, expected %.9Lg: off by %.3g u of %.3Lg, allowed %.3g", what, i, got,
+                        want, units, scale, limit));
+    }
+  }
+  std::string text() const {
+    std::string out;
+    for (const auto& [what, units] : largest_) out += say(" %s=%.2f", what.c_str(), units);
+    return out;
+  }
+
+ private:
+  real u_;
+  std::map<std::string, double> largest_;
+};
+
+// ---- Tolerances, in units of u -------------------------------------------------------------------
+
+// Mean, of |mean| + std. The offset from the shift is a tree of sums of numbers of the size of std, whose
+// errors mostly cancel (about 1 u), and adding the shift rounds to half an ulp, 1 u.
+constexpr double kMean = 4;
+// Variance, relative: squares and pairwise sums within a chunk make about 3 u, and each of the few levels
+// of merging rounds 4 times, at random. 8 u are 4 ulp.
+constexpr double kVar = 8;
+// 1 / sqrt(var + eps) of the variance that the kernel gave: three correctly rounded operations, the
+// first of which counts half.
+constexpr double kInvstd = 3;
+// y, of the largest of its terms: x - mean, weight * invstd and fma round once each, the last of a sum of
+// up to twice that size: 4 u, which are 2 ulp; adding the residual rounds a sum of up to three terms.
+constexpr double kY = 4, kYResidual = 7;
+// Running statistics, of the larger of old and new: two products, a sum, 1 - factor, and for the variance
+// the factor m / (m - 1) and its product; over what the mean and the variance themselves may be off by.
+constexpr double kRunning = 4, kRunningVar = 6;
+// Sums, of the sum of magnitudes: rounding errors of random sign, of partial sums that are mostly far
+// smaller than the whole. dy * (x - mean) rounds the difference besides.
+constexpr double kSum = 4;
+// dweight multiplies by invstd once more; dbias is the sum.
+constexpr double kGradient = 1;
+// dx, of the sum of its terms' sizes times scale: (x - mean) * slope has 6 roundings (difference, three
+// products and a division in the slope, one product), the two subtractions and the product by
+// the scale, itself rounded, 4 more.
+constexpr double kDx = 10;
+
+// ---- Running a case ------------------------------------------------------------------------------
+
+class Run {
+ public:
+  Run(const Case& spec, const cuda::DeviceProperties& device)
+      : c_(spec), device_(device), random_(spec.seed), acc_(accumulation(spec.dtype)), errors_(acc_) {
+    if (c_.sms) device_.multiprocessors = c_.sms;
+    if (c_.cc) device_.compute_capability = c_.cc;
+  }
+
+  std::string operator()() {
+    const std::string plan = c_.backward() ? backward() : forward();
+    return plan + errors_.text();
+  }
+
+ private:
+  int64_t numel() const { return c_.shape().numel(); }
+  int64_t count() const { return c_.ranks * c_.shape().per_channel(); }
+  int64_t channel(int64_t i) const { return c_.layout == Layout::planar ? i / c_.s % c_.c : i % c_.c; }
+  bool is_nan(int64_t channel) const { return c_.data == "nan" && channel == c_.c / 2; }
+
+  Buffer tensor(const char* name) const { return Buffer(name, c_.dtype, numel()); }
+  Buffer vector(const char* name, DType t) const { return Buffer(name, t, c_.c); }
+
+  // Inputs of the kind that the case asks for, each channel with its own mean and deviation.
+  void make_x() {
+    x_ = tensor("x");
+    std::vector<real> mean(c_.c), std(c_.c);
+    for (int64_t k = 0; k < c_.c; ++k) {
+      std[k] = 0.5 + 1.5 * random_.uniform();
+      mean[k] = 4 * random_.uniform() - 2;
+      // As far from 0 as the contract goes; 16-bit types would have nothing left but their last digits.
+      if (c_.data == "offset") mean[k] = (k % 2 ? -1 : 1) * std[k] * (size_of(c_.dtype) == 2 ? 1e2 : 1e4);
+      if (c_.data == "huge") mean[k] *= 1e18, std[k] *= 1e18;
+      if (c_.data == "constant") mean[k] *= 1e3, std[k] = 0;
+    }
+    const int64_t bad = numel() / 3;
+    bool placed = false;
+    x_.fill([&](int64_t i) -> real {
+      const int64_t k = channel(i);
+      const real v = mean[k] + std[k] * random_.normal();
+      if (!is_nan(k) || placed || i < bad) return v;
+      placed = true;
+      return NAN;
+    });
+  }
+
+  void make_parameters() {
+    if (c_.weight) {
+      weight_ = vector("weight", c_.param);
+      weight_.fill([&](int64_t i) -> real { return (i % 3 == 1 ? -1 : 1) * (0.5 + random_.uniform()); });
+    }
+    if (c_.bias) {
+      bias_ = vector("bias", c_.param);
+      bias_.fill([&](int64_t) { return random_.normal(); });
+    }
+  }
+
+  struct Exact { std::vector<real> mean, var; };
+
+  Exact exact_statistics() const {
+    Exact out;
+    const real m = c_.shape().per_channel();
+    std::vector<Sum> sums(c_.c), squares(c_.c);
+    // From the channel's first element on, which makes a constant's statistics exact.
+    auto first = [&](int64_t k) { return x_[c_.layout == Layout::planar ? k * c_.s : k]; };
+    for (int64_t i = 0; i < numel(); ++i) sums[channel(i)].add(x_[i] - first(channel(i)));
+    for (int64_t k = 0; k < c_.c; ++k) out.mean.push_back(m > 0 ? first(k) + sums[k].sum / m : NAN);
+    for (int64_t i = 0; i < numel(); ++i) {
+      const real d = x_[i] - out.mean[channel(i)];
+      squares[channel(i)].add(d * d);
+    }
+    for (const Sum& s : squares) out.var.push_back(s.sum / m);
+    return out;
+  }
+
+  real weight(int64_t k) const { return weight_ ? weight_[k] : 1; }
+  real bias(int64_t k) const { return bias_ ? bias_[k] : 0; }
+
+  // Calls the launcher on fresh outputs, once in the case's order and once in another.
+  void launch(const std::vector<Buffer*>& inputs, const std::vector<Buffer*>& outputs,
+              const std::vector<Buffer*>& updated, const cuda::Plan& plan,
+              const std::function<cudaError_t(const cuda::Scratch&)>& call) {
+    std::vector<std::vector<char>> first;
+    for (const uint64_t order : {c_.order, c_.order + 77}) {
+      simt::set_seed(order);
+      for (Buffer* b : outputs) b->poison();
+      for (Buffer* b : updated) b->restore();
+      Buffer partials("partials", DType::f32, 0, plan.partial_bytes);
+      Buffer counters("counters", DType::f32, 0, plan.counters * 4);
+      memset(counters.get(), 0, plan.counters * 4);
+      counters.freeze();
+      const cudaError_t error = call({partials.get(), counters.as<uint32_t>()});
+      if (error != cudaSuccess) throw Failure(say("the launcher returned: %s", cudaGetErrorString(error)));
+      for (Buffer* b : inputs) b->expect_unchanged();
+      for (Buffer* b : outputs) b->expect_written();
+      counters.expect_unchanged();
+
+      std::vector<std::vector<char>> results;
+      for (Buffer* b : outputs) results.push_back(b->bytes());
+      for (Buffer* b : updated) results.push_back(b->bytes());
+      if (order == c_.order) first = results;
+      if (results != first) throw Failure("another order of execution gives other bits");
+    }
+  }
+
+  static void list(std::vector<Buffer*>& out, std::initializer_list<Buffer*> buffers) {
+    for (Buffer* b : buffers) {
+      if (*b) out.push_back(b);
+    }
+  }
+
+  std::string forward();
+  void check_statistics(const Exact& exact);
+  void check_running(const Exact& exact);
+  void check_y();
+  std::string backward();
+  void check_sums(const std::vector<bool>& gate);
+  void check_dx(const std::vector<bool>& gate);
+
+  cuda::PlanChoice choice() const {
+    return pick<cuda::PlanChoice>(c_.plan, {{"automatic", cuda::PlanChoice::automatic},
+                                            {"small", cuda::PlanChoice::small},
+                                            {"resident", cuda::PlanChoice::resident},
+                                            {"two_pass", cuda::PlanChoice::two_pass}});
+  }
+
+  const Case c_;
+  cuda::DeviceProperties device_;
+  Random random_;
+  const DType acc_;
+  Errors errors_;
+
+  Buffer x_, residual_, weight_, bias_, mean_, var_, invstd_, running_mean_, running_var_, tracked_, y_, mask_;
+  Buffer dy_, sum_dy_, sum_dy_xmu_, dweight_, dbias_, dx_, dresidual_;
+  std::vector<real> running_before_[2];
+};
+
+std::string describe(const cuda::Plan& plan, bool whole) {
+  if (!whole) return "two_pass";
+  switch (plan.kind) {
+    case cuda::PlanKind::resident: return say("resident/%d", static_cast<int>(plan.whole.splits));
+    case cuda::PlanKind::small: return "small";
+    case cuda::PlanKind::two_pass: return "two_pass";
+  }
+  return "?";
+}
+
+// ---- Forward -------------------------------------------------------------------------------------
+
+std::string Run::forward() {
+  make_x();
+  make_parameters();
+  const bool eval = c_.op == "eval", normalizes = c_.op != "stats";
+  std::vector<Buffer*> inputs, outputs, updated;
+
+  ForwardParams p = {};
+  p.shape = c_.shape();
+  p.dtype = c_.dtype;
+  p.weight_dtype = c_.param;
+  p.running_dtype = c_.running;
+  p.activation = c_.relu ? Activation::relu : Activation::none;
+  p.momentum = c_.momentum;
+  p.cumulative = c_.cumulative;
+  p.eps = c_.eps;
+
+  if (normalizes && c_.residual) {
+    residual_ = tensor("residual");
+    residual_.fill([&](int64_t) { return random_.normal(); });
+  }
+  if (eval || (c_.op == "forward" && c_.stats)) {
+    running_mean_ = vector("running_mean", c_.running);
+    running_var_ = vector("running_var", c_.running);
+    running_mean_.fill([&](int64_t) { return random_.normal(); });
+    running_var_.fill([&](int64_t) { return 0.5 + random_.uniform(); });
+    for (int64_t k = 0; k < c_.c; ++k) {
+      running_before_[0].push_back(running_mean_[k]);
+      running_before_[1].push_back(running_var_[k]);
+    }
+    if (!eval && c_.counter) {
+      tracked_ = Buffer("num_batches_tracked", DType::f64, 0, 8);
+      *tracked_.as<int64_t>() = 6;
+      tracked_.freeze();
+    }
+  }
+  const Exact exact = exact_statistics();
+  if (c_.op == "normalize" || c_.saves || !eval) {
+    mean_ = vector("mean", acc_);
+    invstd_ = vector("invstd", acc_);
+  }
+  if (c_.op == "stats") {
+    var_ = vector("var", acc_);
+    invstd_ = Buffer();
+  }
+  if (c_.op == "normalize") {
+    mean_.fill([&](int64_t k) { return exact.mean[k]; });
+    invstd_.fill([&](int64_t k) { return 1 / std::sqrt(exact.var[k] + c_.eps); });
+    list(inputs, {&mean_, &invstd_});
+  } else {
+    list(outputs, {&mean_, &var_, &invstd_});
+  }
+  if (normalizes) {
+    y_ = tensor("y");
+    if (c_.relu && c_.residual && c_.mask) mask_ = Buffer("mask", DType::f32, 0, (numel() + 7) / 8);
+    list(outputs, {&y_, &mask_});
+  }
+  list(inputs, {&x_, &residual_, &weight_, &bias_});
+  list(eval ? inputs : updated, {&running_mean_, &running_var_});
+  list(updated, {&tracked_});
+
+  p.x = x_.get();
+  p.residual = residual_.get();
+  p.weight = weight_.get();
+  p.bias = bias_.get();
+  const cuda::Plan plan = cuda::plan_forward(p, device_, choice());
+  launch(inputs, outputs, updated, plan, [&](const cuda::Scratch& scratch) {
+    p.mean = mean_.get();
+    p.var = var_.get();
+    p.invstd = invstd_.get();
+    p.running_mean = running_mean_.get();
+    p.running_var = running_var_.get();
+    p.num_batches_tracked = tracked_.as<int64_t>();
+    p.y = y_.get();
+    p.mask = mask_.as<uint8_t>();
+    if (c_.op == "stats") return cuda::launch_stats(p, plan, scratch, nullptr);
+    if (c_.op == "forward") return cuda::launch_forward(p, plan, scratch, nullptr);
+    return cuda::launch_normalize(p, plan, nullptr);
+  });
+
+  // Without a single element there are no statistics to compare.
+  if (numel() > 0) {
+    if (c_.op == "stats" || c_.op == "forward") check_statistics(exact);
+    if (c_.op == "forward" && c_.stats) check_running(exact);
+    if (normalizes) check_y();
+  }
+  if (tracked_ && *tracked_.as<int64_t>() != 7) {
+    throw Failure(say("num_batches_tracked went from 6 to %" PRId64, *tracked_.as<int64_t>()));
+  }
+  return describe(plan, c_.op == "forward");
+}
+
+void Run::check_statistics(const Exact& exact) {
+  for (int64_t k = 0; k < c_.c; ++k) {
+    const real mean = exact.mean[k], var = exact.var[k];
+    errors_.expect("mean", k, mean_[k], mean, std::fabs(mean) + std::sqrt(var), c_.data == "constant" ? 0 : kMean,
+                   acc_);
+    // The exact variance of a constant is 0, and so is the kernel's.
+    if (var_) errors_.expect("var", k, var_[k], var, var, kVar, acc_);
+    if (invstd_) {
+      const real sum = var + static_cast<real>(c_.eps);
+      errors_.expect("invstd", k, invstd_[k], 1 / std::sqrt(sum), 1 / std::sqrt(sum), kInvstd + kVar / 2, acc_);
+    }
+  }
+}
+
+void Run::check_running(const Exact& exact) {
+  const real m = c_.shape().per_channel();
+  const real factor = c_.cumulative ? real(1) / 7 : static_cast<real>(c_.momentum);
+  for (int64_t k = 0; k < c_.c; ++k) {
+    const real old_mean = running_before_[0][k], old_var = running_before_[1][k];
+    const real unbiased = exact.var[k] * m / (m - 1);
+    errors_.expect("running_mean", k, running_mean_[k], (1 - factor) * old_mean + factor * exact.mean[k],
+                   std::fabs(old_mean) + std::fabs(exact.mean[k]) + std::sqrt(exact.var[k]), kRunning + kMean,
+                   c_.running);
+    errors_.expect("running_var", k, running_var_[k], (1 - factor) * old_var + factor * unbiased, old_var + unbiased,
+                   kRunningVar + kVar, c_.running);
+  }
+}
+
+void Run::check_y() {
+  const bool eval = c_.op == "eval";
+  for (int64_t k = 0; k < c_.c && eval; ++k) {
+    const real invstd = 1 / std::sqrt(running_var_[k] + static_cast<real>(c_.eps));
+    if (mean_) errors_.expect("mean", k, mean_[k], running_mean_[k], 1, 0, acc_);
+    if (invstd_) errors_.expect("invstd", k, invstd_[k], invstd, invstd, kInvstd, acc_);
+  }
+  for (int64_t i = 0; i < numel(); ++i) {
+    const int64_t k = channel(i);
+    const real mean = eval ? running_mean_[k] : mean_[k];
+    const real invstd = eval ? 1 / std::sqrt(running_var_[k] + static_cast<real>(c_.eps)) : invstd_[k];
+    const real scaled = (x_[i] - mean) * invstd * weight(k);
+    const real added = residual_ ? residual_[i] : 0;
+    const real v = scaled + bias(k) + added;
+    const real scale = std::max({std::fabs(scaled), std::fabs(bias(k)), std::fabs(added)});
+    const double limit = (residual_ ? kYResidual : kY) + (eval ? kInvstd : 0);
+    // The sign is certain only where rounding cannot turn it.
+    const real margin = limit * std::ldexp(scale, -format(acc_).mantissa - 1);
+    const bool got_bit = mask_ && mask_.as<uint8_t>()[i / 8] >> (i % 8) & 1;
+    if (mask_ && got_bit != !(v <= 0) && !(std::fabs(v) <= margin)) {
+      throw Failure(say("mask[%" PRId64 "] is %d where the value is %.9Lg", i, got_bit, v));
+    }
+    const real want = c_.relu && v <= 0 ? 0 : v;
+    errors_.expect("y", i, y_[i], want, scale, limit, c_.dtype);
+    if (mask_ && !got_bit && y_[i] != 0) throw Failure(say("y[%" PRId64 "] passed, but its mask bit is 0", i));
+    if (c_.data == "constant" && !eval && c_.op == "forward" && scaled != 0) {
+      throw Failure(say("channel %" PRId64 " is constant, but x - mean is not 0", k));
+    }
+  }
+  if (mask_ && numel() % 8 && mask_.as<uint8_t>()[numel() / 8] >> (numel() % 8)) {
+    throw Failure("unused bits of the mask are set");
+  }
+}
+
+// ---- Backward ------------------------------------------------------------------------------------
+
+std::string Run::backward() {
+  make_x();
+  make_parameters();
+  const bool training = c_.op != "backward_eval";
+  const bool reduces = c_.op != "backward_input";
+  std::vector<Buffer*> inputs, outputs;
+
+  // Any mean and invstd will do; these are the statistics of x, without its NaN.
+  Exact exact = exact_statistics();
+  mean_ = vector("mean", acc_);
+  invstd_ = vector("invstd", acc_);
+  mean_.fill([&](int64_t k) { return std::isfinite(exact.mean[k]) ? exact.mean[k] : real(0.25); });
+  invstd_.fill(
+      [&](int64_t k) -> real { return std::isfinite(exact.var[k]) ? 1 / std::sqrt(exact.var[k] + c_.eps) : real(1); });
+
+  dy_ = tensor("dy");
+  dy_.fill([&](int64_t) { return 0.25 + random_.normal(); });
+
+  // The gate. Where it is recomputed from x, no value may be so close to 0 that rounding decides.
+  std::vector<bool> gate(numel(), true);
+  if (c_.relu && c_.residual) {
+    mask_ = Buffer("mask", DType::f32, 0, (numel() + 7) / 8);
+    memset(mask_.get(), 0, (numel() + 7) / 8);
+    for (int64_t i = 0; i < numel(); ++i) {
+      gate[i] = random_.uniform() < 0.6 || std::isnan(x_[i]);  // the forward lets NaN pass
+      if (gate[i]) mask_.as<uint8_t>()[i / 8] |= 1 << (i % 8);
+    }
+    mask_.freeze();
+  } else if (c_.relu) {
+    x_.fill([&](int64_t i) {
+      const int64_t k = channel(i);
+      const real scale = weight(k) * invstd_[k], scaled = (x_[i] - mean_[k]) * scale, v = scaled + bias(k);
+      // One deviation on, v differs by |weight|.
+      const bool close = v != 0 && std::fabs(v) < 1e-3 * (std::fabs(scaled) + std::fabs(bias(k)));
+      return close ? x_[i] + std::copysign(1 / invstd_[k], scale) : x_[i];
+    });
+    for (int64_t i = 0; i < numel(); ++i) {
+      const int64_t k = channel(i);
+      gate[i] = !((x_[i] - mean_[k]) * weight(k) * invstd_[k] + bias(k) <= 0);
+    }
+  }
+
+  const bool whole = c_.op == "backward" || c_.op == "backward_eval";
+  sum_dy_ = vector("sum_dy", acc_);
+  sum_dy_xmu_ = vector("sum_dy_xmu", acc_);
+  if (c_.op == "backward_input") {
+    sum_dy_.fill([&](int64_t) { return count() * random_.normal() / 4; });
+    sum_dy_xmu_.fill([&](int64_t k) { return count() * random_.normal() / 4 / invstd_[k]; });
+    list(inputs, {&sum_dy_, &sum_dy_xmu_});
+  }
+  if (reduces && c_.dweight) dweight_ = vector("dweight", c_.param);
+  if (reduces && c_.dbias) dbias_ = vector("dbias", c_.param);
+  if (c_.op != "backward_reduce" && c_.dx) dx_ = tensor("dx");
+  if (c_.op != "backward_reduce" && c_.dresidual && mask_) dresidual_ = tensor("dresidual");
+  const bool sums = c_.op == "backward_reduce" || (whole && (c_.dweight || c_.dbias || (training && c_.dx)));
+  if (sums) list(outputs, {&sum_dy_, &sum_dy_xmu_});
+  list(outputs, {&dweight_, &dbias_, &dx_, &dresidual_});
+  list(inputs, {&dy_, &x_, &mask_, &weight_, &bias_, &mean_, &invstd_});
+
+  BackwardParams p = {};
+  p.shape = c_.shape();
+  p.dtype = c_.dtype;
+  p.weight_dtype = c_.param;
+  p.activation = c_.relu ? Activation::relu : Activation::none;
+  p.training = training;
+  p.dy = dy_.get();
+  p.x = c_.x ? x_.get() : nullptr;
+  p.mask = mask_.as<uint8_t>();
+  p.weight = weight_.get();
+  p.bias = bias_.get();
+  p.mean = mean_.get();
+  p.invstd = invstd_.get();
+  p.count = count();
+  const cuda::Plan plan = cuda::plan_backward(p, device_, choice());
+  launch(inputs, outputs, {}, plan, [&](const cuda::Scratch& scratch) {
+    p.sum_dy = sum_dy_.get();
+    p.sum_dy_xmu = sum_dy_xmu_.get();
+    p.dweight = dweight_.get();
+    p.dbias = dbias_.get();
+    p.dx = dx_.get();
+    p.dresidual = dresidual_.get();
+    if (c_.op == "backward_reduce") return cuda::launch_backward_reduce(p, plan, scratch, nullptr);
+    if (c_.op == "backward_input") return cuda::launch_backward_input(p, plan, nullptr);
+    return cuda::launch_backward(p, plan, scratch, nullptr);
+  });
+  if (sums) check_sums(gate);
+  check_dx(gate);
+  return describe(plan, whole);
+}
+
+void Run::check_sums(const std::vector<bool>& gate) {
+  std::vector<Sum> dy(c_.c), dy_xmu(c_.c), dy_size(c_.c), dy_xmu_size(c_.c);
+  for (int64_t i = 0; i < numel(); ++i) {
+    const int64_t k = channel(i);
+    const real g = gate[i] ? dy_[i] : 0, product = g * (x_[i] - mean_[k]);
+    dy[k].add(g);
+    dy_xmu[k].add(product);
+    dy_size[k].add(std::fabs(g));
+    dy_xmu_size[k].add(std::fabs(product));
+  }
+  for (int64_t k = 0; k < c_.c; ++k) {
+    errors_.expect("sum_dy", k, sum_dy_[k], dy[k].sum, dy_size[k].sum, kSum, acc_);
+    errors_.expect("sum_dy_xmu", k, sum_dy_xmu_[k], dy_xmu[k].sum, dy_xmu_size[k].sum, kSum, acc_);
+    if (dbias_) errors_.expect("dbias", k, dbias_[k], dy[k].sum, dy_size[k].sum, kSum, c_.param);
+    if (dweight_) {
+      errors_.expect("dweight", k, dweight_[k], dy_xmu[k].sum * invstd_[k], dy_xmu_size[k].sum * invstd_[k],
+                     kSum + kGradient, c_.param);
+    }
+  }
+}
+
+void Run::check_dx(const std::vector<bool>& gate) {
+  const bool training = c_.op != "backward_eval";
+  const real m = count();
+  for (int64_t i = 0; i < numel(); ++i) {
+    const int64_t k = channel(i);
+    const real g = gate[i] ? dy_[i] : 0;
+    if (dresidual_ && dresidual_[i] != g) {
+      throw Failure(say("dresidual[%" PRId64 "] is %.9Lg, expected %.9Lg", i, dresidual_[i], g));
+    }
+    if (!dx_) continue;
+    const real scale = weight(k) * invstd_[k];
+    const real mean_dy = training ? sum_dy_[k] / m : 0;
+    const real sloped = training ? (x_[i] - mean_[k]) * sum_dy_xmu_[k] / m * invstd_[k] * invstd_[k] : 0;
+    const real size = (std::fabs(g) + std::fabs(mean_dy) + std::fabs(sloped)) * std::fabs(scale);
+    errors_.expect("dx", i, dx_[i], (g - mean_dy - sloped) * scale, size, kDx, c_.dtype);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::ifstream file;
+  if (argc > 1) {
+    file.open(argv[1]);
+    if (!file) {
+      fprintf(stderr, "driver: cannot read %s\n", argv[1]);
+      return 2;
+    }
+  }
+  cuda::DeviceProperties device;
+  if (cuda::query_device(0, &device) != cudaSuccess) return 2;
+  int failed = 0;
+  std::istream& lines = argc > 1 ? file : std::cin;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.empty()) continue;
+    printf("%s: ", line.c_str());  // before it runs: the device's own reports end the process
+    try {
+      printf("ok %s\n", Run(parse(line), device)().c_str());
+    } catch (const std::exception& e) {
+      ++failed;
+      printf("FAIL %s\n", e.what());
+    }
+  }
+  return failed ? 1 : 0;
+}

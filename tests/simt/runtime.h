@@ -1,0 +1,140 @@
+// What simt.cpp (execution) and race.cpp (checking of memory accesses) share.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "simt.h"
+
+namespace simt {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 256 * 1024;
+
+// ---- State of the race checker; see race.cpp -----------------------------------------------------
+
+// What somebody knows to have happened: of a thread or a whole block, everything up to a clock.
+using Knowledge = std::unordered_map<uint64_t, uint32_t>;
+
+// A release that a relaxed read has seen, for the next fence to acquire.
+struct Seen {
+  std::shared_ptr<const Knowledge> knowledge;
+  bool in_shared;
+};
+
+struct ThreadClocks {
+  uint32_t now;           // stamps accesses; goes up with every synchronisation
+  uint32_t lanes[kWarp];  // the clock up to which each lane of the warp is known
+  Knowledge known;        // since the last barrier of the block
+  std::vector<Seen> seen;
+  std::shared_ptr<const Knowledge> released[2];  // by the last fence, for each Scope
+};
+
+struct ShadowByte;
+
+struct BlockClocks {
+  ShadowByte* static_shadow;  // of its slot's static shared memory
+  uint32_t birth;             // shared memory stamped before this was written by an earlier block
+  uint32_t barrier;           // everything in this block before this clock is known to all its threads
+  Knowledge known;
+  std::vector<Seen> seen;
+};
+
+// ---- State of execution --------------------------------------------------------------------------
+
+// A stack, and where it was left.
+struct Context {
+  void* position;
+  const char* stack;
+  size_t bytes;
+  void* sanitizer;
+};
+
+struct Block;
+
+struct Thread {
+  enum class State { ready, at_barrier, in_warp_call, asleep, exited };
+
+  Context context;
+  Block* block;
+  uint3 index;
+  unsigned id, lane;  // in the block, in the warp
+  State state;
+  Call call;  // that it waits in
+  const void* pc;
+  unsigned mask, source;  // of a warp's call
+  uint64_t brings, gets;
+  ThreadClocks clocks;
+};
+
+// A barrier of a block, or of a cluster.
+struct Barrier {
+  const Thread* first;  // to arrive
+  uint64_t arrived;
+  unsigned votes, result;
+};
+
+struct Gang;
+
+// A place for a resident block.
+struct Block {
+  uint64_t linear;  // in the grid
+  uint3 index;
+  Gang* gang;
+  std::vector<Thread> threads;
+  unsigned exited;
+  Barrier barrier;
+  std::deque<Thread*> ready;
+  std::vector<Thread*> asleep;  // in __nanosleep, until everybody else has had a turn
+  char* static_shared;
+  char* dynamic_shared;
+  BlockClocks clocks;
+};
+
+// Blocks that are resident together: one, a cluster, or a cooperative grid.
+struct Gang {
+  std::vector<Block*> blocks;
+  unsigned exited;  // blocks
+  Barrier barrier;
+};
+
+extern Thread* current;  // null on the host
+extern const Launch* launched;
+
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string describe(const Thread&);
+// What is at a code address: function, file and line, and the calls it was inlined into.
+std::string describe_code(const void* pc);
+// Which allocation an address is in or next to; empty if there is none.
+std::string describe_global(const char* address);
+// Reports on stderr, naming the current thread and the kernel, and ends the process.
+[[noreturn]] void fail(const char* kind, const std::string& message);
+
+// Bytes of the executable's thread storage, which holds every __shared__ variable.
+extern const size_t static_shared_bytes;
+
+namespace race {
+
+#if defined(SIMT_RACE)
+constexpr bool enabled = true;
+#else
+constexpr bool enabled = false;
+#endif
+
+char* reserve(size_t bytes);  // in place of malloc; all is given back together, by reset
+void reset();
+void allocated(const char* p, size_t bytes);
+void released(const char* p, size_t bytes);
+void written(const char* p, size_t bytes);
+size_t count_unwritten(const char* p, size_t bytes);
+void begin_launch(const std::vector<Block*>& resident);
+void begin_block(Block&);
+void sync_blocks(const std::vector<Block*>&);  // a barrier of all their threads
+void sync_lanes(Thread& lane0, unsigned mask);
+void fence(Scope);
+
+}  // namespace race
+}  // namespace simt
