@@ -1,0 +1,1 @@
+"""The benchmark: `python bench/run.py`. README.md says what is measured, and how."""

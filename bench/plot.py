@@ -1,0 +1,95 @@
+"""A run at a glance: how near each provider comes to the copy rate, and how much faster it is than torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot, ticker
+from matplotlib.axes import Axes
+
+from bench.measure import Row
+from bench.report import describe, grouped, summarize
+
+BASELINE = "eager"
+# bnext stands out; the others are told apart by lightness, so that grey print and any eye can read them.
+_COLORS = {"bnext": "#d1495b", "eager": "#9aa5b1", "native": "#c8d0d8", "compile": "#5b6b7b", "apex": "#37424d"}
+_MORE = ("#edae49", "#00798c", "#66a182", "#2e4057")
+
+
+def draw(rows: Sequence[Row], environment: dict, path: Path) -> None:
+    """A PNG with a line of panels for each dtype, layout, epilogue and number of threads. Bars are whole
+    suites, whiskers their best and worst layers."""
+    panels: dict[str, list[Row]] = {}
+    for group, providers in grouped(rows).items():
+        title = describe(group, without="phase")
+        panels.setdefault(title, []).extend(row for members in providers.values() for row in members)
+    names = list(dict.fromkeys(row.provider for row in rows))
+    more = iter(_MORE * len(names))
+    colors = {name: _COLORS.get(name) or next(more) for name in names}
+
+    figure, axes = pyplot.subplots(
+        len(panels), 2, figsize=(13, 1.1 + 2.9 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for (left, right), (title, members) in zip(axes, panels.items(), strict=True):
+        _bars(left, [row for row in members if row.bytes], names, colors, _roofline)
+        left.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        left.set_ylabel("% of the copy rate")
+        left.axhline(100, color="black", linewidth=1)
+        left.set_ylim(0, max(108, left.get_ylim()[1]))
+        right.set_yscale("log", base=2)
+        _bars(right, members, [name for name in names if name != BASELINE], colors, _speedup, bottom=1)
+        right.set_ylabel(f"times as fast as {BASELINE}")
+        right.axhline(1, color="black", linewidth=1)
+        low, high = right.get_ylim()
+        right.set_ylim(min(0.5, low / 1.1), max(2, high * 1.2))
+        right.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
+    figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False)
+    figure.suptitle(
+        f"{environment['hardware']}, torch {environment['torch']}, {environment['date'][:10]}",
+        x=0.01, ha="left", fontsize=11,
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _roofline(entry: dict, rows: list[Row]) -> tuple[float | None, list[float]]:
+    total = entry["total_ms"] and 100 * entry["total_floor_ms"] / entry["total_ms"]
+    return total, [row.copy_percent for row in rows if row.copy_percent]
+
+
+def _speedup(entry: dict, rows: list[Row]) -> tuple[float | None, list[float]]:
+    return entry["total_speedup"].get(BASELINE), [row.speedup[BASELINE] for row in rows if BASELINE in row.speedup]
+
+
+def _bars(
+    axes: Axes, rows: list[Row], names: list[str], colors: dict[str, str], value: Callable, bottom: float = 0
+) -> None:
+    phases = list(dict.fromkeys(row.phase for row in rows))
+    width = 0.8 / max(1, len(names))
+    for entry in summarize(rows):
+        name, phase = entry["provider"], entry["phase"]
+        if name not in names:
+            continue
+        x = phases.index(phase) + (names.index(name) - (len(names) - 1) / 2) * width
+        height, cells = value(entry, [row for row in rows if (row.provider, row.phase) == (name, phase)])
+        if height is None:
+            axes.annotate("no figure", (x, bottom), (0, 3), textcoords="offset points", ha="center", va="bottom",
+                          rotation=90, fontsize=7, color=colors[name])  # fmt: skip
+            continue
+        axes.bar(x, height - bottom, width * 0.94, bottom=bottom, color=colors[name])
+        if len(cells) > 1:
+            axes.vlines(x, min(cells), max(cells), color="black", linewidth=0.8, alpha=0.6)
+        text, up = f"{height:.0f}" if height >= 10 else f"{height:.2g}", height >= bottom
+        axes.annotate(text, (x, height), (2, 1 if up else -1), textcoords="offset points", ha="left",
+                      va="bottom" if up else "top", fontsize=7)  # fmt: skip
+    axes.set_xticks(range(len(phases)), phases)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)

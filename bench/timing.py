@@ -1,0 +1,206 @@
+"""How time is measured: samples, their order, and what a sample is on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import resource
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+Sampler = Callable[[], float]  # seconds that one call took
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median of the samples, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high, len(samples))
+
+
+FEWEST, MOST = 7, 200  # samples of each contender
+
+
+def interleave(
+    samplers: dict[str, Sampler], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing | Exception]:
+    """Samples all contenders in turn, for about `seconds` each.
+
+    They take turns one sample at a time, every other round in reverse, so that whatever drifts
+    (clocks, temperature, other users) hits all alike and none always follows the same other. One
+    that raises drops out.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    failed: dict[str, Exception] = {}
+    end = clock() + seconds * len(samplers)
+    for number in range(MOST):
+        if number >= FEWEST and clock() >= end:
+            break
+        for name in list(samplers) if number % 2 == 0 else reversed(samplers):
+            if name not in failed:
+                try:
+                    samples[name].append(samplers[name]())
+                except Exception as error:
+                    failed[name] = error
+    return {name: failed.get(name) or Timing.of(samples[name]) for name in samplers}
+
+
+def wall_sampler(
+    call: Call,
+    settle: Call = lambda: None,
+    shortest: float = 1e-3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sampler:
+    """Wall time of a call, repeated until a sample takes `shortest`. `settle` waits for what calls
+    leave running; it is not timed."""
+
+    def sample() -> float:
+        start = clock()
+        for _ in range(repeat):
+            call()
+        elapsed = clock() - start
+        settle()
+        return elapsed / repeat
+
+    repeat = 1
+    warm_up(call)
+    repeat = max(1, min(1000, math.ceil(shortest / max(sample(), 1e-9))))
+    return sample
+
+
+def warm_up(call: Call) -> None:
+    """Calls until everything is compiled and memory is there: until three calls in a row meet no new page.
+
+    That may take a while even where freed memory is kept: malloc cuts a few bytes off a freed block to
+    align the next one, and until its cache of such crumbs is full, the block is then too small."""
+    quiet = 0
+    for _ in range(30):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        quiet = quiet + 1 if resource.getrusage(resource.RUSAGE_SELF).ru_minflt == before else 0
+        if quiet == 3:
+            break
+
+
+class Cpu:
+    """Wall time, everything in the caches that the call before left there, as it is in a network."""
+
+    kind = "cpu"
+    sets = 1
+
+    def __init__(self, threads: int):
+        self.threads = threads
+
+    def scope(self) -> AbstractContextManager:
+        torch.set_num_threads(self.threads)
+        return nullcontext()
+
+    def sets_for(self, working_set: int) -> int:
+        return 1
+
+    def sampler(self, calls: Sequence[Call]) -> Sampler:
+        return wall_sampler(calls[0])
+
+    host_sampler = sampler
+
+    def copy(self, x: torch.Tensor) -> tuple[float, Sampler]:
+        """The bytes that a copy reads and writes, and its sampler: a clone of the very tensor, since how
+        fast memory is depends on the cache that a tensor fits in."""
+        return 2 * x.nbytes, wall_sampler(x.detach().clone)
+
+    def release(self) -> None:
+        pass
+
+
+class Cuda:
+    """Events around replays of a CUDA graph that holds several calls.
+
+    Each call has operands of its own, and its results stay allocated until as many others have been
+    written: together they are `COLD` times the L2 cache, so that every call finds its tensors in DRAM.
+    (`MOST_SETS` bounds that: tensors under a megabyte or so stay in the L2, as they do in a network.)
+    Replays are enqueued behind one that is not timed: no time of the host is in a sample.
+    """
+
+    kind = "cuda"
+    threads = None
+    COLD = 4
+    MOST_SETS = 256
+    FEWEST_CALLS = 8  # in a graph: what a replay costs by itself is shared by so many
+    COPY = 256 << 20
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.l2_bytes = torch.cuda.get_device_properties().L2_cache_size
+        self._copies: Sampler | None = None
+
+    def scope(self) -> AbstractContextManager:
+        # Autograd runs a backward on the stream of its forward: all of it on the one that captures.
+        return torch.cuda.stream(self.stream)
+
+    def sets_for(self, working_set: int) -> int:
+        return max(2, min(self.MOST_SETS, math.ceil(self.COLD * self.l2_bytes / max(1, working_set))))
+
+    def sampler(self, calls: Sequence[Call]) -> Sampler:
+        rounds = math.ceil(self.FEWEST_CALLS / len(calls))
+        alive: deque[object] = deque(maxlen=len(calls))
+        for call in calls:
+            alive.append(call())  # warm-up, out of the graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for _ in range(rounds):
+                for call in calls:
+                    alive.append(call())
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def sample() -> float:
+            graph.replay()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3 / (rounds * len(calls))
+
+        sample()
+        return sample
+
+    def host_sampler(self, calls: Sequence[Call]) -> Sampler:
+        return wall_sampler(calls[0], settle=torch.cuda.synchronize)
+
+    def copy(self, x: torch.Tensor) -> tuple[float, Sampler]:
+        """The same for all tensors: a copy from device memory to device memory, far larger than the L2."""
+        if self._copies is None:
+            source = torch.zeros(self.COPY, dtype=torch.uint8, device="cuda")
+            target = torch.empty_like(source)
+            self._copies = self.sampler([lambda: target.copy_(source)])
+        return 2 * self.COPY, self._copies
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def reuse_heap() -> bool:
+    """Makes glibc keep the memory of freed tensors. By default every tensor over 32 MiB is mapped anew,
+    and a third of a layer's time, or two, is page faults, whoever computes it. False where there is no
+    such setting."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    # No mapping for large blocks at all: the threshold that would allow some cannot exceed 32 MiB.
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

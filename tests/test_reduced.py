@@ -1,0 +1,76 @@
+"""A small suite that reaches every CUDA kernel with few launches: what `make gpu` runs under
+compute-sanitizer, where each launch takes seconds. Inputs are made on the CPU and copied, since the
+tool watches our kernels alone and would take what torch's kernels wrote for uninitialised.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bnext
+
+pytestmark = pytest.mark.sanitize
+
+# (shape, what it reaches)
+SHAPES = [
+    ((4, 8, 4, 4), "small plan"),
+    ((3, 5, 7, 7), "planes that are no whole vectors"),
+    ((33, 3), "interleaved, channels that are no whole vectors"),
+    ((16, 4, 64, 64), "two-pass plan, several blocks a channel"),
+    ((5, 3, 63, 65), "the same, unaligned"),
+    ((4096, 24), "the same, interleaved"),
+]
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+@pytest.mark.parametrize("fused", ["plain", "relu", "add_relu"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planar", "interleaved"])
+@pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES], ids=[what for _, what in SHAPES])
+def test_forward_and_backward(shape, channels_last, dtype, fused, device):
+    if channels_last and len(shape) == 2:
+        pytest.skip("(N, C) has one layout")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make(grad: bool = True) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).to(memory_format=memory_format).to(device).requires_grad_(grad)
+
+    x, dy = make(), make(grad=False)
+    residual = make() if fused == "add_relu" else None
+    of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (torch.rand(shape[1], dtype=of_parameters).to(device).requires_grad_() for _ in range(2))
+    running = [fill(shape[1], dtype=of_parameters).to(device) for fill in (torch.zeros, torch.ones)]
+    count = torch.zeros((), dtype=torch.int64).to(device)
+    inputs = [t for t in (x, residual, weight, bias) if t is not None]
+
+    for training in (True, False):
+        y = bnext.functional.batch_norm(
+            x,
+            *running,
+            weight,
+            bias,
+            training=training,
+            momentum=None if training else 0.1,
+            activation=None if fused == "plain" else "relu",
+            residual=residual,
+            num_batches_tracked=count if training else None,
+        )
+        gradients = torch.autograd.grad(y, inputs, dy)
+        expected, expected_gradients = reference(inputs, dy, running, training, fused)
+        for actual, wanted in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+            scale = max(1.0, wanted.abs().max().item())
+            error = (actual.detach().double().cpu() - wanted).abs().max().item()
+            assert error <= TOLERANCE[dtype] * scale
+    assert count.item() == 1
+
+
+def reference(inputs, dy, running, training, fused):
+    """(y, gradients) on the CPU in float64."""
+    inputs = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    x, residual = inputs[0], inputs[1] if fused == "add_relu" else 0
+    mean, var = (None, None) if training else (t.cpu().double() for t in running)
+    y = F.batch_norm(x, mean, var, *inputs[-2:], training=training) + residual
+    y = y if fused == "plain" else F.relu(y)
+    return y.detach(), torch.autograd.grad(y, inputs, dy.cpu().double())
