@@ -146,14 +146,13 @@ class Recipe:
 def recipe(csrc: Path, info: Mapping[str, str], toolkit: Toolkit | None, architectures: Sequence[str]) -> Recipe:
     """`info` becomes readable in the compiled file (see `read_info`). Empty `architectures`
     leave the choice to torch, which reads TORCH_CUDA_ARCH_LIST."""
-    # The longest compilations first, so that no core idles at the end.
-    patterns = (["cuda/*.cu", "cuda/*.cpp"] if toolkit else []) + ["cpu/*.cpp", "bindings/*.cpp"]
+    patterns = ["bindings/*.cpp", "cpu/*.cpp"] + (["cuda/*.cpp", "cuda/*.cu"] if toolkit else [])
     # No -std: torch adds the one that its headers need; ours are content with C++17 and later.
     cxx = ["-O3", "-g0", "-fopenmp", f"-DBNEXT_BUILD_INFO={_encode(info)}"]
     # The many architectures are alike: compressed, they take an eighth of the space.
     compressed = toolkit is not None and int(toolkit.version.split(".")[0]) >= 13
     return Recipe(
-        sources=[path for pattern in patterns for path in sorted(csrc.glob(pattern))],
+        sources=sorted(path for pattern in patterns for path in csrc.glob(pattern)),
         cxx=cxx + (["-DBNEXT_WITH_CUDA"] if toolkit else []),
         nvcc=["-O3", *(["--compress-mode=size"] if compressed else []), *gencode(architectures)],
         link=["-fopenmp"],

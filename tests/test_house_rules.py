@@ -12,15 +12,17 @@ import pytest
 import bnext
 
 ROOT = Path(__file__).parent.parent
-NOT_OURS = {".git", ".venv", "build", "dist", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}
-TEXT = sorted(
-    path
-    for path in ROOT.rglob("*")
-    if path.is_file()
-    and not NOT_OURS & set(path.relative_to(ROOT).parts)
-    and not any(part.endswith(".egg-info") for part in path.parts)
-    and path.suffix not in (".so", ".png", ".pyc")
-)
+
+
+def is_ours(path: Path) -> bool:
+    """Not what was built, installed or cached here."""
+    folders = path.relative_to(ROOT).parts[:-1]
+    made = {"build", "dist", "__pycache__"} & set(folders) or any(f.endswith(".egg-info") for f in folders)
+    hidden = any(f.startswith(".") and f != ".ci" for f in folders)
+    return path.is_file() and not made and not hidden and path.suffix not in (".so", ".png")
+
+
+TEXT = sorted(path for path in ROOT.rglob("*") if is_ours(path))
 CPP = [path for path in TEXT if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
 #: What a dependency may point to: bindings -> {cuda, cpu} -> core, and never cuda <-> cpu.
 MAY_INCLUDE = {"core": {"core"}, "cpu": {"cpu", "core"}, "cuda": {"cuda", "core"}}

@@ -74,7 +74,9 @@ def table(program: Path) -> str:
         "# tiles x splits @ threads, and after / its shared memory in bytes, if it has any.",
     ]
     for gpu, layout, dtype, (c, size), direction in rows:
-        lines.append(f"{gpu} {layout} {dtype} {c}x{size}x{size} {direction}: " + ", ".join(next(cells) for _ in BATCHES))
+        lines.append(
+            f"{gpu} {layout} {dtype} {c}x{size}x{size} {direction}: " + ", ".join(next(cells) for _ in BATCHES)
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -121,8 +123,7 @@ def check_scratch(plan: dict, p: dict, state: int) -> None:
     if (p["splits"] > 1 or p["repeat"] > 1) and not in_cluster:
         width = p["lanes"] * p["unit"] if p["columns"] else 1
         assert plan["partial_bytes"] >= p["tiles"] * p["splits"] * width * state
-        assert plan["counters"] > p["tiles"]
-    assert plan["counters"] >= 1
+        assert plan["counters"] >= (p["tiles"] if p["repeat"] == 1 else 1)
 
 
 def check_resident(p: dict, gpu: str, dtype: str, tensors: int) -> None:

@@ -6,11 +6,14 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <utility>
 
 #include "../cuda/launch.h"
+#include "plans.h"
 
 namespace bnext {
 namespace {
@@ -76,6 +79,35 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// In the order of PlanChoice.
+const std::vector<std::string> kPlans = {"automatic", "small", "two_pass", "resident"};
+
+cuda::PlanChoice parse_plan(const std::string& name) {
+  const auto found = std::find(kPlans.begin(), kPlans.end(), name);
+  TORCH_CHECK_VALUE(found != kPlans.end(), "plan should be 'automatic', 'small', 'two_pass' or 'resident', not '", name,
+                    "'");
+  return static_cast<cuda::PlanChoice>(found - kPlans.begin());
+}
+
+// Of the process, not of a thread: autograd runs the backward on another one.
+std::atomic<cuda::PlanChoice>& choice() {
+  static std::atomic<cuda::PlanChoice> value = [] {
+    const char* name = std::getenv("BNEXT_PLAN");
+    return name ? parse_plan(name) : cuda::PlanChoice::automatic;
+  }();
+  return value;
+}
+
+void check_choice(const cuda::Plan& plan) {
+  using cuda::PlanChoice, cuda::PlanKind;
+  const PlanChoice wanted = choice();
+  const bool met = wanted == PlanChoice::automatic || (wanted == PlanChoice::small && plan.kind == PlanKind::small) ||
+                   (wanted == PlanChoice::resident && plan.kind == PlanKind::resident) ||
+                   (wanted == PlanChoice::two_pass && plan.kind == PlanKind::two_pass);
+  TORCH_CHECK(met, "this shape has no plan '", kPlans[static_cast<size_t>(wanted)],
+              "', which force_plan or BNEXT_PLAN asks for");
+}
+
 // A plan with the memory and the stream that it runs on.
 struct Launch {
   cudaStream_t stream;
@@ -129,6 +161,7 @@ struct Cuda {
   }
   static void forward(const ForwardParams& p, const Tensor& x) {
     const Launch l(p, x);
+    check_choice(l.plan);
     check(cuda::launch_forward(p, l.plan, l.scratch, l.stream), "forward");
   }
   static void backward_reduce(const BackwardParams& p, const Tensor& x) {
@@ -141,11 +174,18 @@ struct Cuda {
   }
   static void backward(const BackwardParams& p, const Tensor& x) {
     const Launch l(p, x);
+    check_choice(l.plan);
     check(cuda::launch_backward(p, l.plan, l.scratch, l.stream), "backward");
   }
 };
 
 }  // namespace
+
+std::vector<std::string> plans() { return kPlans; }
+
+std::string force_plan(const std::string& name) {
+  return kPlans[static_cast<size_t>(choice().exchange(parse_plan(name)))];
+}
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) { register_ops<Cuda>(m); }
 

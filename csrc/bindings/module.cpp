@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "autograd.h"
+#include "plans.h"
 
 namespace bnext {
 
@@ -10,6 +11,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
 #if defined(BNEXT_WITH_CUDA)
   m.attr("with_cuda") = true;
+  m.def("plans", &plans);
+  m.def("force_plan", &force_plan);
 #else
   m.attr("with_cuda") = false;
 #endif

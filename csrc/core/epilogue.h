@@ -20,10 +20,14 @@ struct Affine {
 
 // relu lets a value pass unless it is <= 0, so that NaN passes, as in torch.
 template <class A>
-BNEXT_HD bool passes(A v) { return !(v <= A(0)); }
+BNEXT_HD bool passes(A v) {
+  return !(v <= A(0));
+}
 
 template <class A>
-BNEXT_HD A relu(A v) { return v <= A(0) ? A(0) : v; }
+BNEXT_HD A relu(A v) {
+  return v <= A(0) ? A(0) : v;
+}
 
 // One channel's input gradient: dx = (dy' - mean_dy - (x - mean) * slope) * scale, with
 //   mean_dy = sum_dy / count,  slope = sum_dy_xmu * invstd^2 / count.

@@ -22,9 +22,7 @@ enum class Layout : int32_t {
 enum class Activation : int32_t { none, relu };
 
 // Bytes of one element in memory.
-BNEXT_HD constexpr int64_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
-}
+BNEXT_HD constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // Bytes of one statistic of a tensor of type t: float32, except that float64 keeps float64.
 BNEXT_HD constexpr int64_t acc_size_of(DType t) { return t == DType::f64 ? 8 : 4; }

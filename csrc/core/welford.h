@@ -25,10 +25,10 @@ BNEXT_HD A reciprocal(A v) {
 
 template <class A>
 struct Welford {
-  A count;   // 0: the empty set; the other fields are then ignored
+  A count;  // 0: the empty set; the other fields are then ignored
   A shift;
   A offset;
-  A var;     // biased
+  A var;  // biased
 
   BNEXT_HD A mean() const { return shift + offset; }
 
@@ -62,8 +62,8 @@ BNEXT_HD A inverse_std(A var, double eps) {
 // unbiased; for one element a channel that is 0 / 0, which torch.nn refuses before it comes here.
 template <class A>
 struct RunningUpdate {
-  A factor;      // weight of the new batch
-  A unbiased;    // m / (m - 1)
+  A factor;    // weight of the new batch
+  A unbiased;  // m / (m - 1)
 
   BNEXT_HD A mean(A running, A batch) const { return (A(1) - factor) * running + factor * batch; }
   BNEXT_HD A var(A running, A batch) const { return (A(1) - factor) * running + factor * (batch * unbiased); }

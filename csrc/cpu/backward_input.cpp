@@ -26,7 +26,16 @@ Backward<A>::Backward(const BackwardParams& p, const Plan& pl)
       bias(pl),
       mean_dy(pl),
       slope(pl),
-      args{p.dy, p.x, p.mask, mean.data(), scale.data(), bias.data(), mean_dy.data(), slope.data(), p.dx, p.dresidual,
+      args{p.dy,
+           p.x,
+           p.mask,
+           mean.data(),
+           scale.data(),
+           bias.data(),
+           mean_dy.data(),
+           slope.data(),
+           p.dx,
+           p.dresidual,
            pl.streams(size_of(p.dtype))} {
   for (int64_t ch = 0; ch < plan.channels; ch++) {
     mean.set(ch, static_cast<const A*>(p.mean)[ch]);

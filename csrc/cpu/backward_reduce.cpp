@@ -33,9 +33,8 @@ std::vector<Sums> sums_of_strips(const Backward<A>& b, const ParallelFor& parall
     return result;
   }
   std::vector<Sums> parts(plan.channels * plan.pieces);
-  for_each_task(parallel, plan.channels * plan.pieces, [&](int64_t task) {
-    parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces);
-  });
+  for_each_task(parallel, plan.channels * plan.pieces,
+                [&](int64_t task) { parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces); });
   for (int64_t i = 0; i < plan.channels * plan.pieces; i++) {
     result[i / plan.pieces].dy += parts[i].dy;
     result[i / plan.pieces].dy_xmu += parts[i].dy_xmu;

@@ -74,9 +74,7 @@ inline __m128i narrow(__m256 v, const bf16*) {
 
 inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
 inline __m256d load(const double* p) { return _mm256_loadu_pd(p); }
-template <class T> __m256 load(const T* p) {
-  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p);
-}
+template <class T> __m256 load(const T* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p); }
 inline __m256d load_double(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 inline __m256d load_double(const double* p) { return _mm256_loadu_pd(p); }
 

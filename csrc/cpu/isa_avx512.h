@@ -69,18 +69,14 @@ inline __m256i narrow(__m512 v, const bf16*) {
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512d load(const double* p) { return _mm512_loadu_pd(p); }
-template <class T> __m512 load(const T* p) {
-  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p);
-}
+template <class T> __m512 load(const T* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p); }
 inline __m512d load_double(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 inline __m512d load_double(const double* p) { return _mm512_loadu_pd(p); }
 
 inline void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 inline void store(double* p, __m512d v) { _mm512_storeu_pd(p, v); }
 inline void store(float* p, __m512d v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
-template <class T> void store(T* p, __m512 v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p));
-}
+template <class T> void store(T* p, __m512 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
 
 inline void stream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
 inline void stream(double* p, __m512d v) { _mm512_stream_pd(p, v); }

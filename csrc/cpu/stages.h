@@ -104,9 +104,7 @@ struct Backward {
   const BackwardArgs<A> args;
 };
 
-struct Sums {
-  double dy, dy_xmu;
-};
+struct Sums { double dy, dy_xmu; };
 
 // backward_reduce.cpp
 template <class A> Sums sums_of_strip(const Backward<A>&, int64_t channel);

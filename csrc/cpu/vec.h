@@ -135,8 +135,7 @@ double sum(const Vec<A> (&v)[4]) {
   for (int k = 0; k < 4; k++) store(lanes[k], Whole{}, v[k]);
   Vec<double> total(0.0);
   for (int i = 0; i < Vec<A>::lanes; i += Vec<double>::lanes)
-    total = total + ((wide(lanes[0] + i) + wide(lanes[1] + i)) +
-                     (wide(lanes[2] + i) + wide(lanes[3] + i)));
+    total = total + ((wide(lanes[0] + i) + wide(lanes[1] + i)) + (wide(lanes[2] + i) + wide(lanes[3] + i)));
   double t[Vec<double>::lanes];
   store(t, Whole{}, total);
   return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]));
@@ -145,9 +144,7 @@ double sum(const Vec<A> (&v)[4]) {
 // Calls f(i, which, Whole or Part) for the vectors of [0, width); `which` says which of 4
 // accumulators to use, so that additions need not wait for each other. It is a constant type:
 // an array indexed by a variable would live in memory.
-template <int i> struct Index {
-  static constexpr int value = i;
-};
+template <int i> struct Index { static constexpr int value = i; };
 template <class A, class F>
 void sweep(int64_t width, F f) {
   constexpr int64_t lanes = Vec<A>::lanes;

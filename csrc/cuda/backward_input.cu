@@ -39,8 +39,8 @@ cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cud
   const Pass& pass = plan.apply;
   return with_dtype_and_gate(p, [&](auto element, auto gate) {
     using T = decltype(element);
-    auto kernel = pass.columns ? backward_input_columns_kernel<T, gate.value>
-                               : backward_input_planar_kernel<T, gate.value>;
+    auto kernel =
+        pass.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
     return launch_pass(kernel, pass, stream, p, pass);
   });
 }

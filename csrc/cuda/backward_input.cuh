@@ -33,7 +33,8 @@ __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, co
                                                      Source& source, Gate gate, const ChannelAt& channel) {
   using A = acc_t<T>;
   for_gradient_units<T, UNIT>(
-      p, chunk, source, gate, [&](int e) { return channel(e).affine; }, [&](int k, GradientUnit<T, UNIT>& unit) {
+      p, chunk, source, gate, [&](int e) { return channel(e).affine; },
+      [&](int k, GradientUnit<T, UNIT>& unit) {
         if (gate == Gate::mask && p.dresidual) {
           store_at(static_cast<T*>(p.dresidual), chunk, k, narrow_unit<T, UNIT>(unit.dy));
         }

@@ -42,7 +42,8 @@ __device__ __forceinline__ Sums<acc_t<T>> block_sums(const BackwardParams& p, co
   Sums<A> part[kParts] = {};
   walk_planar<UNIT, ALIGNED, kReduceChunk<T, UNIT, !ALIGNED>>(pass, p.shape, share, [&](const auto& chunk) {
     for_gradient_units<T, UNIT>(
-        p, chunk, source, gate, [&](int) { return affine; }, [&](int k, const GradientUnit<T, UNIT>& unit) {
+        p, chunk, source, gate, [&](int) { return affine; },
+        [&](int k, const GradientUnit<T, UNIT>& unit) {
 #pragma unroll
           for (int e = 0; e < UNIT; ++e) {
             if (chunk.has(k, e)) part[e % kParts].add(unit.dy[e], unit.x[e] - affine.mean);
@@ -83,7 +84,8 @@ __device__ __forceinline__ void block_column_sums(Sums<acc_t<T>> (&state)[UNIT],
   }
   walk_columns<UNIT, kReduceChunk<T, UNIT, true>, false>(pass, p.shape.numel(), share, place, [&](const auto& chunk) {
     for_gradient_units<T, UNIT>(
-        p, chunk, source, gate, [&](int e) { return affine[e]; }, [&](int, const GradientUnit<T, UNIT>& unit) {
+        p, chunk, source, gate, [&](int e) { return affine[e]; },
+        [&](int, const GradientUnit<T, UNIT>& unit) {
 #pragma unroll
           for (int e = 0; e < UNIT; ++e) state[e].add(unit.dy[e], unit.x[e] - affine[e].mean);
         });

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
   stats_interleaved<T, 1>(p, pass, scratch, Share(pass));
   __syncthreads();  // mean and invstd, written by other threads of this block
   normalize_columns<T, 1>(p, pass, Share(pass), epilogue, false);
-  count_batch(p, scratch.counters);
+  count_batch(p, scratch, 0);
 }
 
 }  // namespace

@@ -79,8 +79,8 @@ __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Ch
 }
 
 template <class T, int UNIT, bool ALIGNED, class Source>
-__device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pass& pass, const Share& share, Source&& x,
-                                                Epilogue epilogue, const Affine<acc_t<T>>& affine) {
+__device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pass& pass, const Share& share,
+                                                Source&& x, Epilogue epilogue, const Affine<acc_t<T>>& affine) {
   walk_planar<UNIT, ALIGNED, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
     normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int) { return affine; });
   });
@@ -112,8 +112,8 @@ __device__ __forceinline__ void normalize_columns(const ForwardParams& p, const 
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) {
     const ChannelColumn column(pass, p.shape, place.col + e);
-    affine[e] = forward_affine<acc_t<T>>(p, column.channel, by_running,
-                                         column.first && share.split == 0 && place.row == 0);
+    affine[e] =
+        forward_affine<acc_t<T>>(p, column.channel, by_running, column.first && share.split == 0 && place.row == 0);
   }
   normalize_tile<T, UNIT, true>(p, pass, share, place, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue,
                                 affine);

@@ -85,8 +85,8 @@ Pass columns(const Shape& shape, int32_t unit, int64_t period, int64_t channel_s
   int64_t units = pass.cols / unit;
   pass.tiles = ceil_div(units, lanes);
   pass.lanes = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(units, std::max<int64_t>(1, pass.tiles))));
-  pass.lane_rows = static_cast<int32_t>(
-      std::clamp<int64_t>(ceil_div(pass.steps, kUnitsPerThread), 1, kMaxThreads / pass.lanes));
+  pass.lane_rows =
+      static_cast<int32_t>(std::clamp<int64_t>(ceil_div(pass.steps, kUnitsPerThread), 1, kMaxThreads / pass.lanes));
   pass.threads = static_cast<int32_t>(ceil_div(int64_t{pass.lanes} * pass.lane_rows, 32) * 32);
   return pass;
 }
@@ -116,8 +116,8 @@ Pass apply_pass(const Shape& shape, int32_t unit) {
     return pass;
   }
   // Planes that are not whole units: a unit may hold several channels, which columns provide for.
-  Pass pass = is_planar ? columns(shape, unit, shape.c * shape.s, shape.s, kLanes)
-                        : columns(shape, unit, shape.c, 1, kLanes);
+  Pass pass =
+      is_planar ? columns(shape, unit, shape.c * shape.s, shape.s, kLanes) : columns(shape, unit, shape.c, 1, kLanes);
   set_splits(pass, ceil_div(pass.steps, pass.lane_rows * kColumnsApplyStrides), pass.lane_rows);
   return pass;
 }
@@ -194,8 +194,8 @@ Plan make_plan(const Shape& shape, DType dtype, bool masked, bool reduces_masked
                          : resident_columns(shape, unit, unit_bytes, unit * size_of(dtype), slots * (unit + 1),
                                             dtype == DType::f64 ? 1 : 2, device);
   }
-  const bool spreads = 2 * resident.blocks() >= device.multiprocessors ||
-                       shape.numel() * size_of(dtype) * tensors <= kFewBlocksBytes;
+  const bool spreads =
+      2 * resident.blocks() >= device.multiprocessors || shape.numel() * size_of(dtype) * tensors <= kFewBlocksBytes;
   const Pass small = small_pass(shape, dtype);
   const int64_t tile_bytes = small.steps * small.tile_width() * size_of(dtype) * tensors;
   // Elements one by one could not write bytes of mask.
@@ -213,13 +213,11 @@ Plan make_plan(const Shape& shape, DType dtype, bool masked, bool reduces_masked
   for (Pass* pass : {&plan.reduce, &plan.whole}) {
     pass->shared_bytes = slots * (pass->columns && pass->unit > 1 ? pass->unit + 1 : 1);
   }
-  // The counter behind those of the tiles is for num_batches_tracked.
-  plan.counters = 1;
   for (const Pass& pass : {plan.reduce, plan.whole}) {
     if (pass.splits <= 1 && pass.repeat <= 1) continue;
     if (!pass.columns && pass.kept_bytes > 0) continue;  // clusters exchange through shared memory
     plan.partial_bytes = std::max(plan.partial_bytes, pass.blocks() * pass.tile_width() * state_bytes);
-    plan.counters = std::max(plan.counters, pass.tiles + 1);
+    plan.counters = std::max(plan.counters, pass.tiles);
   }
   return plan;
 }
@@ -229,7 +227,10 @@ Plan make_plan(const Shape& shape, DType dtype, bool masked, bool reduces_masked
 Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, PlanChoice choice) {
   // relu behind a residual: the kernels write a byte of mask for every 8 elements, if it is wanted.
   const bool masked = p.residual != nullptr && p.activation != Activation::none;
-  return make_plan(p.shape, p.dtype, masked, false, 1, 4 * acc_size_of(p.dtype), device, choice);
+  Plan plan = make_plan(p.shape, p.dtype, masked, false, 1, 4 * acc_size_of(p.dtype), device, choice);
+  // One more, where a kernel that does everything has to know when all have read num_batches_tracked.
+  if (p.cumulative && p.num_batches_tracked) ++plan.counters;
+  return plan;
 }
 
 Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, PlanChoice choice) {

@@ -87,7 +87,7 @@ struct Plan {
   Pass reduce;            // stats, backward_reduce
   Pass apply;             // normalize, backward_input, and eval mode
   int64_t partial_bytes;  // scratch that any of these needs
-  int64_t counters;       // 32-bit counters likewise
+  int64_t counters;       // 32-bit counters likewise; the last is count_batch's, if the forward needs it
 };
 
 enum class PlanChoice : int32_t { automatic, small, two_pass, resident };

@@ -86,7 +86,7 @@ cudaError_t launch_resident_backward(const BackwardParams& p, const Plan& plan, 
                                         : resident_backward_interleaved_kernel<T, kMasked>;
       return launch_pass(kernel, pass, stream, p, pass, scratch, gate_of(p));
     }
-    auto kernel = !pass.aligned        ? resident_backward_planar_kernel<T, kPlain, false>
+    auto kernel = !pass.aligned         ? resident_backward_planar_kernel<T, kPlain, false>
                   : pass.unit == kPlain ? resident_backward_planar_kernel<T, kPlain, true>
                                         : resident_backward_planar_kernel<T, kMasked, true>;
     return launch_pass(kernel, pass, stream, p, pass, gate_of(p));

@@ -34,15 +34,14 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
 
   const auto affine = with_parameters(p, share.tile, whole.mean(), inverse_std(whole.var, p.eps));
   normalize_share<T, UNIT, ALIGNED>(p, pass, share, kept.giving(), epilogue, affine);
-  count_batch(p, scratch.counters);
+  count_batch(p, scratch, 0);
   leave_cluster(pass);
 }
 
 template <class T, int UNIT>
 __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
-    resident_forward_interleaved_kernel(const BNEXT_GRID_CONSTANT ForwardParams p,
-                                        const BNEXT_GRID_CONSTANT Pass pass, const Scratch scratch,
-                                        const Epilogue epilogue) {
+    resident_forward_interleaved_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
+                                        const Scratch scratch, const Epilogue epilogue) {
   using A = acc_t<T>;
   const Share share(pass);
   const ColumnPlace<UNIT> place(pass, share);
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     }
   }
   normalize_tile<T, UNIT, false>(p, pass, share, place, kept.giving(), epilogue, affine);
-  count_batch(p, scratch.counters + pass.tiles);
+  count_batch(p, scratch, pass.splits > 1 ? pass.tiles : 0);
 }
 
 }  // namespace
@@ -79,7 +78,7 @@ cudaError_t launch_resident_forward(const ForwardParams& p, const Plan& plan, co
                                         : resident_forward_interleaved_kernel<T, kMasked>;
       return launch_pass(kernel, pass, stream, p, pass, scratch, epilogue_of(p));
     }
-    auto kernel = !pass.aligned        ? resident_forward_planar_kernel<T, kPlain, false>
+    auto kernel = !pass.aligned         ? resident_forward_planar_kernel<T, kPlain, false>
                   : pass.unit == kPlain ? resident_forward_planar_kernel<T, kPlain, true>
                                         : resident_forward_planar_kernel<T, kMasked, true>;
     return launch_pass(kernel, pass, stream, p, pass, scratch, epilogue_of(p));

@@ -11,7 +11,11 @@ namespace bnext::cuda {
 // Units of a planar chunk: 32 elements, all of whose loads are in flight together, or what the
 // registers of a full multiprocessor hold of wider elements and of units with masked ends.
 template <class T, int UNIT, bool ALIGNED>
-constexpr int kStatsChunk = UNIT == 1 ? 8 : (sizeof(T) == 8 ? 8 : ALIGNED ? 32 : 16) / UNIT;
+constexpr int kStatsChunk = UNIT == 1 ? 8
+                                      : (sizeof(T) == 8 ? 8
+                                         : ALIGNED      ? 32
+                                                        : 16) /
+                                            UNIT;
 
 // Rows of an interleaved chunk, next to the state of UNIT columns.
 template <class T, int UNIT>
@@ -53,14 +57,14 @@ __device__ __forceinline__ void add_chunk(Welford<acc_t<T>>& state, const Unit<T
 
   const A inverse = WHOLE ? A(1) / A(COUNT * UNIT) : reciprocal(static_cast<A>(n));
   const A mean = inverse * pairwise_sum<COUNT * UNIT>([&](int i) {
-    A& v = value[i / UNIT][i % UNIT];
-    v = chunk.has(i / UNIT, i % UNIT) ? v - state.shift : A(0);
-    return v;
-  });
+                   A& v = value[i / UNIT][i % UNIT];
+                   v = chunk.has(i / UNIT, i % UNIT) ? v - state.shift : A(0);
+                   return v;
+                 });
   const A var = inverse * pairwise_sum<COUNT * UNIT>([&](int i) {
-    const A d = chunk.has(i / UNIT, i % UNIT) ? value[i / UNIT][i % UNIT] - mean : A(0);
-    return d * d;
-  });
+                  const A d = chunk.has(i / UNIT, i % UNIT) ? value[i / UNIT][i % UNIT] - mean : A(0);
+                  return d * d;
+                });
   state.add(static_cast<A>(n), mean, var);
 }
 
@@ -80,9 +84,9 @@ struct ColumnStates {
       constexpr A inverse = A(1) / A(COUNT);
       const A mean = inverse * pairwise_sum<COUNT>([&](int k) { return units[k][e] - shift[e]; });
       const A chunk_var = inverse * pairwise_sum<COUNT>([&](int k) {
-        const A d = (units[k][e] - shift[e]) - mean;
-        return d * d;
-      });
+                            const A d = (units[k][e] - shift[e]) - mean;
+                            return d * d;
+                          });
       const A delta = mean - offset[e];  // Welford::add, with the division shared by all columns
       offset[e] += delta * f;
       var[e] += f * ((chunk_var - var[e]) + delta * delta * (A(1) - f));
@@ -110,10 +114,11 @@ __device__ __forceinline__ void finish_stats(const ForwardParams& p, int64_t cha
   }
 }
 
-// For kernels that do all of a forward: once every channel has read the counter, somebody adds one.
-__device__ __forceinline__ void count_batch(const ForwardParams& p, uint32_t* counter) {
+// For kernels that do all of a forward: once every channel has read num_batches_tracked, somebody adds
+// one. In a cumulative average that takes a counter, the one behind those of the tiles.
+__device__ __forceinline__ void count_batch(const ForwardParams& p, const Scratch& scratch, int64_t counter) {
   if (!p.num_batches_tracked) return;
-  const bool last = p.cumulative ? arrive_last(counter, gridDim.x) : blockIdx.x == 0;
+  const bool last = p.cumulative ? arrive_last(&scratch.counters[counter], gridDim.x) : blockIdx.x == 0;
   if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
 }
 

@@ -1,7 +1,7 @@
 """Builds executables that run CUDA kernels on the device of simt.h.
 
 Objects and executables are kept in build/simt, named by a hash of everything that went into them, so
-that a change rebuilds just what it touches, and processes that build the same thing wait for each other.
+that a change rebuilds just what it touches. Processes that build the same thing wait for each other.
 """
 
 import fcntl
@@ -58,8 +58,8 @@ def flags(mode, kernel):
 def build(name, mode, kernels, host=()):
     """The executable made of these sources (paths from the repository's root) and the device."""
     runtime = [SIMT / "simt.cpp"] + ([SIMT / "race.cpp"] if mode == "race" else [])
-    jobs = [(Path(source), flags(mode, True), mode == "race") for source in kernels]
-    jobs += [(Path(source), flags(mode, False), False) for source in [*host, *runtime]]
+    jobs = [(Path(source), mode, True) for source in kernels]
+    jobs += [(Path(source), mode, False) for source in [*host, *runtime]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
     link = ["-no-pie", "-pthread", *(SANITIZE.split() if mode == "sanitize" else [])]
@@ -67,17 +67,17 @@ def build(name, mode, kernels, host=()):
     return cached(f"{name}-{mode}", [*command, compiler()[1]], lambda out: run([*command, "-o", str(out)]))
 
 
-def compile_object(source, options, rename):
-    command = [*compiler()[0], *options, "-x", "c++", "-c", str(source)]
+def compile_object(source, mode, kernel):
+    command = [*compiler()[0], *flags(mode, kernel), "-x", "c++", "-c", str(source)]
     parts = [*command, compiler()[1], *(path.read_text() for path in with_headers(ROOT / source))]
 
     def make(out):
         run([*command, "-o", str(out)])
-        if rename:
+        if kernel and mode == "race":
             symbols = [f"--redefine-sym={f}=simt_{f}" for f in ("memcpy", "memmove", "memset")]
             run(["objcopy", *symbols, str(out)])
 
-    return cached(f"{source.stem}.o", parts, make)
+    return cached(f"{source.stem}-{mode}.o", parts, make)
 
 
 def with_headers(source):
@@ -96,16 +96,20 @@ def with_headers(source):
 def cached(name, parts, make):
     """The file that make(path) makes, unless there is one of the same parts already."""
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = CACHE / f"{key}-{name}"
+    path = CACHE / f"{name}.{key}"
     if path.exists():
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f"{key}.lock", "w") as lock:
+    with open(CACHE / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed, also by a process that dies
         if not path.exists():
-            part = path.with_name(f"part-{path.name}")
+            part = CACHE / f"{name}.part"
             make(part)
             part.replace(path)
+            # Some earlier versions stay, for going back and forth.
+            versions = sorted(CACHE.glob(f"{name}.{'[0-9a-f]' * 16}"), key=lambda p: p.stat().st_mtime)
+            for old in versions[:-4]:
+                old.unlink()
     return path
 
 

@@ -320,11 +320,11 @@ class Errors {
 
 // ---- Tolerances, in units of u -------------------------------------------------------------------
 
-// Mean, of |mean| + std. The offset from the shift is a tree of sums of numbers of the size of std, whose
-// errors mostly cancel (about 1 u), and adding the shift rounds to half an ulp, 1 u.
-constexpr double kMean = 4;
-// Variance, relative: squares and pairwise sums within a chunk make about 3 u, and each of the few levels
-// of merging rounds 4 times, at random. 8 u are 4 ulp.
+// Mean, of |mean| + std: adding the shift rounds to half an ulp, 1 u; the offset from it is made of numbers
+// of the size of std, and each chunk and each level of merging rounds it a few times, at random.
+constexpr double kMean = 8;
+// Variance, relative: squares and pairwise sums within a chunk make about 3 u, and merging rounds as it
+// does for the mean. 8 u are 4 ulp.
 constexpr double kVar = 8;
 // 1 / sqrt(var + eps) of the variance that the kernel gave: three correctly rounded operations, the
 // first of which counts half.
@@ -352,6 +352,7 @@ class Run {
   Run(const Case& spec, const cuda::DeviceProperties& device)
       : c_(spec), device_(device), random_(spec.seed), acc_(accumulation(spec.dtype)), errors_(acc_) {
     if (c_.sms) device_.multiprocessors = c_.sms;
+    simt::set_multiprocessors(device_.multiprocessors);
     if (c_.cc) device_.compute_capability = c_.cc;
   }
 

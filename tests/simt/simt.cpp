@@ -612,10 +612,15 @@ int run(const Launch& launch) {
 
 // ---- The device ----------------------------------------------------------------------------------
 
-constexpr int kMultiprocessors = 4, kThreadsPerMultiprocessor = 2048, kBlocksPerMultiprocessor = 32;
+static int multiprocessors = 4;
+constexpr int kThreadsPerMultiprocessor = 2048, kBlocksPerMultiprocessor = 32;
 constexpr int kSharedPerMultiprocessor = 228 * 1024, kSharedPerBlock = 227 * 1024, kSharedWithoutOptIn = 48 * 1024;
 
+constexpr int kSharedReserved = 1024;  // of each block
+
 static std::unordered_map<const void*, size_t> shared_opt_in;
+
+void set_multiprocessors(int count) { multiprocessors = count; }
 
 static int check(const Launch& l) {
   if (current) fail("nested launch", "launches a kernel from a kernel");
@@ -625,9 +630,11 @@ static int check(const Launch& l) {
   const auto opted = shared_opt_in.find(l.kernel);
   const size_t shared = opted == shared_opt_in.end() ? kSharedWithoutOptIn : opted->second;
   if (l.dynamic_shared > shared) return cudaErrorInvalidValue;
-  const uint64_t per_multiprocessor = std::min<uint64_t>(
-      kBlocksPerMultiprocessor, kThreadsPerMultiprocessor / ((b.count() + kWarp - 1) / kWarp * kWarp));
-  if (l.gang > per_multiprocessor * kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  // Static shared memory and registers take their part too, but are not known here.
+  const uint64_t warps = (b.count() + kWarp - 1) / kWarp;
+  const uint64_t fit = std::min<uint64_t>({kBlocksPerMultiprocessor, kThreadsPerMultiprocessor / (warps * kWarp),
+                                           kSharedPerMultiprocessor / (l.dynamic_shared + kSharedReserved)});
+  if (l.gang > fit * multiprocessors) return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }
 
@@ -647,7 +654,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = simt::kMultiprocessors; break;
+    case cudaDevAttrMultiProcessorCount: *value = simt::multiprocessors; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = simt::kThreadsPerMultiprocessor; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;

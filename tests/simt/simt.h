@@ -155,6 +155,9 @@ size_t count_unwritten(const void* address, size_t bytes);
 // environment variable SIMT_SEED gives the first one.
 void set_seed(uint64_t seed);
 
+// Of the device; 4 at first. Blocks that wait for each other must all fit on it at a time.
+void set_multiprocessors(int count);
+
 }  // namespace simt
 
 // ---- Intrinsics ----------------------------------------------------------------------------------
@@ -209,14 +212,14 @@ __forceinline__ void __nanosleep(unsigned) { simt::sleep(); }
 namespace simt {
 
 template <class T>
-T atomic_add(T* p, T v) {
+__forceinline__ T atomic_add(T* p, T v) {
   preempt();
   return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 
 // Replaces *p by f(*p) and returns what was there.
 template <class T, class F>
-T atomic_update(T* p, F f) {
+__forceinline__ T atomic_update(T* p, F f) {
   preempt();
   T old = __atomic_load_n(p, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(p, &old, f(old), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -226,32 +229,34 @@ T atomic_update(T* p, F f) {
 
 }  // namespace simt
 
-inline int atomicAdd(int* p, int v) { return simt::atomic_add(p, v); }
-inline unsigned atomicAdd(unsigned* p, unsigned v) { return simt::atomic_add(p, v); }
-inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return simt::atomic_add(p, v); }
-inline unsigned atomicInc(unsigned* p, unsigned limit) {
+__forceinline__ int atomicAdd(int* p, int v) { return simt::atomic_add(p, v); }
+__forceinline__ unsigned atomicAdd(unsigned* p, unsigned v) { return simt::atomic_add(p, v); }
+__forceinline__ unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) {
+  return simt::atomic_add(p, v);
+}
+__forceinline__ unsigned atomicInc(unsigned* p, unsigned limit) {
   return simt::atomic_update(p, [=](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
-inline unsigned atomicOr(unsigned* p, unsigned v) {
+__forceinline__ unsigned atomicOr(unsigned* p, unsigned v) {
   return simt::atomic_update(p, [=](unsigned old) { return old | v; });
 }
-inline unsigned atomicExch(unsigned* p, unsigned v) {
+__forceinline__ unsigned atomicExch(unsigned* p, unsigned v) {
   return simt::atomic_update(p, [=](unsigned) { return v; });
 }
-inline unsigned atomicCAS(unsigned* p, unsigned expected, unsigned v) {
+__forceinline__ unsigned atomicCAS(unsigned* p, unsigned expected, unsigned v) {
   return simt::atomic_update(p, [=](unsigned old) { return old == expected ? v : old; });
 }
 
 // Cache hints change nothing that a test could see.
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldca(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldlu(const T* p) { return *p; }
-template <class T> void __stwb(T* p, T v) { *p = v; }
-template <class T> void __stcg(T* p, T v) { *p = v; }
-template <class T> void __stcs(T* p, T v) { *p = v; }
-template <class T> void __stwt(T* p, T v) { *p = v; }
+template <class T> __forceinline__ T __ldg(const T* p) { return *p; }
+template <class T> __forceinline__ T __ldca(const T* p) { return *p; }
+template <class T> __forceinline__ T __ldcg(const T* p) { return *p; }
+template <class T> __forceinline__ T __ldcs(const T* p) { return *p; }
+template <class T> __forceinline__ T __ldlu(const T* p) { return *p; }
+template <class T> __forceinline__ void __stwb(T* p, T v) { *p = v; }
+template <class T> __forceinline__ void __stcg(T* p, T v) { *p = v; }
+template <class T> __forceinline__ void __stcs(T* p, T v) { *p = v; }
+template <class T> __forceinline__ void __stwt(T* p, T v) { *p = v; }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
@@ -297,7 +302,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 // A launch is over when it returns, and its errors are its return value.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t);
-// An H100 cut down to 4 multiprocessors, so that grids made to fill it stay small.
+// An H100 cut down to a few multiprocessors, so that grids made to fill it stay small.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 // Kernels need it, as on the GPU, before they may have more than 48 KB of dynamic shared memory.
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value);
