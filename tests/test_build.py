@@ -339,7 +339,10 @@ def test_a_killed_compilation_does_not_block_the_next(package, tmp_path):
     """torch's own lock file outlives a killed process, and torch then waits for ever."""
     started = tmp_path / "started"
     slow = tmp_path / "slow-c++"
-    slow.write_text(f'#!/bin/sh\ncase "$*" in *-c*) touch {started}; sleep 600;; esac\nexec c++ "$@"\n')
+    hold = tmp_path / "hold"  # ninja's children are in groups of their own, and survive it
+    hold.touch()
+    wait = f"touch {started}; while [ -e {hold} ]; do sleep 0.1; done; exit 1"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *-c*) {wait};; esac\nexec c++ "$@"\n')
     slow.chmod(0o755)
     victim = subprocess.Popen(
         [sys.executable, "-c", LOAD],
@@ -353,6 +356,7 @@ def test_a_killed_compilation_does_not_block_the_next(package, tmp_path):
         time.sleep(0.05)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
+    hold.unlink()
     assert started.exists()
     (lock,) = (tmp_path / "cache").glob("bnext/*/bnext.lock")
     (lock.parent / "lock").touch()  # what torch 2.14 and older leave; later ones hold a real lock

@@ -76,10 +76,11 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// Waits for every thread of the cluster and makes their writes visible to each other.
+// Waits for every thread of the cluster and makes their writes visible to each other. Not the .aligned
+// form: a warp may come here from a branch that only its first thread took.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

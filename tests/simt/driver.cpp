@@ -560,14 +560,14 @@ std::string Run::forward() {
   p.residual = residual_.get();
   p.weight = weight_.get();
   p.bias = bias_.get();
+  p.running_mean = running_mean_.get();
+  p.running_var = running_var_.get();
+  p.num_batches_tracked = tracked_.as<int64_t>();
   const cuda::Plan plan = cuda::plan_forward(p, device_, choice());
   launch(inputs, outputs, updated, plan, [&](const cuda::Scratch& scratch) {
     p.mean = mean_.get();
     p.var = var_.get();
     p.invstd = invstd_.get();
-    p.running_mean = running_mean_.get();
-    p.running_var = running_var_.get();
-    p.num_batches_tracked = tracked_.as<int64_t>();
     p.y = y_.get();
     p.mask = mask_.as<uint8_t>();
     if (c_.op == "stats") return cuda::launch_stats(p, plan, scratch, nullptr);
