@@ -93,8 +93,8 @@ struct Plan {
 enum class PlanChoice : int32_t { automatic, small, two_pass, resident };
 
 // The plans of a forward (with its stages stats and normalize) and of a backward. They look at shape,
-// dtype, activation, and whether there are a residual (forward) or a mask (backward). A choice that the
-// shape does not allow falls back to two_pass.
+// dtype, activation, whether there are a residual (forward) or a mask (backward), and whether the forward
+// averages cumulatively and counts. A choice that the shape does not allow falls back to two_pass.
 Plan plan_forward(const ForwardParams&, const DeviceProperties&, PlanChoice = PlanChoice::automatic);
 Plan plan_backward(const BackwardParams&, const DeviceProperties&, PlanChoice = PlanChoice::automatic);
 
