@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import bnext
-
 ROOT = Path(__file__).parent.parent
 
 
