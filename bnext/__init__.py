@@ -2,8 +2,8 @@
 
     model.bn1 = bnext.BatchNorm2d(64, activation="relu")    # in place of nn.BatchNorm2d(64) and nn.ReLU()
 
-The layers are `torch.nn`'s own classes with another forward: checkpoints, `isinstance`, autocast,
-`torch.compile` and DDP work as before. Importing this package compiles nothing; the compiled
+The layers are `torch.nn`'s own classes with another forward: checkpoints, `isinstance`, autocast
+and `torch.compile` work as before. Importing this package compiles nothing; the compiled
 extension is loaded, or compiled where there is none, when the first layer is made or run.
 """
 
