@@ -3,8 +3,8 @@ what it cannot do it refuses by an exception, whose message becomes the row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,18 +110,10 @@ PROVIDERS = {
 def forced(plan: str) -> Provider:
     """bnext with one plan for all shapes; a shape that the plan cannot take is refused."""
 
-    @contextmanager
-    def scope() -> Iterator[None]:
-        from bnext._extension import extension
+    def scope() -> AbstractContextManager[None]:
+        import bnext.cuda
 
-        force = getattr(extension(), "force_plan", None)
-        if force is None:
-            raise NotImplementedError("this build of bnext has no plans to force")
-        previous = force(plan)
-        try:
-            yield
-        finally:
-            force(previous)
+        return bnext.cuda.force_plan(plan)
 
     return Provider(f"bnext:{plan}", f"bnext with plan {plan} forced", _bnext, scope)
 

@@ -7,9 +7,9 @@ and `torch.compile` work as before. Importing this package compiles nothing; the
 extension is loaded, or compiled where there is none, when the first layer is made or run.
 """
 
-from bnext import functional, nn, ops, reference
+from bnext import cuda, functional, nn, ops, reference
 from bnext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "functional", "nn", "ops", "reference"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "cuda", "functional", "nn", "ops", "reference"]

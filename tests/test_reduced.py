@@ -5,6 +5,8 @@ tool watches our kernels alone and would take what torch's kernels wrote for uni
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,14 +15,18 @@ import bnext
 
 pytestmark = pytest.mark.sanitize
 
-# (shape, what it reaches)
-SHAPES = [
-    ((4, 8, 4, 4), "small plan"),
-    ((3, 5, 7, 7), "planes that are no whole vectors"),
-    ((33, 3), "interleaved, channels that are no whole vectors"),
-    ((16, 4, 64, 64), "two-pass plan, several blocks a channel"),
-    ((5, 3, 63, 65), "the same, unaligned"),
-    ((4096, 24), "the same, interleaved"),
+# Shapes with the plan that they take; the CPU has none, and runs them as they are.
+CASES = [
+    ((4, 8, 4, 4), "automatic"),
+    ((3, 5, 7, 7), "automatic"),  # planes, and pixels, that are no whole vectors
+    ((33, 3), "automatic"),
+    ((16, 4, 64, 64), "resident"),  # clusters
+    ((4, 8, 7, 7), "resident"),  # planes that share bytes of the sign mask
+    ((8, 48, 32, 32), "resident"),  # tiles in turn, of several blocks each
+    ((5, 3, 63, 65), "small"),
+    ((16, 4, 64, 64), "two_pass"),  # several blocks a channel
+    ((5, 3, 63, 65), "two_pass"),
+    ((4096, 24), "two_pass"),
 ]
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
@@ -28,10 +34,23 @@ TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 1e-2, torc
 @pytest.mark.parametrize("fused", ["plain", "relu", "add_relu"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["planar", "interleaved"])
-@pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES], ids=[what for _, what in SHAPES])
-def test_forward_and_backward(shape, channels_last, dtype, fused, device):
+@pytest.mark.parametrize("shape, plan", CASES, ids=lambda v: v if isinstance(v, str) else "x".join(map(str, v)))
+def test_forward_and_backward(shape, plan, channels_last, dtype, fused, device):
     if channels_last and len(shape) == 2:
         pytest.skip("(N, C) has one layout")
+    if device == "cpu" and CASES.index((shape, plan)) != [s for s, _ in CASES].index(shape):
+        pytest.skip("the CPU has no plans")
+    forced = bnext.cuda.force_plan(plan) if device == "cuda" else contextlib.nullcontext()
+    try:
+        with forced:
+            check(shape, channels_last, dtype, fused, device)
+    except RuntimeError as error:
+        if plan == "resident" and f"this shape has no plan '{plan}'" in str(error):
+            pytest.skip("only in the other layout")
+        raise
+
+
+def check(shape, channels_last, dtype, fused, device):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def make(grad: bool = True) -> torch.Tensor:

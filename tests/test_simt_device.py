@@ -64,6 +64,7 @@ MISTAKES = {
     "grid_barrier_no_acquire": {"race": RACE},
     "cluster_no_barrier": {"race": UNORDERED},
     "cluster_leaves_early": {"race": "simt: exited block: "},
+    "early_access": {"race": "simt: overlap: "},
 }
 
 

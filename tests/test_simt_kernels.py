@@ -46,6 +46,14 @@ LARGE = [
     (1300, 56, 1),
 ]
 
+# Matrices whose tiles of columns take several blocks, and several rounds of them where the device has little
+# shared memory; the last has fewer lanes in its last tile.
+TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
+
+# Planes for clusters, up to those of 16; of 49, 9, 225, 289 and 1225 elements, which are taken side by side, the last
+# two in parts.
+PLANES = [(10, 2, 512), (40, 8, 49), (13, 8, 9), (5, 8, 225), (3, 8, 289), (3, 8, 1225)]
+
 # Elements there are none of.
 EMPTY = [(0, 3, 8), (2, 3, 0), (0, 5, 1), (2, 0, 8)]
 
@@ -72,15 +80,18 @@ def case(rng, op, dtype, layout, shape, **fixed):
         "relu": relu,
         "residual": residual,
         "plan": rng.choice(PLANS),
-        # The device to plan for: as it is, which is few multiprocessors, or an H100's; with clusters or without.
+        # The device to plan for: as it is, which is few multiprocessors, or an H100's; with clusters or without; with
+        # little shared memory, so that small tensors are much to it; granting clusters of 16, or not.
         "sms": rng.choice([0, 0, 132]),
         "cc": rng.choice([0, 0, 80]),
+        "shared": rng.choice([0, 0, 0, 6 * 1024, 8 * 1024, 24 * 1024, 48 * 1024]),
+        "clusters": rng.choice([0, 99]),
         "data": rng.choice(["normal", "normal", "offset", "constant", "nan"]),
         "seed": rng.randrange(1, 1000),
         "order": rng.choice([0, rng.randrange(1, 1000)]),
     }
     options |= fixed
-    if layout == "interleaved" and options["plan"] in ("resident", "automatic"):
+    if options["plan"] in ("small", "automatic") or (layout == "interleaved" and options["plan"] == "resident"):
         options["sms"] = rng.choice([0, 12])  # blocks that wait for each other take an OS thread each
     if options["data"] == "nan" and n * s == 1:
         options["data"] = "normal"  # the deviation of a lone NaN may be 0
@@ -114,6 +125,14 @@ def cases(op):
     if op in ("forward", "backward"):
         # Planned for that many multiprocessors, channels that fit into one block take several.
         out += [case(rng, op, *where, shape, plan="resident", sms=132, cc=0) for where in grid for shape in LARGE]
+        for dtype in DTYPES:
+            # Enough for one tile at a time, then for two.
+            for shared, shape in [(size, shape) for size in (40, 64, 100) for shape in TALL]:
+                out.append(case(rng, op, dtype, "interleaved", shape, plan="resident", shared=shared * 1024))
+            # From what the merges take alone on.
+            for shared, shape in [(size, shape) for size in (5, 7, 14, 22, 26, 44) for shape in PLANES]:
+                fixed = {"plan": "resident", "shared": shared * 1024, "sms": 132, "clusters": 99, "cc": 0}
+                out.append(case(rng, op, dtype, "planar", shape, dx=True, dweight=True, **fixed))
     else:
         out += [case(rng, op, *where, rng.choice(LARGE)) for where in grid for _ in range(2)]
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
@@ -139,15 +158,25 @@ def test_kernels(op, mode):
 
 
 def plans_that_ran(printed):
-    """Each kind of plan was reached in each dtype and layout, the resident one alone and in company."""
+    """Each kind of plan was reached in each dtype and layout, the resident one alone, in company, and in rounds."""
     ran = {
         (*re.search(r"dtype=(\w+) layout=(\w+)", text).groups(), re.search(r": ok (\S+)", text)[1]) for text in printed
     }
     for dtype in DTYPES:
         for layout in LAYOUTS:
             plans = {plan for *where, plan in ran if where == [dtype, layout]}
-            assert plans >= {"two_pass", "resident/1"} | ({"small"} if layout == "interleaved" else set())
-            assert any(re.fullmatch(r"resident/([2-9]|\d\d+)", plan) for plan in plans)
+            # blocks of a tile, rounds, stages
+            resident = {tuple(map(int, plan.split("/")[1:])) for plan in plans if plan.startswith("resident")}
+            assert "two_pass" in plans and (1, 1, 1) in resident
+            assert any(plan.startswith("small") and plan != "small/1" for plan in plans)
+            if layout == "planar":
+                assert any(blocks > 1 for blocks, _, _ in resident) and "planes/1" in plans
+            else:
+                in_turn = {stages for blocks, rounds, stages in resident if blocks > 1 and rounds > 1}
+                assert in_turn == {1, 2}
+    clusters = (1, 2, 4, 8, 16)
+    expected = {f"planes/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1/1" for blocks in clusters}
+    assert {plan for *_, plan in ran} >= expected
 
 
 def test_cases_reach_every_option():

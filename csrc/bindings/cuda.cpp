@@ -79,33 +79,46 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// In the order of PlanChoice.
-const std::vector<std::string> kPlans = {"automatic", "small", "two_pass", "resident"};
+// In the order of PlanKind.
+const std::vector<std::string> kPlans = {"automatic", "resident", "small", "two_pass"};
 
-cuda::PlanChoice parse_plan(const std::string& name) {
+cuda::PlanKind parse_plan(const std::string& name) {
   const auto found = std::find(kPlans.begin(), kPlans.end(), name);
-  TORCH_CHECK_VALUE(found != kPlans.end(), "plan should be 'automatic', 'small', 'two_pass' or 'resident', not '", name,
+  TORCH_CHECK_VALUE(found != kPlans.end(), "plan should be 'automatic', 'resident', 'small' or 'two_pass', not '", name,
                     "'");
-  return static_cast<cuda::PlanChoice>(found - kPlans.begin());
+  return static_cast<cuda::PlanKind>(found - kPlans.begin());
+}
+
+int parse_margin(int64_t multiprocessors) {
+  TORCH_CHECK_VALUE(multiprocessors >= 0 && multiprocessors <= 1024,
+                    "sm_margin should be a number of multiprocessors, from 0 on, not ", multiprocessors);
+  return static_cast<int>(multiprocessors);
+}
+
+int margin_of_environment() {
+  const char* text = std::getenv("BNEXT_SM_MARGIN");
+  if (text == nullptr) return 0;
+  char* end = nullptr;
+  const long value = std::strtol(text, &end, 10);
+  TORCH_CHECK_VALUE(*text != 0 && *end == 0, "BNEXT_SM_MARGIN should be a number of multiprocessors, not '", text, "'");
+  return parse_margin(value);
 }
 
 // Of the process, not of a thread: autograd runs the backward on another one.
-std::atomic<cuda::PlanChoice>& choice() {
-  static std::atomic<cuda::PlanChoice> value = [] {
-    const char* name = std::getenv("BNEXT_PLAN");
-    return name ? parse_plan(name) : cuda::PlanChoice::automatic;
-  }();
-  return value;
-}
+struct Options {
+  std::atomic<cuda::PlanKind> kind;
+  std::atomic<int> sm_margin;
 
-void check_choice(const cuda::Plan& plan) {
-  using cuda::PlanChoice, cuda::PlanKind;
-  const PlanChoice wanted = choice();
-  const bool met = wanted == PlanChoice::automatic || (wanted == PlanChoice::small && plan.kind == PlanKind::small) ||
-                   (wanted == PlanChoice::resident && plan.kind == PlanKind::resident) ||
-                   (wanted == PlanChoice::two_pass && plan.kind == PlanKind::two_pass);
-  TORCH_CHECK(met, "this shape has no plan '", kPlans[static_cast<size_t>(wanted)],
-              "', which force_plan or BNEXT_PLAN asks for");
+  static Options& instance() {
+    const char* name = std::getenv("BNEXT_PLAN");
+    static Options options = {{name ? parse_plan(name) : cuda::PlanKind::automatic}, {margin_of_environment()}};
+    return options;
+  }
+};
+
+void check_kind(const cuda::Plan& plan, cuda::PlanKind wanted) {
+  TORCH_CHECK(wanted == cuda::PlanKind::automatic || wanted == plan.kind, "this shape has no plan '",
+              kPlans[static_cast<size_t>(wanted)], "', which force_plan or BNEXT_PLAN asks for");
 }
 
 // A plan with the memory and the stream that it runs on.
@@ -115,20 +128,24 @@ struct Launch {
   cuda::Scratch scratch = {};
   Tensor partials, captured_counters;
 
-  // `scratch` false: for an elementwise stage, which needs none.
+  enum class Of { whole, reduction, elementwise };
+
   template <class Params>
-  Launch(const Params& p, const Tensor& x, bool scratch = true)
-      : stream(c10::cuda::getCurrentCUDAStream(x.device().index())),
-        plan(plan_of(p, properties_of(x.device().index()))) {
-    if (scratch) allocate(x);
+  Launch(const Params& p, const Tensor& x, Of what) : stream(c10::cuda::getCurrentCUDAStream(x.device().index())) {
+    const Options& options = Options::instance();
+    const cuda::PlanKind kind = what == Of::whole ? options.kind.load() : cuda::PlanKind::two_pass;
+    plan = plan_of(p, properties_of(x.device().index()), {kind, options.sm_margin});
+    check_kind(plan, kind);
+    if (what != Of::elementwise) allocate(x);
   }
 
  private:
-  static cuda::Plan plan_of(const ForwardParams& p, const cuda::DeviceProperties& d) {
-    return cuda::plan_forward(p, d);
+  static cuda::Plan plan_of(const ForwardParams& p, const cuda::DeviceProperties& d, const cuda::PlanOptions& options) {
+    return cuda::plan_forward(p, d, options);
   }
-  static cuda::Plan plan_of(const BackwardParams& p, const cuda::DeviceProperties& d) {
-    return cuda::plan_backward(p, d);
+  static cuda::Plan plan_of(const BackwardParams& p, const cuda::DeviceProperties& d,
+                            const cuda::PlanOptions& options) {
+    return cuda::plan_backward(p, d, options);
   }
 
   void allocate(const Tensor& x) {
@@ -152,29 +169,27 @@ struct Cuda {
   using Int = int64_t;
 
   static void stats(const ForwardParams& p, const Tensor& x) {
-    const Launch l(p, x);
+    const Launch l(p, x, Launch::Of::reduction);
     check(cuda::launch_stats(p, l.plan, l.scratch, l.stream), "stats");
   }
   static void normalize(const ForwardParams& p, const Tensor& x) {
-    const Launch l(p, x, /*scratch=*/false);
+    const Launch l(p, x, Launch::Of::elementwise);
     check(cuda::launch_normalize(p, l.plan, l.stream), "normalize");
   }
   static void forward(const ForwardParams& p, const Tensor& x) {
-    const Launch l(p, x);
-    check_choice(l.plan);
+    const Launch l(p, x, Launch::Of::whole);
     check(cuda::launch_forward(p, l.plan, l.scratch, l.stream), "forward");
   }
   static void backward_reduce(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x);
+    const Launch l(p, x, Launch::Of::reduction);
     check(cuda::launch_backward_reduce(p, l.plan, l.scratch, l.stream), "backward_reduce");
   }
   static void backward_input(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x, /*scratch=*/false);
+    const Launch l(p, x, Launch::Of::elementwise);
     check(cuda::launch_backward_input(p, l.plan, l.stream), "backward_input");
   }
   static void backward(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x);
-    check_choice(l.plan);
+    const Launch l(p, x, Launch::Of::whole);
     check(cuda::launch_backward(p, l.plan, l.scratch, l.stream), "backward");
   }
 };
@@ -184,7 +199,11 @@ struct Cuda {
 std::vector<std::string> plans() { return kPlans; }
 
 std::string force_plan(const std::string& name) {
-  return kPlans[static_cast<size_t>(choice().exchange(parse_plan(name)))];
+  return kPlans[static_cast<size_t>(Options::instance().kind.exchange(parse_plan(name)))];
+}
+
+int64_t set_sm_margin(int64_t multiprocessors) {
+  return Options::instance().sm_margin.exchange(parse_margin(multiprocessors));
 }
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) { register_ops<Cuda>(m); }

@@ -13,6 +13,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("with_cuda") = true;
   m.def("plans", &plans);
   m.def("force_plan", &force_plan);
+  m.def("set_sm_margin", &set_sm_margin);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -23,8 +23,9 @@ BNEXT_HD A reciprocal(A v) {
   return A(1) / v;
 }
 
+// Aligned so that it moves 16 bytes at a time.
 template <class A>
-struct Welford {
+struct alignas(16) Welford {
   A count;  // 0: the empty set; the other fields are then ignored
   A shift;
   A offset;

@@ -9,17 +9,34 @@
 
 namespace bnext::cuda {
 
+cudaError_t launch_backward_input_pass(const BackwardParams&, const Pass&, cudaStream_t);
 cudaError_t launch_resident_backward(const BackwardParams&, const Plan&, const Scratch&, cudaStream_t);
 
 namespace {
 
+template <class T, int UNIT>
+__device__ __forceinline__ void small_backward(const BackwardParams& p, const Pass& reduce, const Pass& apply,
+                                               const Scratch& scratch, uint32_t* counter, Gate gate) {
+  for_shares(reduce, [&](const Share& share) {
+    if (reduce.columns) backward_reduce_interleaved<T, UNIT>(p, reduce, scratch, share, gate);
+    else if (reduce.aligned) backward_reduce_planar<T, UNIT, true>(p, reduce, scratch, share, gate);
+    else backward_reduce_planar<T, UNIT, false>(p, reduce, scratch, share, gate);
+  });
+  meet(counter);
+  for_shares(apply, [&](const Share& share) {
+    if (apply.columns) backward_input_columns<T, UNIT>(p, apply, share, gate);
+    else backward_input_planar<T, UNIT>(p, apply, share, gate);
+  });
+}
+
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
-    small_backward_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
-                          const Scratch scratch, const Gate gate) {
-  backward_reduce_interleaved<T, 1>(p, pass, scratch, Share(pass), gate);
-  __syncthreads();  // the sums, written by other threads of this block
-  backward_input_columns<T, 1>(p, pass, Share(pass), gate);
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    small_backward_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass reduce,
+                          const BNEXT_GRID_CONSTANT Pass apply, const Scratch scratch, uint32_t* counter,
+                          const Gate gate) {
+  constexpr int kPlain = kUnit<T, false>, kMasked = kUnit<T, true>;
+  if (kPlain == kMasked || gate != Gate::mask) small_backward<T, kPlain>(p, reduce, apply, scratch, counter, gate);
+  else small_backward<T, kMasked>(p, reduce, apply, scratch, counter, Gate::mask);
 }
 
 }  // namespace
@@ -32,13 +49,15 @@ cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Scr
   }
   if (elementwise && reduces && plan.kind == PlanKind::small) {
     return with_dtype(p.dtype, [&](auto element) {
-      return launch_pass(small_backward_kernel<decltype(element)>, plan.whole, stream, p, plan.whole, scratch,
-                         gate_of(p));
+      return launch_small(small_backward_kernel<decltype(element)>, plan, scratch, stream, p, gate_of(p));
     });
   }
-  cudaError_t error = reduces ? launch_backward_reduce(p, plan, scratch, stream) : cudaSuccess;
-  if (error == cudaSuccess && elementwise) error = launch_backward_input(p, plan, stream);
-  return error;
+  if (!elementwise) return reduces ? launch_backward_reduce(p, plan, scratch, stream) : cudaSuccess;
+  if (!reduces) return launch_backward_input(p, plan, stream);
+  cudaError_t error = launch_backward_reduce(p, plan, scratch, stream);
+  if (error != cudaSuccess) return error;
+  return p.training || gate_of(p) != Gate::none ? launch_backward_input_pass(p, plan.apply, stream)
+                                                : launch_backward_input(p, plan, stream);
 }
 
 }  // namespace bnext::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/epilogue.h"
+#include "channels.cuh"
 #include "source.cuh"
 
 namespace bnext::cuda {
@@ -13,12 +14,25 @@ inline Gate gate_of(const BackwardParams& p) {
   return p.activation != Activation::relu ? Gate::none : p.mask ? Gate::mask : Gate::relu;
 }
 
-// The forward's affine step, bit for bit: scale is weight * invstd there as well.
+// The forward's affine steps of some channels, bit for bit: scale is weight * invstd there as well. And invstd.
+template <class A, int WIDTH>
+__device__ __forceinline__ void load_affine(Affine<A> (&affine)[WIDTH], A (&invstd)[WIDTH], const BackwardParams& p,
+                                            const Channels<WIDTH>& channels) {
+  A mean[WIDTH], weight[WIDTH], bias[WIDTH];
+  load_vector<A>(mean, p.mean, channels);
+  load_vector<A>(invstd, p.invstd, channels);
+  load_vector(weight, p.weight, p.weight_dtype, channels, A(1));
+  load_vector(bias, p.bias, p.weight_dtype, channels, A(0));
+#pragma unroll
+  for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
+}
+
 template <class A>
-__device__ __forceinline__ Affine<A> backward_affine(const BackwardParams& p, int64_t channel) {
-  const A weight = load_scalar<A>(p.weight, p.weight_dtype, channel, A(1));
-  return {static_cast<const A*>(p.mean)[channel], weight * static_cast<const A*>(p.invstd)[channel],
-          load_scalar<A>(p.bias, p.weight_dtype, channel, A(0))};
+__device__ __forceinline__ Affine<A> load_affine(const BackwardParams& p, int64_t channel) {
+  Affine<A> affine[1];
+  A invstd[1];
+  load_affine(affine, invstd, p, Channels<1>(channel));
+  return affine[0];
 }
 
 template <class T, int UNIT>
@@ -50,8 +64,9 @@ __device__ __forceinline__ void for_gradient_units(const BackwardParams& p, cons
   uint32_t bits[COUNT];
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
-    // One byte a unit of 8; the two-pass plan and the small plan see to it that masked units are such.
-    bits[k] = gate == Gate::mask && (WHOLE || chunk.offset[k] < p.shape.numel()) ? p.mask[chunk.offset[k] >> 3] : 0;
+    // One byte a unit of 8; plans see to it that masked units are such.
+    bits[k] =
+        gate == Gate::mask && (WHOLE || int64_t{chunk.unit[k]} * UNIT < p.shape.numel()) ? p.mask[chunk.unit[k]] : 0;
   }
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {

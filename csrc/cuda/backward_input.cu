@@ -12,16 +12,28 @@ namespace {
 template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, true))
     backward_input_planar_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  backward_input_planar<T, kUnit<T, GATE == Gate::mask>>(p, pass, Share(pass, true), GATE);
+  wait_for_previous();
+  backward_input_planar<T, kUnit<T, GATE == Gate::mask>>(p, pass, Share::reverse(pass), GATE);
 }
 
 template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
     backward_input_columns_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  backward_input_columns<T, kUnit<T, GATE == Gate::mask>>(p, pass, Share(pass, true), GATE);
+  wait_for_previous();
+  backward_input_columns<T, kUnit<T, GATE == Gate::mask>>(p, pass, Share::reverse(pass), GATE);
 }
 
 }  // namespace
+
+// For launch_backward: may overlap the kernel before.
+cudaError_t launch_backward_input_pass(const BackwardParams& p, const Pass& pass, cudaStream_t stream) {
+  return with_dtype_and_gate(p, [&](auto element, auto gate) {
+    using T = decltype(element);
+    auto kernel =
+        pass.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
+    return launch_pass(kernel, pass, stream, p, pass);
+  });
+}
 
 cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
   if (!p.training && gate_of(p) == Gate::none) {
@@ -36,13 +48,9 @@ cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cud
     scaling.y = p.dx;
     return p.dx ? launch_normalize(scaling, plan, stream) : cudaSuccess;
   }
-  const Pass& pass = plan.apply;
-  return with_dtype_and_gate(p, [&](auto element, auto gate) {
-    using T = decltype(element);
-    auto kernel =
-        pass.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
-    return launch_pass(kernel, pass, stream, p, pass);
-  });
+  Pass pass = plan.apply;
+  pass.overlaps = false;  // whatever comes before
+  return launch_backward_input_pass(p, pass, stream);
 }
 
 }  // namespace bnext::cuda

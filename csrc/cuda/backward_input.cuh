@@ -1,5 +1,5 @@
 // The stage `backward_input` for one block: dy, x, sums -> dx, dresidual?. Used by backward_input.cu
-// and by the small plan of backward.cu.
+// and by the kernels that do all of a backward.
 #pragma once
 
 #include "backward.cuh"
@@ -16,17 +16,37 @@ struct ChannelGradient {
   AffineGradient<A> gradient;
 
   ChannelGradient() = default;
-  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, int64_t channel, A sum_dy, A sum_dy_xmu) {
-    affine = backward_affine<A>(p, channel);
-    const A invstd = static_cast<const A*>(p.invstd)[channel];
-    const A inverse = A(1) / static_cast<A>(p.count);
-    gradient = {affine.mean, affine.scale, sum_dy * inverse, sum_dy_xmu * inverse * invstd * invstd};
+  // Without the sums in eval mode.
+  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, const Affine<A>& affine, A invstd, A sum_dy,
+                                             A sum_dy_xmu)
+      : affine(affine) {
+    const A inverse = p.training ? A(1) / static_cast<A>(p.count) : A(0);
+    gradient = {affine.mean, affine.scale, p.training ? sum_dy * inverse : A(0),
+                p.training ? sum_dy_xmu * inverse * invstd * invstd : A(0)};
   }
-  // By the sums in memory, which eval mode does without.
-  __device__ __forceinline__ ChannelGradient(const BackwardParams& p, int64_t channel)
-      : ChannelGradient(p, channel, p.training ? static_cast<const A*>(p.sum_dy)[channel] : A(0),
-                        p.training ? static_cast<const A*>(p.sum_dy_xmu)[channel] : A(0)) {}
 };
+
+// Of some channels, given the sums.
+template <class A, int WIDTH>
+__device__ __forceinline__ void make_gradient(ChannelGradient<A> (&gradient)[WIDTH], const BackwardParams& p,
+                                              const Channels<WIDTH>& channels, const A (&sum_dy)[WIDTH],
+                                              const A (&sum_dy_xmu)[WIDTH]) {
+  Affine<A> affine[WIDTH];
+  A invstd[WIDTH];
+  load_affine(affine, invstd, p, channels);
+#pragma unroll
+  for (int e = 0; e < WIDTH; ++e) gradient[e] = {p, affine[e], invstd[e], sum_dy[e], sum_dy_xmu[e]};
+}
+
+// By the sums in memory, which eval mode does without.
+template <class A, int WIDTH>
+__device__ __forceinline__ void load_gradient(ChannelGradient<A> (&gradient)[WIDTH], const BackwardParams& p,
+                                              const Channels<WIDTH>& channels) {
+  A sum_dy[WIDTH], sum_dy_xmu[WIDTH];
+  load_vector(sum_dy, p.training ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
+  load_vector(sum_dy_xmu, p.training ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
+  make_gradient(gradient, p, channels, sum_dy, sum_dy_xmu);
+}
 
 template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class ChannelAt>
 __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
@@ -40,20 +60,22 @@ __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, co
         }
         if (!p.dx) return;
         A dx[UNIT];
+        if (p.training) {
 #pragma unroll
-        for (int e = 0; e < UNIT; ++e) {
-          // In eval mode x must not touch the gradient, not even an infinite x.
-          dx[e] = p.training ? channel(e).gradient(unit.dy[e], unit.x[e]) : unit.dy[e] * channel(e).gradient.scale;
+          for (int e = 0; e < UNIT; ++e) dx[e] = channel(e).gradient(unit.dy[e], unit.x[e]);
+        } else {  // x must not touch the gradient, not even an infinite x
+#pragma unroll
+          for (int e = 0; e < UNIT; ++e) dx[e] = unit.dy[e] * channel(e).gradient.scale;
         }
         store_at(static_cast<T*>(p.dx), chunk, k, narrow_unit<T, UNIT>(dx));
       });
 }
 
-template <class T, int UNIT, bool ALIGNED, class Source>
+template <class T, int UNIT, class Source>
 __device__ __forceinline__ void backward_input_share(const BackwardParams& p, const Pass& pass, const Share& share,
                                                      Source&& source, Gate gate,
                                                      const ChannelGradient<acc_t<T>>& channel) {
-  walk_planar<UNIT, ALIGNED, kGradientChunk<T, UNIT, !ALIGNED>>(pass, p.shape, share, [&](const auto& chunk) {
+  walk_planar<UNIT, true, kGradientChunk<T, UNIT, false>>(pass, p.shape, share, [&](const auto& chunk) {
     backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int) { return channel; });
   });
 }
@@ -61,10 +83,12 @@ __device__ __forceinline__ void backward_input_share(const BackwardParams& p, co
 template <class T, int UNIT>
 __device__ __forceinline__ void backward_input_planar(const BackwardParams& p, const Pass& pass, const Share& share,
                                                       Gate gate) {
-  const ChannelGradient<acc_t<T>> channel(p, share.tile);
-  backward_input_share<T, UNIT, true>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel);
+  ChannelGradient<acc_t<T>> channel[1];
+  load_gradient(channel, p, Channels<1>(share.tile));
+  backward_input_share<T, UNIT>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel[0]);
 }
 
+// PARTIAL: the last matrix row may end within a unit.
 template <class T, int UNIT, bool PARTIAL, class Source>
 __device__ __forceinline__ void backward_input_tile(const BackwardParams& p, const Pass& pass, const Share& share,
                                                     const ColumnPlace<UNIT>& place, Source&& source, Gate gate,
@@ -81,10 +105,7 @@ __device__ __forceinline__ void backward_input_columns(const BackwardParams& p, 
   const ColumnPlace<UNIT> place(pass, share);
   if (!place.active) return;
   ChannelGradient<acc_t<T>> channel[UNIT];
-#pragma unroll
-  for (int e = 0; e < UNIT; ++e) {
-    channel[e] = ChannelGradient<acc_t<T>>(p, ChannelColumn(pass, p.shape, place.col + e).channel);
-  }
+  load_gradient(channel, p, Channels<UNIT>(pass, p.shape, place.col));
   backward_input_tile<T, UNIT, true>(p, pass, share, place, gradient_from_memory<T, UNIT, Reuse::last>(p), gate,
                                      channel);
 }

@@ -11,17 +11,19 @@ namespace bnext::cuda {
 namespace {
 
 template <class T, Gate GATE, bool ALIGNED>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED))
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED && sizeof(T) < 8))
     backward_reduce_planar_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
                                   const Scratch scratch) {
-  backward_reduce_planar<T, kUnit<T, GATE == Gate::mask>, ALIGNED>(p, pass, scratch, Share(pass), GATE);
+  let_next_begin();
+  backward_reduce_planar<T, kUnit<T, GATE == Gate::mask>, ALIGNED>(p, pass, scratch, Share::forward(pass), GATE);
 }
 
 template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
     backward_reduce_interleaved_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
                                        const Scratch scratch) {
-  backward_reduce_interleaved<T, kUnit<T, GATE == Gate::mask>>(p, pass, scratch, Share(pass), GATE);
+  let_next_begin();
+  backward_reduce_interleaved<T, kUnit<T, GATE == Gate::mask>>(p, pass, scratch, Share::forward(pass), GATE);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The stage `backward_reduce` for one block: its share of dy and x -> sums, and what becomes of a
-// channel's whole. Used by backward_reduce.cu and by the small plan of backward.cu.
+// channel's whole. Used by backward_reduce.cu and by the kernels that do all of a backward.
 #pragma once
 
 #include "backward.cuh"
@@ -8,7 +8,7 @@
 namespace bnext::cuda {
 
 template <class A>
-struct Sums {
+struct alignas(2 * sizeof(A)) Sums {
   A dy, dy_xmu;
 
   __device__ __forceinline__ void add(A g, A xmu) {
@@ -37,7 +37,7 @@ template <class T, int UNIT, bool ALIGNED, class Source>
 __device__ __forceinline__ Sums<acc_t<T>> block_sums(const BackwardParams& p, const Pass& pass, const Share& share,
                                                      Source&& source, Gate gate) {
   using A = acc_t<T>;
-  const auto affine = backward_affine<A>(p, share.tile);
+  const auto affine = load_affine<A>(p, share.tile);
   constexpr int kParts = UNIT < 4 ? UNIT : 4;  // independent sums: short chains of dependent additions
   Sums<A> part[kParts] = {};
   walk_planar<UNIT, ALIGNED, kReduceChunk<T, UNIT, !ALIGNED>>(pass, p.shape, share, [&](const auto& chunk) {
@@ -77,11 +77,10 @@ __device__ __forceinline__ void block_column_sums(Sums<acc_t<T>> (&state)[UNIT],
                                                   Source&& source, Gate gate) {
   using A = acc_t<T>;
   Affine<A> affine[UNIT] = {};
+  A invstd[UNIT];
+  if (place.active) load_affine(affine, invstd, p, Channels<UNIT>(pass, p.shape, place.col));
 #pragma unroll
-  for (int e = 0; e < UNIT; ++e) {
-    state[e] = {};
-    if (place.active) affine[e] = backward_affine<A>(p, (place.col + e) % p.shape.c);
-  }
+  for (int e = 0; e < UNIT; ++e) state[e] = {};
   walk_columns<UNIT, kReduceChunk<T, UNIT, true>, false>(pass, p.shape.numel(), share, place, [&](const auto& chunk) {
     for_gradient_units<T, UNIT>(
         p, chunk, source, gate, [&](int e) { return affine[e]; },
@@ -104,7 +103,7 @@ __device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams
                [&](int64_t channel, Sums<A> whole) {
                  // What the end of the tensor cut from the last unit: fewer than UNIT elements.
                  const int64_t numel = p.shape.numel();
-                 const auto at = backward_affine<A>(p, channel);
+                 const auto at = load_affine<A>(p, channel);
                  for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
                    if (i % p.shape.c != channel) continue;
                    const A x = widen(static_cast<const T*>(p.x)[i]);

@@ -49,15 +49,75 @@ cudaError_t launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block,
   return launch_with(&attribute, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
 }
 
+inline cudaLaunchAttribute cluster_attribute(unsigned size) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 // Blocks in clusters of `cluster_size`, adjacent in x; it must divide grid.x.
 template <class... Params, class... Args>
 cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster_size,
                            size_t dynamic_shared, cudaStream_t stream, Args&&... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster_size;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = cluster_attribute(cluster_size);
   return launch_with(&attribute, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
+}
+
+// How many such clusters are on the device at a time.
+template <class... Params>
+cudaError_t count_clusters(void (*kernel)(Params...), unsigned block, unsigned cluster_size, size_t dynamic_shared,
+                           int* count) {
+  cudaLaunchAttribute attribute = cluster_attribute(cluster_size);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = cluster_size;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(count, kernel, &config);
+}
+
+// The kernel may begin when all blocks of the one before it in the stream have called let_next_begin() or
+// ended. It must not touch memory before wait_for_previous(). From compute capability 9.0.
+template <class... Params, class... Args>
+cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared,
+                               cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with(&attribute, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
+}
+
+// A kernel launched as overlapping may take up its blocks' places from now on.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Until the kernel before is over, and its writes are visible. At once in a kernel that was launched otherwise.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Loads 16 bytes that the L2 cache should keep in preference to others, or let go of first.
+__device__ __forceinline__ uint4 load_retained(const uint4* p, bool retain) {
+#if __CUDA_ARCH__ >= 800
+  uint64_t last, first;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  uint4 v;
+  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(retain ? last : first));
+  return v;
+#else
+  return *p;
+#endif
 }
 
 // The block's dynamic shared memory, 16-byte aligned.

@@ -7,6 +7,7 @@
 #include "backward.cuh"
 #include "dialect.h"
 #include "launch.h"
+#include "normalize.cuh"
 
 namespace bnext::cuda {
 
@@ -22,6 +23,19 @@ cudaError_t with_dtype(DType dtype, F&& f) {
 }
 
 template <class F>
+cudaError_t with_dtype_and_epilogue(const ForwardParams& p, F&& f) {
+  return with_dtype(p.dtype, [&](auto element) {
+    switch (epilogue_of(p)) {
+      case Epilogue::none: return f(element, std::integral_constant<Epilogue, Epilogue::none>{});
+      case Epilogue::relu: return f(element, std::integral_constant<Epilogue, Epilogue::relu>{});
+      case Epilogue::add: return f(element, std::integral_constant<Epilogue, Epilogue::add>{});
+      case Epilogue::add_relu: return f(element, std::integral_constant<Epilogue, Epilogue::add_relu>{});
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+template <class F>
 cudaError_t with_dtype_and_gate(const BackwardParams& p, F&& f) {
   return with_dtype(p.dtype, [&](auto element) {
     switch (gate_of(p)) {
@@ -33,23 +47,33 @@ cudaError_t with_dtype_and_gate(const BackwardParams& p, F&& f) {
   });
 }
 
-// One block for each (tile, split) of the pass; nothing where there are none. Blocks that keep what they
-// read exchange partial results: in clusters (planar), or all being on the device together (columns).
+// The blocks of a pass; nothing where there are none. Those that keep what they read exchange partial results: in
+// clusters, or all being on the device together.
 template <class... Params, class... Args>
 cudaError_t launch_pass(void (*kernel)(Params...), const Pass& pass, cudaStream_t stream, Args&&... args) {
   if (pass.blocks() == 0) return cudaSuccess;
   if (!pass.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(pass.blocks())), block(pass.threads);
   const auto shared = static_cast<size_t>(pass.kept_bytes);
-  if (shared > 32 * 1024) {  // static and dynamic shared memory above 48 KiB must be asked for
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+  if (pass.overlaps) return launch_overlapping(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (shared == 0) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  const auto cluster = static_cast<unsigned>(pass.clustered ? pass.splits : 1);
+  if (cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared, cluster); error != cudaSuccess) {
+    return error;
   }
-  if (shared == 0 || pass.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  if (pass.columns) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  return launch_cluster(kernel, grid, block, static_cast<unsigned>(pass.splits), shared, stream,
-                        std::forward<Args>(args)...);
+  if (pass.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (!pass.clustered) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  return launch_cluster(kernel, grid, block, cluster, shared, stream, std::forward<Args>(args)...);
+}
+
+// A kernel of the plan `small`, which does both passes.
+template <class... Params, class P, class E>
+cudaError_t launch_small(void (*kernel)(Params...), const Plan& plan, const Scratch& scratch, cudaStream_t stream,
+                         const P& p, const E& epilogue) {
+  if (!plan.reduce.fits() || !plan.apply.fits()) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<uint32_t>(plan.blocks)), block(kMaxThreads);
+  return launch_cooperative(kernel, grid, block, 0, stream, p, plan.reduce, plan.apply, scratch,
+                            scratch.counters + (plan.counters - 1), epilogue);
 }
 
 }  // namespace bnext::cuda

@@ -1,9 +1,8 @@
 // Training forward as a whole: statistics, running statistics, normalization.
 //
 // Plan `resident`: see resident_forward.cu. 2e bytes an element.
-// Plan `small`: one launch for few rows of an odd number of channels, in which a block takes the
-// statistics of some channels, an element to a thread, and normalizes them, reading x from memory once and
-// from the L1 or L2 cache the second time: 2e.
+// Plan `small`: one launch of blocks that take the shares of stats, meet, and take those of normalize; x
+// comes from the caches the second time: 2e.
 // Plan `two_pass`: stats, then normalize: 3e.
 #include "dispatch.h"
 #include "normalize.cuh"
@@ -17,13 +16,24 @@ cudaError_t launch_resident_forward(const ForwardParams&, const Plan&, const Scr
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
-    small_forward_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
-                         const Scratch scratch, const Epilogue epilogue) {
-  stats_interleaved<T, 1>(p, pass, scratch, Share(pass));
-  __syncthreads();  // mean and invstd, written by other threads of this block
-  normalize_columns<T, 1>(p, pass, Share(pass), epilogue, false);
-  count_batch(p, scratch, 0);
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    small_forward_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass reduce,
+                         const BNEXT_GRID_CONSTANT Pass apply, const Scratch scratch, uint32_t* counter,
+                         const Epilogue epilogue) {
+  constexpr int kPlain = kUnit<T, false>, kMasked = kUnit<T, true>;
+  for_shares(reduce, [&](const Share& share) {
+    if (reduce.columns) stats_interleaved<T, kPlain>(p, reduce, scratch, share);
+    else if (reduce.aligned) stats_planar<T, kPlain, true>(p, reduce, scratch, share);
+    else stats_planar<T, kPlain, false>(p, reduce, scratch, share);
+  });
+  meet(counter);
+  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
+  for_shares(apply, [&](const Share& share) {
+    if (apply.columns && apply.unit == kPlain) normalize_columns<T, kPlain>(p, apply, share, epilogue, false);
+    else if (apply.columns) normalize_columns<T, kMasked>(p, apply, share, epilogue, false);
+    else if (apply.unit == kPlain) normalize_planar<T, kPlain>(p, apply, share, epilogue, false);
+    else normalize_planar<T, kMasked>(p, apply, share, epilogue, false);
+  });
 }
 
 }  // namespace
@@ -32,8 +42,7 @@ cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scrat
   if (plan.kind == PlanKind::resident) return launch_resident_forward(p, plan, scratch, stream);
   if (plan.kind == PlanKind::small) {
     return with_dtype(p.dtype, [&](auto element) {
-      return launch_pass(small_forward_kernel<decltype(element)>, plan.whole, stream, p, plan.whole, scratch,
-                         epilogue_of(p));
+      return launch_small(small_forward_kernel<decltype(element)>, plan, scratch, stream, p, epilogue_of(p));
     });
   }
   cudaError_t error = launch_stats(p, plan, scratch, stream);

@@ -17,6 +17,10 @@ struct Scratch {
 // Properties of a device that plans depend on; the caller keeps them (the query is slow).
 cudaError_t query_device(int device, DeviceProperties* properties);
 
+// Lets a kernel have that much dynamic shared memory, and clusters of that size. On the current device; only the
+// first call for a kernel is slow.
+cudaError_t prepare(const void* kernel, size_t dynamic_shared, unsigned cluster);
+
 // x -> mean, var.
 cudaError_t launch_stats(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
 // x, residual? and mean, invstd -> y, mask?; or, in eval mode, the running statistics -> y, mean?, invstd?.

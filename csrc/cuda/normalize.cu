@@ -6,52 +6,48 @@
 // back, and their end is still in the L2 cache.
 // Reads e bytes an element (2e with a residual), writes e (and 1/8 byte of mask).
 #include "dispatch.h"
-#include "normalize.cuh"
 
 namespace bnext::cuda {
 namespace {
 
+__device__ __forceinline__ void begin(const ForwardParams& p) {
+  wait_for_previous();
+  // Every block of the reduction before this kernel has read the counter.
+  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
+}
+
 template <class T, Epilogue EPILOGUE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, true))
     normalize_planar_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  // Every block of the reduction before this kernel has read the counter.
-  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
-  normalize_planar<T, kUnit<T, masks(EPILOGUE)>>(p, pass, Share(pass, true), EPILOGUE, p.running_mean != nullptr);
+  begin(p);
+  normalize_planar<T, kUnit<T, masks(EPILOGUE)>>(p, pass, Share::reverse(pass), EPILOGUE, p.running_mean != nullptr);
 }
 
 template <class T, Epilogue EPILOGUE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
     normalize_columns_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
-  normalize_columns<T, kUnit<T, masks(EPILOGUE)>>(p, pass, Share(pass, true), EPILOGUE, p.running_mean != nullptr);
-}
-
-template <class T, Epilogue EPILOGUE>
-cudaError_t launch_epilogue(const ForwardParams& p, const Pass& pass, cudaStream_t stream) {
-  auto kernel = pass.columns ? normalize_columns_kernel<T, EPILOGUE> : normalize_planar_kernel<T, EPILOGUE>;
-  return launch_pass(kernel, pass, stream, p, pass);
+  begin(p);
+  normalize_columns<T, kUnit<T, masks(EPILOGUE)>>(p, pass, Share::reverse(pass), EPILOGUE, p.running_mean != nullptr);
 }
 
 }  // namespace
 
-// Adds one to num_batches_tracked where it is given, for launch_forward.
+// For launch_forward: may overlap the kernel before, and adds one to num_batches_tracked where it is given.
 cudaError_t launch_normalize_pass(const ForwardParams& p, const Pass& pass, cudaStream_t stream) {
-  return with_dtype(p.dtype, [&](auto element) {
+  return with_dtype_and_epilogue(p, [&](auto element, auto epilogue) {
     using T = decltype(element);
-    switch (epilogue_of(p)) {
-      case Epilogue::none: return launch_epilogue<T, Epilogue::none>(p, pass, stream);
-      case Epilogue::relu: return launch_epilogue<T, Epilogue::relu>(p, pass, stream);
-      case Epilogue::add: return launch_epilogue<T, Epilogue::add>(p, pass, stream);
-      case Epilogue::add_relu: return launch_epilogue<T, Epilogue::add_relu>(p, pass, stream);
-    }
-    return cudaErrorInvalidValue;
+    auto kernel =
+        pass.columns ? normalize_columns_kernel<T, epilogue.value> : normalize_planar_kernel<T, epilogue.value>;
+    return launch_pass(kernel, pass, stream, p, pass);
   });
 }
 
 cudaError_t launch_normalize(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
   ForwardParams stage = p;
   stage.num_batches_tracked = nullptr;
-  return launch_normalize_pass(stage, plan.apply, stream);
+  Pass pass = plan.apply;
+  pass.overlaps = false;  // whatever comes before
+  return launch_normalize_pass(stage, pass, stream);
 }
 
 }  // namespace bnext::cuda

@@ -1,9 +1,10 @@
-// The stage `normalize` for one block: x, residual? -> y, mask?. Used by normalize.cu and by the
-// small plan of forward.cu.
+// The stage `normalize` for one block: x, residual? -> y, mask?. Used by normalize.cu and by the kernels
+// that do all of a forward.
 #pragma once
 
 #include "../core/epilogue.h"
 #include "../core/welford.h"
+#include "channels.cuh"
 #include "source.cuh"
 
 namespace bnext::cuda {
@@ -23,30 +24,39 @@ inline Epilogue epilogue_of(const ForwardParams& p) {
 // Units of each of x and residual that a thread has in flight.
 template <class T, int UNIT> constexpr int kApplyChunk = units_in<T, UNIT>(64);
 
-template <class A>
-__device__ __forceinline__ Affine<A> with_parameters(const ForwardParams& p, int64_t channel, A mean, A invstd) {
-  const A weight = load_scalar<A>(p.weight, p.weight_dtype, channel, A(1));
-  return {mean, weight * invstd, load_scalar<A>(p.bias, p.weight_dtype, channel, A(0))};
+// The affine steps of some channels, given their statistics.
+template <class A, int WIDTH>
+__device__ __forceinline__ void make_affine(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+                                            const Channels<WIDTH>& channels, const A (&mean)[WIDTH],
+                                            const A (&invstd)[WIDTH]) {
+  A weight[WIDTH], bias[WIDTH];
+  load_vector(weight, p.weight, p.weight_dtype, channels, A(1));
+  load_vector(bias, p.bias, p.weight_dtype, channels, A(0));
+#pragma unroll
+  for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
 }
 
-// One channel's affine step, by the running statistics or by the batch's. `keep` says that this thread
-// is the one to save what the running statistics gave.
-template <class A>
-__device__ __forceinline__ Affine<A> forward_affine(const ForwardParams& p, int64_t channel, bool by_running,
-                                                    bool keep) {
-  A mean, invstd;
-  A* means = static_cast<A*>(p.mean);
-  A* invstds = static_cast<A*>(p.invstd);
+// The same by the running statistics, or by the batch's. `keep` says that this thread is one to save, for channels
+// whose first column it has, what the running statistics gave.
+template <class A, int WIDTH>
+__device__ __forceinline__ void load_affine(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+                                            const Channels<WIDTH>& channels, bool by_running, bool keep) {
+  A mean[WIDTH], invstd[WIDTH];
   if (by_running) {
-    mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
-    invstd = inverse_std(load_scalar<A>(p.running_var, p.running_dtype, channel, A(1)), p.eps);
-    if (keep && means) means[channel] = mean;
-    if (keep && invstds) invstds[channel] = invstd;
+    load_vector(mean, p.running_mean, p.running_dtype, channels, A(0));
+    load_vector(invstd, p.running_var, p.running_dtype, channels, A(1));
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) {
+      invstd[e] = inverse_std(invstd[e], p.eps);
+      if (!keep || !channels.first[e]) continue;
+      if (p.mean) static_cast<A*>(p.mean)[channels.at[e]] = mean[e];
+      if (p.invstd) static_cast<A*>(p.invstd)[channels.at[e]] = invstd[e];
+    }
   } else {
-    mean = means ? means[channel] : A(0);
-    invstd = invstds[channel];
+    load_vector(mean, p.mean, dtype_of<A>::value, channels, A(0));
+    load_vector<A>(invstd, p.invstd, channels);
   }
-  return with_parameters(p, channel, mean, invstd);
+  make_affine(affine, p, channels, mean, invstd);
 }
 
 // affine(e) is the affine step of element e of a unit.
@@ -73,15 +83,15 @@ __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Ch
     }
     store_at(y, chunk, k, narrow_unit<T, UNIT>(v));
     if constexpr (UNIT == 8) {
-      if (masks(epilogue) && p.mask) p.mask[chunk.offset[k] >> 3] = static_cast<uint8_t>(bits);
+      if (masks(epilogue) && p.mask) p.mask[chunk.unit[k]] = static_cast<uint8_t>(bits);
     }
   }
 }
 
-template <class T, int UNIT, bool ALIGNED, class Source>
+template <class T, int UNIT, class Source>
 __device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pass& pass, const Share& share,
                                                 Source&& x, Epilogue epilogue, const Affine<acc_t<T>>& affine) {
-  walk_planar<UNIT, ALIGNED, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
+  walk_planar<UNIT, true, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
     normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int) { return affine; });
   });
 }
@@ -89,11 +99,12 @@ __device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pa
 template <class T, int UNIT>
 __device__ __forceinline__ void normalize_planar(const ForwardParams& p, const Pass& pass, const Share& share,
                                                  Epilogue epilogue, bool by_running) {
-  const bool keep = share.split == 0 && threadIdx.x == 0;
-  const auto affine = forward_affine<acc_t<T>>(p, share.tile, by_running, keep);
-  normalize_share<T, UNIT, true>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine);
+  Affine<acc_t<T>> affine[1];
+  load_affine(affine, p, Channels<1>(share.tile), by_running, share.split == 0 && threadIdx.x == 0);
+  normalize_share<T, UNIT>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine[0]);
 }
 
+// PARTIAL: the last matrix row may end within a unit.
 template <class T, int UNIT, bool PARTIAL, class Source>
 __device__ __forceinline__ void normalize_tile(const ForwardParams& p, const Pass& pass, const Share& share,
                                                const ColumnPlace<UNIT>& place, Source&& x, Epilogue epilogue,
@@ -109,12 +120,7 @@ __device__ __forceinline__ void normalize_columns(const ForwardParams& p, const 
   const ColumnPlace<UNIT> place(pass, share);
   if (!place.active) return;
   Affine<acc_t<T>> affine[UNIT];
-#pragma unroll
-  for (int e = 0; e < UNIT; ++e) {
-    const ChannelColumn column(pass, p.shape, place.col + e);
-    affine[e] =
-        forward_affine<acc_t<T>>(p, column.channel, by_running, column.first && share.split == 0 && place.row == 0);
-  }
+  load_affine(affine, p, Channels<UNIT>(pass, p.shape, place.col), by_running, share.split == 0 && place.row == 0);
   normalize_tile<T, UNIT, true>(p, pass, share, place, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue,
                                 affine);
 }

@@ -9,9 +9,10 @@ namespace bnext::cuda {
 struct DeviceProperties {
   int32_t compute_capability;  // 10 * major + minor
   int32_t multiprocessors;
-  int32_t threads_per_multiprocessor;
   int64_t shared_per_multiprocessor;  // bytes
   int64_t shared_per_block;           // with opt-in
+  int64_t l2_bytes;
+  int32_t large_clusters;  // of kLargeCluster blocks, each with all the shared memory it may have, that run together
 };
 
 // What launch bounds and plans have to agree on: threads of a block, and how many such blocks the
@@ -20,16 +21,21 @@ struct DeviceProperties {
 constexpr int32_t kMaxThreads = 256;
 constexpr int32_t blocks_per_sm(bool columns, bool aligned) { return !columns && aligned ? 3 : 2; }
 
-// The small and the resident kernels hold the registers of both passes.
+// The resident kernels hold the registers of both passes.
 template <class T> constexpr int32_t kWholeBlocksPerSM = sizeof(T) == 8 ? 1 : 2;
 
-// Blocks of a cluster, at most: what every GPU that has clusters grants without asking.
+// So many threads of a block can leave states for each other at a time, of each of their columns.
+constexpr int32_t kStateSlots = kMaxThreads / 2;
+
+// Blocks of a cluster, at most: what every GPU that has clusters grants without asking, and what some grant
+// on request, to as many clusters as their layout has room for.
 constexpr int32_t kMaxCluster = 8;
+constexpr int32_t kLargeCluster = 16;
 
 constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 
 // How the blocks of one pass share out a tensor. A *unit* is what a thread moves at once: 16 bytes,
-// or 8 elements where a byte of sign mask goes with them, or 1 element in the plan `small`.
+// or 8 elements where a byte of sign mask goes with them.
 //
 // planar:  a block takes one channel (its tile) and a range of that channel's units, plane after
 //          plane. Where planes are not whole units, `aligned` is false: the units are those that
@@ -39,20 +45,30 @@ constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 //          to one unit of columns, so that it meets UNIT channels, always the same. A block takes
 //          `lanes` adjacent units (its tile) and a range of rows. Column k belongs to channel
 //          (k / channel_stride) % c. The last matrix row may be short, by `numel`.
+//          A resident pass takes planes that are not whole units so, with an image to a row: a tile is then as many
+//          channels as make whole units, `tile_channels`, in `parts` of `lanes` units that come one after the other.
 //
-// Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory. In a
-// resident planar pass the splits of a tile are a cluster, hence adjacent: tile b / splits and split b % splits.
+// Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory. Where the
+// splits of a tile are a cluster, they are adjacent: tile b / splits and split b % splits.
+// In other resident passes, groups of `splits` blocks take the tiles in turn: block b is of group
+// b / splits, whose tiles are that one, and every `groups`-th from there.
 struct Pass {
   bool columns;
   bool aligned;
   int32_t unit;
+  int64_t units;  // of the tensor
   int32_t threads;
   int64_t tiles;
+  int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
   int64_t splits;           // blocks that share a tile
   int64_t steps;            // planar: units of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the merge of a block's threads takes; 0 in an elementwise pass
-  int64_t kept_bytes;       // dynamic shared memory: the share of a block in a resident pass
+  int64_t kept_bytes;       // dynamic shared memory: a block's shares, in a resident pass
+  int32_t stages;           // so many of them: with 2, a block loads a tile while the one before is being merged
+  int64_t retained_steps;   // of a split, its last: what the L2 cache should keep for the pass that follows
+  bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
+  bool overlaps;            // the launch may begin while the kernel before, of the same plan, is ending
 
   // planar
   int64_t plane_units;
@@ -65,37 +81,47 @@ struct Pass {
   int32_t lanes;
   int32_t lane_rows;  // rows a block takes in one stride: threads / lanes
   int32_t repeat;     // columns of a matrix row that belong to one channel, in a reduction
+  int32_t parts;
+  int32_t tile_channels;  // 0 where that is not how tiles are made
 
-  constexpr int64_t blocks() const { return tiles * splits; }
-  // Kernels count blocks, the units of a plane and the steps of a split in 32 bits, offsets in 64. A
-  // tensor beyond that has 2^31 channels, or a plane of 2^31 units (32 GiB).
-  constexpr bool fits() const { return blocks() < kMaxCount && plane_units < kMaxCount && steps_per_split < kMaxCount; }
+  constexpr int64_t blocks() const { return groups * splits; }
+  // Kernels count blocks, the units of a plane and the steps of a split in 32 bits, and so they do all units. A
+  // tensor beyond that has 2^31 channels, a plane of 2^31 units (32 GiB), or 2^32 units (64 GiB).
+  constexpr bool fits() const {
+    return blocks() < kMaxCount && plane_units < kMaxCount && steps_per_split < kMaxCount && units <= UINT32_MAX;
+  }
   // Columns of a tile: so many partial results a block of a reduction has.
   constexpr int64_t tile_width() const { return columns ? int64_t{lanes} * unit : 1; }
 };
 
 enum class PlanKind : int32_t {
-  resident,  // one launch: blocks keep their shares in shared memory between the two passes
-  small,     // one launch, for few rows of an odd number of channels: a block owns whole channels, and reads
-             // them a second time from the caches
-  two_pass,  // two launches: a split reduction with a fixed-order merge, then an elementwise pass
+  automatic,  // only as a wish
+  resident,   // one launch: blocks keep their shares in shared memory between the two passes
+  small,      // one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
+              // do not fit `resident` and are small enough to come from the caches the second time
+  two_pass,   // two launches: a split reduction with a fixed-order merge, then an elementwise pass
 };
 
 struct Plan {
   PlanKind kind;          // of the whole; the stages on their own always use the passes of two_pass
-  Pass whole;             // of the kinds with one launch; small has splits and repeat 1
+  Pass resident;          // of that kind
   Pass reduce;            // stats, backward_reduce
   Pass apply;             // normalize, backward_input, and eval mode
+  int64_t blocks;         // of the kind `small`
   int64_t partial_bytes;  // scratch that any of these needs
-  int64_t counters;       // 32-bit counters likewise; the last is count_batch's, if the forward needs it
+  int64_t counters;       // 32-bit counters likewise; the last is that of small's barrier, or count_batch's
 };
 
-enum class PlanChoice : int32_t { automatic, small, two_pass, resident };
+// What a caller may ask for.
+struct PlanOptions {
+  PlanKind kind = PlanKind::automatic;  // where the shape does not allow it, the plan is two_pass
+  int32_t sm_margin = 0;  // multiprocessors that kernels whose blocks all have to be there together leave to others
+};
 
 // The plans of a forward (with its stages stats and normalize) and of a backward. They look at shape,
 // dtype, activation, whether there are a residual (forward) or a mask (backward), and whether the forward
-// averages cumulatively and counts. A choice that the shape does not allow falls back to two_pass.
-Plan plan_forward(const ForwardParams&, const DeviceProperties&, PlanChoice = PlanChoice::automatic);
-Plan plan_backward(const BackwardParams&, const DeviceProperties&, PlanChoice = PlanChoice::automatic);
+// averages cumulatively and counts.
+Plan plan_forward(const ForwardParams&, const DeviceProperties&, const PlanOptions& = {});
+Plan plan_backward(const BackwardParams&, const DeviceProperties&, const PlanOptions& = {});
 
 }  // namespace bnext::cuda

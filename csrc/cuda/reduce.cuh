@@ -9,73 +9,119 @@
 
 namespace bnext::cuda {
 
+// Where the threads of a block put states for each other.
+template <int WIDTH, class State>
+__device__ __forceinline__ State* state_slots() {
+  static_assert(sizeof(State) * WIDTH * kStateSlots <= 48 * 1024, "static shared memory");
+  __shared__ State slots[WIDTH * kStateSlots];
+  return slots;
+}
+
 // Threads are arranged as `rows` x `lanes` (thread = row * lanes + lane; threads past that have no
 // part in it but must call, for the barriers). Leaves in row 0 the merge of each lane's states.
 template <int WIDTH, class State>
 __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int lane, int row, int lanes, int rows) {
-  constexpr int kSlots = kMaxThreads / 2;
-  static_assert(sizeof(State) * WIDTH * kSlots <= 48 * 1024, "static shared memory");
-  __shared__ State slots[WIDTH * kSlots];
+  State* slots = state_slots<WIDTH, State>();
   int half = 1;
   while (2 * half < rows) half *= 2;
   for (; half >= 1 && rows > 1; half /= 2) {
     const int slot = (row - half) * lanes + lane;
     if (row >= half && row < 2 * half && row < rows) {
 #pragma unroll
-      for (int e = 0; e < WIDTH; ++e) slots[e * kSlots + slot] = state[e];
+      for (int e = 0; e < WIDTH; ++e) slots[e * kStateSlots + slot] = state[e];
     }
     __syncthreads();
     if (row < half && row + half < rows) {
 #pragma unroll
-      for (int e = 0; e < WIDTH; ++e) state[e].merge(slots[e * kSlots + row * lanes + lane]);
+      for (int e = 0; e < WIDTH; ++e) state[e].merge(slots[e * kStateSlots + row * lanes + lane]);
     }
     __syncthreads();
   }
 }
 
-// True in the last of `blocks` blocks to call it; what the others wrote before is then visible. The
-// counter wraps around to 0 by itself.
+// Adds one to a counter, which wraps around to 0 after `limit`, for the whole block: what its threads wrote
+// before is visible to whoever sees the new value, and what was written before the old values is
+// visible to them. Returns the old value.
+__device__ __forceinline__ uint32_t advance(uint32_t* counter, uint32_t limit) {
+  __shared__ uint32_t old;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    old = atomicInc(counter, limit);
+    __threadfence();
+  }
+  __syncthreads();
+  return old;
+}
+
+// True in the last of `blocks` blocks to call it; what the others wrote before is then visible.
 __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(counter, blocks - 1) == blocks - 1;
-    __threadfence();
+  if (blocks == 1) {
+    __syncthreads();
+    return true;
   }
-  __syncthreads();
-  return last;
+  return advance(counter, blocks - 1) == blocks - 1;
 }
 
-// The same for blocks that are all on the device together: every block returns, once all have come.
-// Only one use of a counter in a launch: it is back at 0 by then, and that is what the blocks wait for.
-__device__ __forceinline__ void meet(uint32_t* counter, uint32_t blocks) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    if (atomicInc(counter, blocks - 1) != blocks - 1) {
-      while (*static_cast<volatile uint32_t*>(counter) != 0) __nanosleep(32);
+// Where blocks that are all on the device together wait for what the last of them to arrive does. Each block
+// arrives, the last one opens, and all pass; by then the counter is back at 0.
+class Turnstile {
+ public:
+  __device__ __forceinline__ Turnstile(uint32_t* counter, uint32_t blocks) : counter_(counter), blocks_(blocks) {}
+
+  // True in the last block; what the others wrote before is then visible.
+  __device__ __forceinline__ bool arrive() const {
+    if (blocks_ == 1) return arrive_last(counter_, 1);
+    return advance(counter_, 2 * blocks_) == blocks_ - 1;
+  }
+  __device__ __forceinline__ void open() const {
+    if (blocks_ > 1) advance(counter_, 2 * blocks_);
+  }
+  // Returns once it is open; what was written before it was opened is then visible.
+  __device__ __forceinline__ void pass() const {
+    if (threadIdx.x == 0 && blocks_ > 1) {
+      // Above `blocks` from when it is opened until all have passed.
+      while (*static_cast<volatile uint32_t*>(counter_) <= blocks_) __nanosleep(32);
+      __threadfence();
+      atomicInc(counter_, 2 * blocks_);
     }
-    __threadfence();
+    __syncthreads();
   }
-  __syncthreads();
+
+ private:
+  uint32_t* counter_;
+  uint32_t blocks_;
+};
+
+// All blocks of a launch, which are on the device together, wait for each other.
+__device__ __forceinline__ void meet(uint32_t* counter) {
+  const Turnstile turnstile(counter, gridDim.x);
+  if (turnstile.arrive()) turnstile.open();
+  turnstile.pass();
 }
 
-// The merge of `count` states, `stride` apart: several loads at a time, since each takes longer than a merge.
+// The merge of states [BEGIN, BEGIN + N) of an array, in halves.
+template <int N, int BEGIN = 0, class State, int COUNT>
+__device__ __forceinline__ State merge_halves(const State (&states)[COUNT]) {
+  if constexpr (N == 1) {
+    return states[BEGIN];
+  } else {
+    State low = merge_halves<N / 2, BEGIN>(states);
+    low.merge(merge_halves<N / 2, BEGIN + N / 2>(states));
+    return low;
+  }
+}
+
+// The merge of `count` states, `stride` apart: many loads at a time, since each takes longer than a merge.
 template <class State>
 __device__ __forceinline__ State merge_strided(const State* first, int64_t stride, int count) {
-  constexpr int kBatch = sizeof(State) > 16 ? 2 : 8;
+  constexpr int kBatch = 128 / sizeof(State);  // bytes of registers
   State total = {};
   for (int i = 0; i < count; i += kBatch, first += kBatch * stride) {
     State batch[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) batch[k] = i + k < count ? first[k * stride] : State{};
-#pragma unroll
-    for (int half = kBatch / 2; half >= 1; half /= 2) {
-#pragma unroll
-      for (int k = 0; k < half; ++k) batch[k].merge(batch[k + half]);
-    }
-    total.merge(batch[0]);
+    total.merge(merge_halves<kBatch>(batch));
   }
   return total;
 }
@@ -126,32 +172,45 @@ struct Partials {
   }
 };
 
-// Takes the states of WIDTH columns of a tile, from `col` on, of the threads that hold them, and calls
-// finish(channel, state) exactly once for each channel, in whichever thread and block has the whole of
-// it. Uniform control flow within a block.
+// Hands in the states of WIDTH columns of a tile, from `col` on, in the threads that hold them. Where
+// arrive() is true, which it is in the last of the blocks that share the channels, calls finish(channel,
+// state) exactly once for each channel. Uniform control flow within a block. Returns whether it finished any.
+template <int WIDTH, class State, class Arrive, class Finish>
+__device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
+                                             const Pass& pass, const Scratch& scratch, const Share& share,
+                                             Arrive&& arrive, Finish&& finish) {
+  if (pass.splits == 1 && pass.repeat == 1) {
+    // The tile's states are whole already; as many threads as it has channels finish them.
+    State* whole = state_slots<WIDTH, State>();
+    const int64_t width = pass.tile_width(), first = share.tile * width;
+    if (holds) {
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) whole[col - first + e] = state[e];
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < min(width, channels - first); i += blockDim.x) finish(first + i, whole[i]);
+    __syncthreads();
+    return true;
+  }
+  const Partials<State> partials(pass, scratch);
+  if (holds) partials.put(state, col, share);
+  if (!arrive()) return false;
+  // The channels of the tile, or all of them where a channel's columns lie in several tiles.
+  const bool by_tile = pass.repeat == 1;
+  const int64_t first = by_tile ? share.tile * partials.width : 0;
+  partials.merge(first, by_tile ? min(channels, first + partials.width) : channels, channels, pass.repeat, finish);
+  return true;
+}
+
+// The same for blocks that need not be on the device together.
 template <int WIDTH, class State, class Finish>
 __device__ __forceinline__ void merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
                                              const Pass& pass, const Scratch& scratch, const Share& share,
                                              Finish&& finish) {
-  if (pass.splits == 1 && pass.repeat == 1) {
-    if (holds) {
-#pragma unroll
-      for (int e = 0; e < WIDTH; ++e) {
-        if (col + e < channels) finish(col + e, state[e]);
-      }
-    }
-    return;
-  }
-  const Partials<State> partials(pass, scratch);
-  if (holds) partials.put(state, col, share);
-
-  // The last block merges: the channels of its tile, or all of them where a channel's columns lie in
-  // several tiles.
   const bool by_tile = pass.repeat == 1;
-  const int64_t blocks = by_tile ? pass.splits : pass.blocks();
-  if (!arrive_last(&scratch.counters[by_tile ? share.tile : 0], static_cast<uint32_t>(blocks))) return;
-  const int64_t first = by_tile ? share.tile * partials.width : 0;
-  partials.merge(first, by_tile ? min(channels, first + partials.width) : channels, channels, pass.repeat, finish);
+  const auto blocks = static_cast<uint32_t>(by_tile ? pass.splits : pass.blocks());
+  auto arrive = [&] { return arrive_last(&scratch.counters[by_tile ? share.tile : 0], blocks); };
+  merge_blocks(state, holds, col, channels, pass, scratch, share, arrive, finish);
 }
 
 }  // namespace bnext::cuda

@@ -1,69 +1,126 @@
-// What the resident plan's kernels share: how the blocks that own a channel (planar) or a tile of
-// channels (interleaved) exchange their partial results, between reading their shares into shared
-// memory and going on from there.
+// What the resident plan's kernels share: how blocks come by their tiles, and how those that own a channel
+// (planar) or a tile of channels (interleaved) exchange their partial results, between reading their shares into
+// shared memory and going on from there.
 #pragma once
 
 #include "reduce.cuh"
 
 namespace bnext::cuda {
 
-// Clusters are adjacent blocks: the channel is the cluster, the split is the block's rank.
+// The merge, in rank order, of what thread 0 of each block of the cluster has; in every thread. The
+// caller goes on to leave_cluster().
+template <class State>
+__device__ __forceinline__ State merge_cluster(const State& mine, const Pass& pass) {
+  __shared__ State block, ranks[kLargeCluster];
+  const unsigned size = static_cast<unsigned>(pass.splits);
+  if (size == 1) {
+    if (threadIdx.x == 0) ranks[0] = mine;
+  } else {
+    if (threadIdx.x == 0) block = mine;
+    cluster_sync();
+    if (threadIdx.x < size) ranks[threadIdx.x] = *map_shared(&block, threadIdx.x);
+  }
+  __syncthreads();
+  State total = ranks[0];
+  for (unsigned rank = 1; rank < size; ++rank) total.merge(ranks[rank]);
+  return total;
+}
+
+// A block's shared memory must outlive its siblings' reads, and be left alone until then.
+__device__ __forceinline__ void leave_cluster(const Pass& pass) {
+  if (pass.splits > 1) cluster_sync();
+}
+
+// Clusters are adjacent blocks: the tile is the cluster, the split is the block's rank.
 __device__ __forceinline__ Share cluster_share(const Pass& pass) {
   const int64_t tile = blockIdx.x / pass.splits;
   return Share(tile, blockIdx.x - tile * pass.splits);
 }
 
-// The merge, in rank order, of what thread 0 of each block of the cluster has; in every thread. The
-// caller ends with leave_cluster().
-template <class State>
-__device__ __forceinline__ State merge_cluster(const State& mine, const Pass& pass) {
-  __shared__ State block, whole;
-  if (pass.splits == 1) {
-    if (threadIdx.x == 0) whole = mine;
-  } else {
-    if (threadIdx.x == 0) block = mine;
+// Planes side by side have up to so many channels to a tile: as many as a unit has elements.
+constexpr int kMaxTileChannels = 8;
+
+// One part of such a tile.
+__device__ __forceinline__ Share part_of(const Pass& pass, const Share& share, int32_t part) {
+  return Share(share.tile * pass.parts + part, share.split);
+}
+
+// The states of the channels of a cluster's tile. take(part, state) gives those of a part's columns, in the threads of
+// row 0; finish(k, state) gets that of the tile's channel k, in one thread of each block, and what it leaves in
+// shared memory is there for all threads. The caller goes on to leave_cluster().
+template <class State, int UNIT, class Take, class Finish>
+__device__ __forceinline__ void merge_planes(const Pass& pass, const Shape& shape, const Share& share, Take&& take,
+                                             Finish&& finish) {
+  const int channels = pass.tile_channels, rows = blockDim.x / channels;
+  const int row = threadIdx.x / channels, channel = threadIdx.x - row * channels;
+  State total[1] = {};
+  for (int32_t part = 0; part < pass.parts; ++part) {
+    State state[UNIT];
+    take(part, state);
+    State* columns = state_slots<UNIT, State>();
+    const ColumnPlace<UNIT> place(pass, part_of(pass, share, part));
+    if (place.active && place.row == 0) {
+#pragma unroll
+      for (int e = 0; e < UNIT; ++e) columns[place.lane * UNIT + e] = state[e];
+    }
+    __syncthreads();
+    // The channel's columns in this part, among as many threads as there are for a channel.
+    const int width = pass.lanes * UNIT, plane = static_cast<int>(shape.s), origin = part * width;
+    if (row < rows) {
+      const int past = min(plane * (channel + 1), origin + width);
+      for (int i = max(plane * channel, origin) + row; i < past; i += rows) total[0].merge(columns[i - origin]);
+    }
+    __syncthreads();
+  }
+  reduce_rows(total, channel, row, channels, rows);
+
+  __shared__ State block[kMaxTileChannels];
+  if (row == 0) block[channel] = total[0];
+  if (pass.splits > 1) {
     cluster_sync();
-    if (threadIdx.x == 0) {
-      State total = {};
-      for (unsigned rank = 0; rank < static_cast<unsigned>(pass.splits); ++rank) {
-        total.merge(*map_shared(&block, rank));
+    if (row == 0) {
+      total[0] = *map_shared(&block[channel], 0);
+      for (unsigned rank = 1; rank < static_cast<unsigned>(pass.splits); ++rank) {
+        total[0].merge(*map_shared(&block[channel], rank));
       }
-      whole = total;
     }
   }
+  if (row == 0) finish(channel, total[0]);
   __syncthreads();
-  return whole;
 }
 
-// A block's shared memory must outlive its siblings' reads.
-__device__ __forceinline__ void leave_cluster(const Pass& pass) {
-  if (pass.splits > 1) cluster_sync();
+// Calls take(Share, stage) and later give(Share, stage) for each tile of the block's group, in order, with up to
+// `stages` tiles taken and not yet given: a group's tile is merged by one of its blocks while the others load the next.
+// A group's blocks are adjacent, so that the two on a multiprocessor, which get there one after the other, are
+// mostly of different groups, and do not wait at the same time.
+template <class Take, class Give>
+__device__ __forceinline__ void for_tiles(const Pass& pass, Take&& take, Give&& give) {
+  const int64_t group = blockIdx.x / pass.splits, split = blockIdx.x - group * pass.splits;
+  int64_t next = group;
+  int32_t filling = 0, emptying = 0;
+  for (int64_t tile = group; tile < pass.tiles; tile += pass.groups) {
+    for (; next < pass.tiles && next < tile + pass.stages * pass.groups; next += pass.groups) {
+      take(Share(next, split), filling);
+      filling = pass.stages - 1 - filling;
+    }
+    give(Share(tile, split), emptying);
+    emptying = pass.stages - 1 - emptying;
+  }
 }
 
-// The merge of the tile's partial results, in every block that shares it: of each of its columns, into
-// `whole`, in shared memory. The blocks are all on the device together.
-template <int WIDTH, class State>
+__device__ __forceinline__ Turnstile turnstile_of(const Pass& pass, const Scratch& scratch, const Share& share) {
+  return Turnstile(&scratch.counters[share.tile], static_cast<uint32_t>(pass.splits));
+}
+
+// The last block of a tile merges and finishes its channels, for all to see that pass the tile's turnstile.
+template <int WIDTH, class State, class Finish>
 __device__ __forceinline__ void merge_tile(const State (&state)[WIDTH], const ColumnPlace<WIDTH>& place,
                                            int64_t channels, const Pass& pass, const Scratch& scratch,
-                                           const Share& share, State* whole) {
+                                           const Share& share, Finish&& finish) {
+  const Turnstile turnstile = turnstile_of(pass, scratch, share);
+  auto arrive = [&] { return turnstile.arrive(); };
   const bool holds = place.active && place.row == 0;
-  if (pass.splits == 1) {
-    if (holds) {
-#pragma unroll
-      for (int e = 0; e < WIDTH; ++e) whole[place.lane * WIDTH + e] = state[e];
-    }
-  } else {
-    const Partials<State> partials(pass, scratch);
-    if (holds) partials.put(state, place.col, share);
-    meet(&scratch.counters[share.tile], static_cast<uint32_t>(pass.splits));
-    const int64_t first = share.tile * partials.width;
-    partials.merge(first, min(channels, first + partials.width), channels, 1,
-                   [&](int64_t channel, const State& total) { whole[channel - first] = total; });
-  }
-  __syncthreads();
+  if (merge_blocks(state, holds, place.col, channels, pass, scratch, share, arrive, finish)) turnstile.open();
 }
-
-// Columns of a resident tile: 64 bytes, or one unit.
-template <class T, int UNIT> constexpr int kResidentWidth = UNIT * sizeof(T) >= 64 ? UNIT : 64 / sizeof(T);
 
 }  // namespace bnext::cuda

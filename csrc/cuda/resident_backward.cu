@@ -11,85 +11,124 @@
 namespace bnext::cuda {
 namespace {
 
+// Where a block keeps one of its `of` shares of dy and of x.
 template <class T, int UNIT>
-__device__ __forceinline__ auto keeping(const BackwardParams& p, const Kept<T, UNIT>& dy, const Kept<T, UNIT>& x) {
-  using Source = typename Kept<T, UNIT>::Keeping;
-  return GradientSource<Source, Source>{dy.keeping(p.dy, p.shape), x.keeping(p.x, p.shape)};
-}
+struct KeptGradient {
+  Kept<T, UNIT> dy, x;
 
-template <class T, int UNIT>
-__device__ __forceinline__ auto giving(const Kept<T, UNIT>& dy, const Kept<T, UNIT>& x) {
-  using Source = typename Kept<T, UNIT>::Giving;
-  return GradientSource<Source, Source>{dy.giving(), x.giving()};
-}
+  __device__ __forceinline__ KeptGradient(const Pass& pass, int32_t share, int32_t of) {
+    const int64_t bytes = pass.kept_bytes / (2 * of);
+    dy.slots = reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared() + 2 * share * bytes);
+    x.slots = dy.slots + bytes / sizeof(Unit<T, UNIT>);
+  }
+  __device__ __forceinline__ auto keeping(const BackwardParams& p) const {
+    using Source = typename Kept<T, UNIT>::Keeping;
+    return GradientSource<Source, Source>{dy.keeping(p.dy, p.shape), x.keeping(p.x, p.shape)};
+  }
+  __device__ __forceinline__ auto giving() const {
+    using Source = typename Kept<T, UNIT>::Giving;
+    return GradientSource<Source, Source>{dy.giving(), x.giving()};
+  }
+};
 
-template <class A>
-__device__ __forceinline__ ChannelGradient<A> channel_gradient(const BackwardParams& p, int64_t channel,
-                                                               const Sums<A>& sums) {
-  return ChannelGradient<A>(p, channel, p.training ? sums.dy : A(0), p.training ? sums.dy_xmu : A(0));
-}
-
-template <class T, int UNIT, bool ALIGNED>
+template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     resident_backward_planar_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
-                                    const Gate gate) {
+                                    const Scratch) {
   using A = acc_t<T>;
+  constexpr int UNIT = kUnit<T, GATE == Gate::mask>;
   const Share share = cluster_share(pass);
-  const Kept<T, UNIT> dy = {reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared())};
-  const Kept<T, UNIT> x = {dy.slots + pass.steps_per_split};
+  const KeptGradient<T, UNIT> kept(pass, 0, 1);
 
-  const Sums<A> mine = block_sums<T, UNIT, ALIGNED>(p, pass, share, keeping(p, dy, x), gate);
+  const Sums<A> mine = block_sums<T, UNIT, true>(p, pass, share, kept.keeping(p), GATE);
   const Sums<A> whole = merge_cluster(mine, pass);
   if (share.split == 0 && threadIdx.x == 0) finish_sums(p, share.tile, whole);
 
-  backward_input_share<T, UNIT, ALIGNED>(p, pass, share, giving(dy, x), gate, channel_gradient(p, share.tile, whole));
+  const A sum_dy[1] = {whole.dy}, sum_dy_xmu[1] = {whole.dy_xmu};
+  ChannelGradient<A> channel[1];
+  make_gradient(channel, p, Channels<1>(share.tile), sum_dy, sum_dy_xmu);
+  backward_input_share<T, UNIT>(p, pass, share, kept.giving(), GATE, channel[0]);
   leave_cluster(pass);
 }
 
-template <class T, int UNIT>
+template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
-    resident_backward_interleaved_kernel(const BNEXT_GRID_CONSTANT BackwardParams p,
-                                         const BNEXT_GRID_CONSTANT Pass pass, const Scratch scratch, const Gate gate) {
+    resident_backward_planes_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
+                                    const Scratch) {
   using A = acc_t<T>;
-  const Share share(pass);
-  const ColumnPlace<UNIT> place(pass, share);
-  const Kept<T, UNIT> dy = {reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared())};
-  const Kept<T, UNIT> x = {dy.slots + pass.kept_bytes / (2 * sizeof(Unit<T, UNIT>))};
+  constexpr int UNIT = kUnit<T, GATE == Gate::mask>;
+  const Share share = cluster_share(pass);
+  const int64_t first = share.tile * pass.tile_channels;
 
-  Sums<A> state[UNIT];
-  block_column_sums<T, UNIT>(state, p, pass, share, place, keeping(p, dy, x), gate);
-  __shared__ Sums<A> whole[kResidentWidth<T, UNIT>];
-  merge_tile(state, place, p.shape.c, pass, scratch, share, whole);
+  __shared__ Sums<A> sums[kMaxTileChannels];
+  auto take = [&](int32_t part, Sums<A>(&state)[UNIT]) {
+    const Share mine = part_of(pass, share, part);
+    const ColumnPlace<UNIT> place(pass, mine);
+    const KeptGradient<T, UNIT> kept(pass, part, pass.parts);
+    block_column_sums<T, UNIT>(state, p, pass, mine, place, kept.keeping(p), GATE);
+  };
+  merge_planes<Sums<A>, UNIT>(pass, p.shape, share, take, [&](int channel, const Sums<A>& whole) {
+    sums[channel] = whole;
+    if (share.split == 0) finish_sums(p, first + channel, whole);
+  });
 
-  ChannelGradient<A> channel[UNIT] = {};
-  if (place.active) {
+  for (int32_t part = 0; part < pass.parts; ++part) {
+    const Share mine = part_of(pass, share, part);
+    const ColumnPlace<UNIT> place(pass, mine);
+    if (!place.active) break;
+    const Channels<UNIT> channels(pass, p.shape, place.col);
+    A sum_dy[UNIT], sum_dy_xmu[UNIT];
 #pragma unroll
     for (int e = 0; e < UNIT; ++e) {
-      const Sums<A>& sums = whole[place.lane * UNIT + e];
-      if (share.split == 0 && place.row == 0) finish_sums(p, place.col + e, sums);
-      channel[e] = channel_gradient(p, place.col + e, sums);
+      sum_dy[e] = sums[channels.at[e] - first].dy;
+      sum_dy_xmu[e] = sums[channels.at[e] - first].dy_xmu;
     }
+    ChannelGradient<A> channel[UNIT];
+    make_gradient(channel, p, channels, sum_dy, sum_dy_xmu);
+    const KeptGradient<T, UNIT> kept(pass, part, pass.parts);
+    backward_input_tile<T, UNIT, false>(p, pass, mine, place, kept.giving(), GATE, channel);
   }
-  backward_input_tile<T, UNIT, false>(p, pass, share, place, giving(dy, x), gate, channel);
+  leave_cluster(pass);
+}
+
+template <class T, Gate GATE>
+__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
+    resident_backward_interleaved_kernel(const BNEXT_GRID_CONSTANT BackwardParams p,
+                                         const BNEXT_GRID_CONSTANT Pass pass, const Scratch scratch) {
+  using A = acc_t<T>;
+  constexpr int UNIT = kUnit<T, GATE == Gate::mask>;
+  for_tiles(
+      pass,
+      [&](const Share& share, int32_t stage) {
+        const ColumnPlace<UNIT> place(pass, share);
+        Sums<A> state[UNIT];
+        const KeptGradient<T, UNIT> kept(pass, stage, pass.stages);
+        block_column_sums<T, UNIT>(state, p, pass, share, place, kept.keeping(p), GATE);
+        merge_tile(state, place, p.shape.c, pass, scratch, share,
+                   [&](int64_t channel, const Sums<A>& whole) { finish_sums(p, channel, whole); });
+      },
+      [&](const Share& share, int32_t stage) {
+        turnstile_of(pass, scratch, share).pass();
+        const KeptGradient<T, UNIT> kept(pass, stage, pass.stages);
+        const ColumnPlace<UNIT> place(pass, share);
+        if (!place.active) return;
+        ChannelGradient<A> channel[UNIT];
+        load_gradient(channel, p, Channels<UNIT>(pass, p.shape, place.col));
+        backward_input_tile<T, UNIT, false>(p, pass, share, place, kept.giving(), GATE, channel);
+      });
 }
 
 }  // namespace
 
 cudaError_t launch_resident_backward(const BackwardParams& p, const Plan& plan, const Scratch& scratch,
                                      cudaStream_t stream) {
-  const Pass& pass = plan.whole;
-  return with_dtype(p.dtype, [&](auto element) {
+  const Pass& pass = plan.resident;
+  return with_dtype_and_gate(p, [&](auto element, auto gate) {
     using T = decltype(element);
-    constexpr int kPlain = kUnit<T, false>, kMasked = kUnit<T, true>;
-    if (pass.columns) {
-      auto kernel = pass.unit == kPlain ? resident_backward_interleaved_kernel<T, kPlain>
-                                        : resident_backward_interleaved_kernel<T, kMasked>;
-      return launch_pass(kernel, pass, stream, p, pass, scratch, gate_of(p));
-    }
-    auto kernel = !pass.aligned         ? resident_backward_planar_kernel<T, kPlain, false>
-                  : pass.unit == kPlain ? resident_backward_planar_kernel<T, kPlain, true>
-                                        : resident_backward_planar_kernel<T, kMasked, true>;
-    return launch_pass(kernel, pass, stream, p, pass, gate_of(p));
+    auto kernel = !pass.columns    ? resident_backward_planar_kernel<T, gate.value>
+                  : pass.clustered ? resident_backward_planes_kernel<T, gate.value>
+                                   : resident_backward_interleaved_kernel<T, gate.value>;
+    return launch_pass(kernel, pass, stream, p, pass, scratch);
   });
 }
 

@@ -15,14 +15,16 @@ template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED && sizeof(T) < 8))
     stats_planar_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
                         const Scratch scratch) {
-  stats_planar<T, kUnit<T, false>, ALIGNED>(p, pass, scratch, Share(pass));
+  let_next_begin();
+  stats_planar<T, kUnit<T, false>, ALIGNED>(p, pass, scratch, Share::forward(pass));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
     stats_interleaved_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass,
                              const Scratch scratch) {
-  stats_interleaved<T, kUnit<T, false>>(p, pass, scratch, Share(pass));
+  let_next_begin();
+  stats_interleaved<T, kUnit<T, false>>(p, pass, scratch, Share::forward(pass));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The stage `stats` for one block: its share of x -> Welford states, and what becomes of a channel's
-// whole. Used by stats.cu and by the small plan of forward.cu.
+// whole. Used by stats.cu and by the kernels that do all of a forward.
 #pragma once
 
 #include "../core/welford.h"
@@ -11,15 +11,16 @@ namespace bnext::cuda {
 // Units of a planar chunk: 32 elements, all of whose loads are in flight together, or what the
 // registers of a full multiprocessor hold of wider elements and of units with masked ends.
 template <class T, int UNIT, bool ALIGNED>
-constexpr int kStatsChunk = UNIT == 1 ? 8
-                                      : (sizeof(T) == 8 ? 8
-                                         : ALIGNED      ? 32
-                                                        : 16) /
-                                            UNIT;
+constexpr int kStatsChunk = (sizeof(T) == 8 ? 8
+                             : ALIGNED      ? 32
+                                            : 16) /
+                            UNIT;
 
 // Rows of an interleaved chunk, next to the state of UNIT columns.
 template <class T, int UNIT>
-constexpr int kStatsRows = UNIT * sizeof(acc_t<T>) > 32 ? 2 : 8;
+constexpr int kStatsRows = UNIT * sizeof(acc_t<T>) > 32 ? 2
+                           : UNIT * sizeof(T) > 16      ? 4
+                                                        : 8;
 
 // f(begin) + ... + f(begin + N - 1) in halves: rounding errors and dependent additions grow with
 // log2(N), and so do the registers that it takes.

@@ -13,16 +13,17 @@ template <class T, bool MASKED> constexpr int kUnit = MASKED ? 8 : 16 / static_c
 template <class T, int UNIT>
 constexpr int units_in(int bytes) {
   const int units = bytes / (UNIT * static_cast<int>(sizeof(T)));
-  return UNIT == 1 ? 4 : units > 0 ? units : 1;
+  return units > 0 ? units : 1;
 }
 
-// How long the data should stay in the caches.
+// Whether a kernel that follows reads the data again, of which the L2 cache should keep some (see
+// Pass::retained_steps); or this is the last time.
 enum class Reuse { again, last };
 
 // A unit as it came from memory: 32-bit words, of which a 16-bit type has two elements each, so that
-// widening and narrowing take an instruction an element; or one element.
+// widening and narrowing take an instruction an element.
 template <class T, int UNIT>
-struct alignas(UNIT == 1 ? sizeof(T) : 16) Unit {
+struct alignas(16) Unit {
   static constexpr int words = UNIT * static_cast<int>(sizeof(T)) / 4;
   uint32_t word[words];
 
@@ -42,47 +43,33 @@ struct alignas(UNIT == 1 ? sizeof(T) : 16) Unit {
   }
 };
 
-template <class T>
-struct Unit<T, 1> {
-  T element;
-  __device__ __forceinline__ acc_t<T> operator[](int) const { return widen(element); }
-};
-
 template <Reuse REUSE>
-__device__ __forceinline__ uint4 load_word(const uint4* p) {
+__device__ __forceinline__ uint4 load_word(const uint4* p, bool retain) {
   if constexpr (REUSE == Reuse::last) return __ldcs(p);
-  else return *p;
+  else return load_retained(p, retain);
 }
 
 template <Reuse REUSE, class T, int UNIT>
-__device__ __forceinline__ Unit<T, UNIT> load_unit(const T* p) {
-  if constexpr (UNIT == 1) {
-    return {*p};
-  } else {
-    Unit<T, UNIT> unit;
+__device__ __forceinline__ Unit<T, UNIT> load_unit(const T* p, bool retain) {
+  Unit<T, UNIT> unit;
 #pragma unroll
-    for (int i = 0; i < unit.words / 4; ++i) {
-      const uint4 w = load_word<REUSE>(reinterpret_cast<const uint4*>(p) + i);
-      unit.word[4 * i] = w.x;
-      unit.word[4 * i + 1] = w.y;
-      unit.word[4 * i + 2] = w.z;
-      unit.word[4 * i + 3] = w.w;
-    }
-    return unit;
+  for (int i = 0; i < unit.words / 4; ++i) {
+    const uint4 w = load_word<REUSE>(reinterpret_cast<const uint4*>(p) + i, retain);
+    unit.word[4 * i] = w.x;
+    unit.word[4 * i + 1] = w.y;
+    unit.word[4 * i + 2] = w.z;
+    unit.word[4 * i + 3] = w.w;
   }
+  return unit;
 }
 
 template <class T, int UNIT>
 __device__ __forceinline__ void store_unit(T* p, const Unit<T, UNIT>& unit) {
-  if constexpr (UNIT == 1) {
-    *p = unit.element;
-  } else {
-    // Outputs are not read again by the kernel that writes them: leave the cache to the inputs.
+  // Outputs are not read again by the kernel that writes them: leave the cache to the inputs.
 #pragma unroll
-    for (int i = 0; i < unit.words / 4; ++i) {
-      __stcs(reinterpret_cast<uint4*>(p) + i,
-             uint4{unit.word[4 * i], unit.word[4 * i + 1], unit.word[4 * i + 2], unit.word[4 * i + 3]});
-    }
+  for (int i = 0; i < unit.words / 4; ++i) {
+    __stcs(reinterpret_cast<uint4*>(p) + i,
+           uint4{unit.word[4 * i], unit.word[4 * i + 1], unit.word[4 * i + 2], unit.word[4 * i + 3]});
   }
 }
 
@@ -105,29 +92,25 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
 
 template <class T, int UNIT>
 __device__ __forceinline__ Unit<T, UNIT> narrow_unit(const acc_t<T> (&a)[UNIT]) {
-  if constexpr (UNIT == 1) {
-    return {narrow<T>(a[0])};
-  } else {
-    Unit<T, UNIT> unit;
+  Unit<T, UNIT> unit;
 #pragma unroll
-    for (int e = 0; e < UNIT; ++e) {
-      if constexpr (sizeof(T) == 2) {
-        if (e % 2 == 0) unit.word[e / 2] = narrow_pair<T>(a[e], a[e + 1]);
-      } else if constexpr (sizeof(T) == 4) {
-        unit.word[e] = bit_cast<uint32_t>(a[e]);
-      } else {
-        unit.word[2 * e] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]));
-        unit.word[2 * e + 1] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]) >> 32);
-      }
+  for (int e = 0; e < UNIT; ++e) {
+    if constexpr (sizeof(T) == 2) {
+      if (e % 2 == 0) unit.word[e / 2] = narrow_pair<T>(a[e], a[e + 1]);
+    } else if constexpr (sizeof(T) == 4) {
+      unit.word[e] = bit_cast<uint32_t>(a[e]);
+    } else {
+      unit.word[2 * e] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]));
+      unit.word[2 * e + 1] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]) >> 32);
     }
-    return unit;
   }
+  return unit;
 }
 
 // The unit of p that starts at element `offset` of `numel`; what lies past the end is zero.
 template <Reuse REUSE, int UNIT, class T>
-__device__ __forceinline__ Unit<T, UNIT> load_within(const T* p, int64_t offset, int64_t numel) {
-  if (offset + UNIT <= numel) return load_unit<REUSE, T, UNIT>(p + offset);
+__device__ __forceinline__ Unit<T, UNIT> load_within(const T* p, int64_t offset, int64_t numel, bool retain) {
+  if (offset + UNIT <= numel) return load_unit<REUSE, T, UNIT>(p + offset, retain);
   acc_t<T> a[UNIT];
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) a[e] = offset + e < numel ? widen(p[offset + e]) : acc_t<T>(0);

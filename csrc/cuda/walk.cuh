@@ -8,27 +8,35 @@
 
 namespace bnext::cuda {
 
-// Units at these element offsets. Unless WHOLE, only elements [lo, hi) of a unit are the thread's.
+// Some of the tensor's units, by their number in memory. Unless WHOLE, only elements [lo, hi) of a unit are the
+// thread's.
 template <int COUNT, bool WHOLE>
 struct Chunk {
   static constexpr int count = COUNT;
   static constexpr bool whole = WHOLE;
-  int64_t offset[COUNT];
+  uint32_t unit[COUNT];
   int32_t lo[COUNT], hi[COUNT];
+  bool retained;  // by the L2 cache, for the kernel that follows
 
   __device__ __forceinline__ bool has(int k, int e) const { return WHOLE || (e >= lo[k] && e < hi[k]); }
 };
 
+// Element 0 of a tensor's unit: one instruction, of 32 bits times a constant.
+template <int UNIT, class T>
+__device__ __forceinline__ T* unit_at(T* p, uint32_t unit) {
+  return p + uint64_t{unit} * UNIT;
+}
+
 // Unit k of a chunk. Reading may take in what is not the thread's, as long as it is the tensor's.
 template <Reuse REUSE, int UNIT, int COUNT, bool WHOLE, class T>
 __device__ __forceinline__ Unit<T, UNIT> load_at(const T* p, const Chunk<COUNT, WHOLE>& chunk, int k, int64_t numel) {
-  if constexpr (WHOLE) return load_unit<REUSE, T, UNIT>(p + chunk.offset[k]);
-  else return load_within<REUSE, UNIT>(p, chunk.offset[k], numel);
+  if constexpr (WHOLE) return load_unit<REUSE, T, UNIT>(unit_at<UNIT>(p, chunk.unit[k]), chunk.retained);
+  else return load_within<REUSE, UNIT>(p, int64_t{chunk.unit[k]} * UNIT, numel, chunk.retained);
 }
 
 template <int UNIT, int COUNT, bool WHOLE, class T>
 __device__ __forceinline__ void store_at(T* p, const Chunk<COUNT, WHOLE>& chunk, int k, const Unit<T, UNIT>& unit) {
-  T* to = p + chunk.offset[k];
+  T* to = unit_at<UNIT>(p, chunk.unit[k]);
   if (WHOLE || (chunk.lo[k] == 0 && chunk.hi[k] == UNIT)) {
     store_unit<T, UNIT>(to, unit);
   } else {
@@ -46,14 +54,43 @@ struct Share {
 
   __device__ __forceinline__ Share(int64_t tile, int64_t split) : tile(tile), split(split) {}
 
-  __device__ __forceinline__ explicit Share(const Pass& pass, bool reverse = false) {
-    int64_t block = reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  __device__ __forceinline__ explicit Share(const Pass& pass, int64_t block) {
     split = block / pass.tiles;
     tile = block - split * pass.tiles;
   }
+
+  __device__ __forceinline__ static Share forward(const Pass& pass) { return Share(pass, blockIdx.x); }
+  __device__ __forceinline__ static Share reverse(const Pass& pass) { return Share(pass, gridDim.x - 1 - blockIdx.x); }
 };
 
-// Calls body(Chunk) on the thread's units of one channel, CHUNK at a time, then one by one.
+// Calls body(Share) on each of a pass's shares that are this block's, in a launch of some other number of blocks.
+template <class Body>
+__device__ __forceinline__ void for_shares(const Pass& pass, Body&& body) {
+  for (int64_t block = blockIdx.x; block < pass.blocks(); block += gridDim.x) body(Share(pass, block));
+}
+
+// Calls body(Chunk) on `left` units, which next(chunk, k) puts into a chunk: CHUNK at a time, then what remains in
+// smaller and smaller chunks, since one by one each would wait for its loads. The last `retained` are to stay
+// in the L2 cache.
+template <int CHUNK, bool WHOLE, bool REST = false, class Next, class Body>
+__device__ __forceinline__ void in_chunks(int32_t left, int32_t retained, Next& next, Body& body) {
+  auto once = [&] {
+    Chunk<CHUNK, WHOLE> chunk;
+    chunk.retained = left <= retained;
+#pragma unroll
+    for (int k = 0; k < CHUNK; ++k) next(chunk, k);
+    body(chunk);
+    left -= CHUNK;
+  };
+  if constexpr (REST) {
+    if (left >= CHUNK) once();
+  } else {
+    while (left >= CHUNK) once();
+  }
+  if constexpr (CHUNK > 1) in_chunks<CHUNK / 2, WHOLE, true>(left, retained, next, body);
+}
+
+// Calls body(Chunk) on the thread's units of one channel.
 template <int UNIT, bool ALIGNED, int CHUNK, class Body>
 __device__ __forceinline__ void walk_planar(const Pass& pass, const Shape& shape, const Share& share, Body&& body) {
   const int64_t begin = share.split * pass.steps_per_split;
@@ -74,21 +111,21 @@ __device__ __forceinline__ void walk_planar(const Pass& pass, const Shape& shape
 
   const int64_t image = shape.c * shape.s;
   int64_t plane = n * image + share.tile * shape.s;  // element offset of the plane
-  int64_t offset = plane + int64_t{j} * UNIT;        // and of an aligned unit in it
-  const int64_t stride = pass.stride_planes * image + pass.stride_units * int64_t{UNIT};
+  // And an aligned unit of it; a stride, within a plane and on to the next.
+  uint32_t unit = static_cast<uint32_t>(plane / UNIT) + j;
+  const uint32_t stride = static_cast<uint32_t>(pass.stride_planes * (image / UNIT)) + pass.stride_units;
+  const uint32_t stride_on = stride + static_cast<uint32_t>((image - shape.s) / UNIT);
 
   auto next = [&](auto& chunk, int k) {
     if constexpr (ALIGNED) {
-      chunk.offset[k] = offset;
-      offset += stride;
+      chunk.unit[k] = unit;
       j += pass.stride_units;
-      if (j >= plane_units) {
-        j -= plane_units;
-        offset += image - shape.s;
-      }
+      const bool on = j >= plane_units;
+      if (on) j -= plane_units;
+      unit += on ? stride_on : stride;
     } else {
       const int64_t covering = (plane & -int64_t{UNIT}) + int64_t{j} * UNIT;
-      chunk.offset[k] = covering;
+      chunk.unit[k] = static_cast<uint32_t>(covering / UNIT);
       chunk.lo[k] = static_cast<int32_t>(max(plane - covering, int64_t{0}));
       chunk.hi[k] = static_cast<int32_t>(min(plane + shape.s - covering, int64_t{UNIT}));
       plane += pass.stride_planes * image;
@@ -100,17 +137,7 @@ __device__ __forceinline__ void walk_planar(const Pass& pass, const Shape& shape
     }
   };
 
-  for (; left >= CHUNK; left -= CHUNK) {
-    Chunk<CHUNK, ALIGNED> chunk;
-#pragma unroll
-    for (int k = 0; k < CHUNK; ++k) next(chunk, k);
-    body(chunk);
-  }
-  for (; left > 0; --left) {
-    Chunk<1, ALIGNED> chunk;
-    next(chunk, 0);
-    body(chunk);
-  }
+  in_chunks<CHUNK, ALIGNED>(left, static_cast<int32_t>(pass.retained_steps) / threads, next, body);
 }
 
 // A thread's place in a column tile.
@@ -128,18 +155,6 @@ struct ColumnPlace {
   }
 };
 
-// The channel of a column, and whether it is the channel's first.
-struct ChannelColumn {
-  int64_t channel;
-  bool first;
-
-  __device__ __forceinline__ ChannelColumn(const Pass& pass, const Shape& shape, int64_t col) {
-    const int64_t plane = col / pass.channel_stride;
-    channel = plane % shape.c;
-    first = plane < shape.c && plane * pass.channel_stride == col;
-  }
-};
-
 // Calls body(Chunk) on the thread's whole units of its columns; then, with PARTIAL, on the unit that
 // the end of the tensor cuts short, if it is the thread's.
 template <int UNIT, int CHUNK, bool PARTIAL, class Body>
@@ -153,23 +168,18 @@ __device__ __forceinline__ void walk_columns(const Pass& pass, int64_t numel, co
   if (short_unit) --rows;
 
   int32_t left = (rows - place.row + pass.lane_rows - 1) / pass.lane_rows;
-  int64_t offset = (begin + place.row) * pass.cols + place.col;
-  const int64_t stride = pass.lane_rows * pass.cols;
-  for (; left >= CHUNK; left -= CHUNK) {
-    Chunk<CHUNK, true> chunk;
-#pragma unroll
-    for (int k = 0; k < CHUNK; ++k, offset += stride) chunk.offset[k] = offset;
-    body(chunk);
-  }
-  for (; left > 0; --left, offset += stride) {
-    Chunk<1, true> chunk;
-    chunk.offset[0] = offset;
-    body(chunk);
-  }
-  if constexpr (PARTIAL && UNIT > 1) {
+  uint32_t unit = static_cast<uint32_t>(((begin + place.row) * pass.cols + place.col) / UNIT);
+  const uint32_t stride = static_cast<uint32_t>(pass.lane_rows * (pass.cols / UNIT));
+  auto next = [&](auto& chunk, int k) {
+    chunk.unit[k] = unit;
+    unit += stride;
+  };
+  in_chunks<CHUNK, true>(left, static_cast<int32_t>(pass.retained_steps) / pass.lane_rows, next, body);
+  if constexpr (PARTIAL) {
     if (short_unit && rows % pass.lane_rows == place.row && last < numel) {
       Chunk<1, false> chunk;
-      chunk.offset[0] = last;
+      chunk.retained = true;
+      chunk.unit[0] = static_cast<uint32_t>(last / UNIT);
       chunk.lo[0] = 0;
       chunk.hi[0] = static_cast<int32_t>(numel - last);
       body(chunk);

@@ -116,6 +116,8 @@ struct Case {
   std::string plan = "automatic";  // small resident two_pass
   std::string data = "normal";     // offset huge constant nan
   int sms = 0, cc = 0;             // multiprocessors and compute capability to plan for; 0: the device's
+  int64_t shared = 0;              // likewise shared memory, of a multiprocessor and of a block
+  int clusters = 0;                // of 16 that the device runs together
   uint64_t seed = 1;               // of the data
   uint64_t order = 0;              // of the schedule
 
@@ -177,6 +179,8 @@ Case parse(const std::string& line) {
       {"data", text(out.data)},
       {"sms", integer(out.sms)},
       {"cc", integer(out.cc)},
+      {"shared", integer(out.shared)},
+      {"clusters", integer(out.clusters)},
       {"seed", integer(out.seed)},
       {"order", integer(out.order)},
   };
@@ -354,6 +358,8 @@ class Run {
     if (c_.sms) device_.multiprocessors = c_.sms;
     simt::set_multiprocessors(device_.multiprocessors);
     if (c_.cc) device_.compute_capability = c_.cc;
+    if (c_.shared) device_.shared_per_block = device_.shared_per_multiprocessor = c_.shared;
+    device_.large_clusters = c_.clusters;
   }
 
   std::string operator()() {
@@ -466,11 +472,12 @@ class Run {
   void check_sums(const std::vector<bool>& gate);
   void check_dx(const std::vector<bool>& gate);
 
-  cuda::PlanChoice choice() const {
-    return pick<cuda::PlanChoice>(c_.plan, {{"automatic", cuda::PlanChoice::automatic},
-                                            {"small", cuda::PlanChoice::small},
-                                            {"resident", cuda::PlanChoice::resident},
-                                            {"two_pass", cuda::PlanChoice::two_pass}});
+  cuda::PlanOptions options() const {
+    return {pick<cuda::PlanKind>(c_.plan, {{"automatic", cuda::PlanKind::automatic},
+                                           {"small", cuda::PlanKind::small},
+                                           {"resident", cuda::PlanKind::resident},
+                                           {"two_pass", cuda::PlanKind::two_pass}}),
+            0};
   }
 
   const Case c_;
@@ -487,11 +494,15 @@ class Run {
 std::string describe(const cuda::Plan& plan, bool whole) {
   if (!whole) return "two_pass";
   switch (plan.kind) {
-    case cuda::PlanKind::resident: return say("resident/%d", static_cast<int>(plan.whole.splits));
-    case cuda::PlanKind::small: return "small";
-    case cuda::PlanKind::two_pass: return "two_pass";
+    case cuda::PlanKind::resident: {
+      const cuda::Pass& pass = plan.resident;
+      if (pass.tile_channels > 0) return say("planes/%d", static_cast<int>(pass.splits));
+      const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
+      return say("resident/%d/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds), pass.stages);
+    }
+    case cuda::PlanKind::small: return say("small/%d", static_cast<int>(plan.blocks));
+    default: return "two_pass";
   }
-  return "?";
 }
 
 // ---- Forward -------------------------------------------------------------------------------------
@@ -563,7 +574,8 @@ std::string Run::forward() {
   p.running_mean = running_mean_.get();
   p.running_var = running_var_.get();
   p.num_batches_tracked = tracked_.as<int64_t>();
-  const cuda::Plan plan = cuda::plan_forward(p, device_, choice());
+  p.mask = mask_.as<uint8_t>();  // the plan looks at whether there is one
+  const cuda::Plan plan = cuda::plan_forward(p, device_, options());
   launch(inputs, outputs, updated, plan, [&](const cuda::Scratch& scratch) {
     p.mean = mean_.get();
     p.var = var_.get();
@@ -724,7 +736,7 @@ std::string Run::backward() {
   p.mean = mean_.get();
   p.invstd = invstd_.get();
   p.count = count();
-  const cuda::Plan plan = cuda::plan_backward(p, device_, choice());
+  const cuda::Plan plan = cuda::plan_backward(p, device_, options());
   launch(inputs, outputs, {}, plan, [&](const cuda::Scratch& scratch) {
     p.sum_dy = sum_dy_.get();
     p.sum_dy_xmu = sum_dy_xmu_.get();

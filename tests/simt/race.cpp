@@ -272,6 +272,9 @@ void check_readers(const Access& a, const char* at, const Readers& r) {
 void check(const Access& a) {
   const Shadow found = find_shadow(a);
   if (!found.bytes) return;
+  if (!current->may_access) {
+    report("overlap", a, place(a, a.address) + ", before wait_for_previous() in a launch that overlaps the one before");
+  }
   const Thread& self = *current;
   const uint32_t thread = number_of(self), clock = self.clocks.now;
   const uint32_t warp = static_cast<uint32_t>(self.block->linear * warps_per_block() + self.id / kWarp);

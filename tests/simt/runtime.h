@@ -67,6 +67,7 @@ struct Thread {
   const void* pc;
   unsigned mask, source;  // of a warp's call
   uint64_t brings, gets;
+  bool may_access;  // memory: in a launch that overlaps the one before, once it has waited
   ThreadClocks clocks;
 };
 

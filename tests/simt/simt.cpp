@@ -448,6 +448,8 @@ static Storage thread_storage() {
 
 const size_t static_shared_bytes = thread_storage().bytes;
 
+void wait_for_previous() { current->may_access = true; }
+
 void* dynamic_shared() { return current->block->dynamic_shared; }
 
 unsigned cluster_rank() { return static_cast<unsigned>(current->block->linear % launched->gang); }
@@ -531,6 +533,7 @@ static void begin_gang(Gang& gang) {
       thread.context.bytes = kStackBytes;
       prepare(thread.context, thread_main);
       thread.block = &slot;
+      thread.may_access = launched->start == Start::in_order;
       thread.index = index_in(launched->block, i);
       thread.id = static_cast<unsigned>(i);
       thread.lane = thread.id % kWarp;
@@ -616,9 +619,13 @@ static int multiprocessors = 4;
 constexpr int kThreadsPerMultiprocessor = 2048, kBlocksPerMultiprocessor = 32;
 constexpr int kSharedPerMultiprocessor = 228 * 1024, kSharedPerBlock = 227 * 1024, kSharedWithoutOptIn = 48 * 1024;
 
+constexpr int kL2Bytes = 50 << 20;
 constexpr int kSharedReserved = 1024;  // of each block
 
 static std::unordered_map<const void*, size_t> shared_opt_in;
+static std::unordered_map<const void*, bool> large_clusters;
+
+bool allows_large_clusters(const void* kernel) { return large_clusters[kernel]; }
 
 void set_multiprocessors(int count) { multiprocessors = count; }
 
@@ -655,7 +662,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device != 0) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = simt::multiprocessors; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = simt::kThreadsPerMultiprocessor; break;
+    case cudaDevAttrL2CacheSize: *value = simt::kL2Bytes; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = simt::kSharedPerMultiprocessor; break;
@@ -664,7 +671,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    simt::large_clusters[kernel] = value != 0;
+    return cudaSuccess;
+  }
   if (value < 0 || value > simt::kSharedPerBlock) return cudaErrorInvalidValue;
   simt::shared_opt_in[kernel] = value;
   return cudaSuccess;

@@ -10,8 +10,8 @@
 // Supported: static __shared__ of trivially constructible types; dynamic_shared(); barriers of
 // block, warp and cluster; shuffles and votes with exact masks; atomics, fences, and __nanosleep,
 // which every spin loop needs, since nobody is interrupted; cache hints; 16-byte vectors; launch,
-// launch_cooperative, launch_cluster. Not supported, on purpose: __activemask, float atomics, shuffles
-// of anything but arithmetic types, streams that run later.
+// launch_cooperative, launch_cluster, launch_overlapping. Not supported, on purpose: __activemask, float atomics,
+// shuffles of anything but arithmetic types, streams that run later.
 //
 // Kernels are compiled with BNEXT_SIMT defined and -fno-strict-aliasing, as nvcc compiles them;
 // build.py has the flags of the three build modes.
@@ -95,8 +95,11 @@ void fence(Scope);
 void sleep();
 // Where another thread may get its turn, if the order is random: before each atomic operation.
 void preempt();
+// From here on the thread may access memory, in a launch that overlaps the one before.
+void wait_for_previous();
 void* dynamic_shared();
 unsigned cluster_rank();
+bool allows_large_clusters(const void* kernel);
 void* map_shared(const void* address, unsigned rank);
 
 enum class Shuffle { index, up, down, exclusive };
@@ -115,10 +118,13 @@ __forceinline__ T shuffle(Call call, Shuffle mode, unsigned mask, T value, unsig
   return value;
 }
 
+enum class Start { in_order, overlapping };
+
 struct Launch {
   dim3 grid, block;
   uint64_t gang;  // blocks that are resident together: 1, a cluster, or the whole grid
   size_t dynamic_shared;
+  Start start;
   const void* kernel;
   void (*invoke)(const void* bound);
   const void* bound;  // kernel and arguments
@@ -128,10 +134,11 @@ struct Launch {
 int run(const Launch&);  // a cudaError
 
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), dim3 grid, dim3 block, uint64_t gang, size_t dynamic_shared, Args&&... args) {
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, uint64_t gang, size_t dynamic_shared, Start start,
+           Args&&... args) {
   using Bound = std::pair<void (*)(Params...), std::tuple<Params...>>;
   const Bound bound(kernel, std::tuple<Params...>(std::forward<Args>(args)...));
-  return run({grid, block, gang, dynamic_shared, reinterpret_cast<const void*>(kernel),
+  return run({grid, block, gang, dynamic_shared, start, reinterpret_cast<const void*>(kernel),
               [](const void* p) {
                 const auto& b = *static_cast<const Bound*>(p);
                 std::apply(b.first, b.second);
@@ -291,17 +298,25 @@ using cudaStream_t = struct CUstream_st*;
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+  cudaDevAttrL2CacheSize = 38,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
+};
 
 // A launch is over when it returns, and its errors are its return value.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t);
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 // An H100 cut down to a few multiprocessors, so that grids made to fill it stay small.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 // Kernels need it, as on the GPU, before they may have more than 48 KB of dynamic shared memory.
@@ -316,28 +331,54 @@ namespace bnext::cuda {
 // The block's dynamic shared memory, 16-byte aligned.
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(simt::dynamic_shared()); }
 
+// The kernel before is over when the next begins, but in the race build memory must not be touched until
+// wait_for_previous().
+inline void let_next_begin() {}
+inline void wait_for_previous() { simt::wait_for_previous(); }
+
+// Cache hints change nothing that a test could see.
+inline uint4 load_retained(const uint4* p, bool) { return *p; }
+
 // The whole grid has run when these return.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
                    Args&&... args) {
-  return static_cast<cudaError_t>(simt::launch(kernel, grid, block, 1, dynamic_shared, std::forward<Args>(args)...));
+  return static_cast<cudaError_t>(
+      simt::launch(kernel, grid, block, 1, dynamic_shared, simt::Start::in_order, std::forward<Args>(args)...));
 }
 
 // All blocks are resident together, so that they may wait for each other.
 template <class... Params, class... Args>
 cudaError_t launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
                                Args&&... args) {
+  return static_cast<cudaError_t>(simt::launch(kernel, grid, block, grid.count(), dynamic_shared, simt::Start::in_order,
+                                               std::forward<Args>(args)...));
+}
+
+template <class... Params, class... Args>
+cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
+                               Args&&... args) {
   return static_cast<cudaError_t>(
-      simt::launch(kernel, grid, block, grid.count(), dynamic_shared, std::forward<Args>(args)...));
+      simt::launch(kernel, grid, block, 1, dynamic_shared, simt::Start::overlapping, std::forward<Args>(args)...));
+}
+
+// As many as there are multiprocessors for their blocks.
+template <class... Params>
+cudaError_t count_clusters(void (*)(Params...), unsigned, unsigned cluster_size, size_t, int* count) {
+  int multiprocessors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
+  *count = multiprocessors / static_cast<int>(cluster_size);
+  return error;
 }
 
 // Blocks in clusters of `cluster_size`, adjacent in x; it must divide grid.x.
 template <class... Params, class... Args>
 cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster_size,
                            size_t dynamic_shared, cudaStream_t, Args&&... args) {
-  if (cluster_size == 0 || cluster_size > 16 || grid.x % cluster_size) return cudaErrorInvalidConfiguration;
-  return static_cast<cudaError_t>(
-      simt::launch(kernel, grid, block, cluster_size, dynamic_shared, std::forward<Args>(args)...));
+  const unsigned most = simt::allows_large_clusters(reinterpret_cast<const void*>(kernel)) ? 16 : 8;
+  if (cluster_size == 0 || cluster_size > most || grid.x % cluster_size) return cudaErrorInvalidConfiguration;
+  return static_cast<cudaError_t>(simt::launch(kernel, grid, block, cluster_size, dynamic_shared, simt::Start::in_order,
+                                               std::forward<Args>(args)...));
 }
 
 // This block's place in its cluster.

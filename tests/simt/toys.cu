@@ -20,7 +20,9 @@ using bnext::cuda::dynamic_shared;
 using bnext::cuda::launch;
 using bnext::cuda::launch_cluster;
 using bnext::cuda::launch_cooperative;
+using bnext::cuda::launch_overlapping;
 using bnext::cuda::map_shared;
+using bnext::cuda::wait_for_previous;
 
 namespace {
 
@@ -305,6 +307,14 @@ __global__ void cluster_kernel(const float* x, float* y) {
   if (CLUSTER != Cluster::leaves_early) cluster_sync();
 }
 
+// What it reads, the kernel before may still have to write.
+template <bool WRONG>
+__global__ void early_access_kernel(const float* x, float* y) {
+  const float early = WRONG ? x[kThreads - 1 - threadIdx.x] : 0;
+  wait_for_previous();
+  y[threadIdx.x] = WRONG ? early : x[kThreads - 1 - threadIdx.x];
+}
+
 // ---- The intrinsics, one by one ------------------------------------------------------------------
 
 __global__ void intrinsics_kernel(int* failures, unsigned* counter, unsigned long long* wide) {
@@ -397,6 +407,25 @@ bool cluster() {
   bool good = true;
   for (int i = 0; i < kThreads; ++i) good = good && y.p[i] == kThreads - i;
   return good;
+}
+
+template <bool WRONG>
+bool early_access() {
+  Array<float> x(kThreads, "x"), y(kThreads, "y");
+  x.fill([](int i) { return 1.0f + i; });
+  return started(launch_overlapping(early_access_kernel<WRONG>, dim3(1), dim3(kThreads), 0, nullptr, x.p, y.p)) &&
+         y.p[0] == kThreads;
+}
+
+// A cluster of 16 needs leave.
+bool large_cluster() {
+  auto kernel = cluster_kernel<Cluster::right>;
+  Array<float> x(kThreads, "x"), y(kThreads, "y");
+  x.fill([](int i) { return 1.0f + i; });
+  auto start = [&] { return launch_cluster(kernel, dim3(16), dim3(kThreads / 16), 16, kThreads, nullptr, x.p, y.p); };
+  return start() == cudaErrorInvalidConfiguration &&
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+         start() == cudaSuccess && y.p[0] == kThreads;
 }
 
 bool intrinsics() {
@@ -495,6 +524,8 @@ const std::map<std::string, Toy> toys = {
     {"spin", {spin<false>, spin<true>}},
     {"cluster_no_barrier", {cluster<Cluster::right>, cluster<Cluster::no_barrier>}},
     {"cluster_leaves_early", {cluster<Cluster::right>, cluster<Cluster::leaves_early>}},
+    {"early_access", {early_access<false>, early_access<true>}},
+    {"large_cluster", {large_cluster, {}}},
     {"last_block_late_acquire", {[] { return reverses_through(last_block_kernel<Fences::late_acquire>, false); }, {}}},
     {"groups", {[] { return reverses(groups_kernel); }, {}}},
     {"intrinsics", {intrinsics, {}}},
