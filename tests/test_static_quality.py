@@ -5,6 +5,7 @@ code; no GPU, and no particular torch.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import fcntl
 import functools
@@ -13,6 +14,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,34 +166,52 @@ def _target(opcode: str, operands: str) -> int | None:
 
 @dataclass
 class Loop:
-    loads: collections.Counter
+    """An innermost loop, and its accesses by width in bytes."""
+
+    instructions: int
+    loads: collections.Counter  # from global memory
+    streamed: int  # of these, 16 bytes wide and marked as last use
     stores: collections.Counter
+    kept: int  # 16-byte stores to shared memory
+    given: int  # 16-byte loads from it
     atomics: int
 
 
 WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
 
 
-def loops(code: list[Instruction]) -> list[Loop]:
-    """Global accesses by width in bytes, of each backward branch's range."""
-    found = []
-    for branch in code:
-        if branch.target is None or branch.target >= branch.address:
+@functools.cache
+def loops(source: Path, architecture: str) -> dict[str, list[Loop]]:
+    """The innermost loops of each kernel, in the order of their code."""
+    return {kernel: list(_loops(code)) for kernel, code in machine_code(source, architecture).items()}
+
+
+def _loops(code: list[Instruction]) -> Iterator[Loop]:
+    addresses = [instruction.address for instruction in code]
+    ranges = sorted({(i.target, i.address) for i in code if i.target is not None and i.target <= i.address})
+    for first, last in ranges:
+        if any(first <= start and end <= last and (start, end) != (first, last) for start, end in ranges):
             continue
-        loop = Loop(collections.Counter(), collections.Counter(), 0)
-        for instruction in code:
-            if branch.target <= instruction.address <= branch.address:
-                kind = instruction.opcode.split(".")[0]
-                width = WIDTH.search(instruction.opcode)
-                size = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
-                if kind in ("LDG", "LD"):
-                    loop.loads[size] += 1
-                elif kind in ("STG", "ST"):
-                    loop.stores[size] += 1
-                elif kind in ("ATOM", "ATOMG", "RED", "REDG"):
-                    loop.atomics += 1
-        found.append(loop)
-    return found
+        body = code[bisect.bisect_left(addresses, first) : bisect.bisect_right(addresses, last)]
+        loop = Loop(len(body), collections.Counter(), 0, collections.Counter(), 0, 0, 0)
+        for opcode in (instruction.opcode for instruction in body):
+            kind = opcode.split(".")[0]
+            if kind not in ("LDG", "LD", "STG", "ST", "STS", "LDS", "ATOM", "ATOMG", "RED", "REDG"):
+                continue
+            width = WIDTH.search(opcode)
+            size = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
+            if kind in ("LDG", "LD"):
+                loop.loads[size] += 1
+                loop.streamed += size == 16 and ".EF" in opcode
+            elif kind in ("STG", "ST"):
+                loop.stores[size] += 1
+            elif kind == "STS":
+                loop.kept += size == 16
+            elif kind == "LDS":
+                loop.given += size == 16
+            else:
+                loop.atomics += 1
+        yield loop
 
 
 @each_compilation
@@ -204,21 +224,117 @@ def test_no_local_memory_and_no_float_atomics(source, architecture):
         assert {o for o in opcodes if re.match(r"(RED|ATOM)", o) and re.search(r"F16|F32|F64|FADD", o)} == set(), kernel
 
 
+def exempt(kernel: str, architecture: str) -> bool:
+    """Kernels for data that does not come in whole units (ALIGNED = false), the small plan's, which is about latency,
+    and float64 on 12.0, whose loads ptxas splits, and of which those GPUs compute next to none."""
+    return bool(re.search(r"^small_|, false>$", kernel)) or ("<double" in kernel and architecture == "12.0")
+
+
 @each_compilation
 def test_hot_loops_move_16_bytes_at_a_time(source, architecture):
     """The loop with the most 16-byte loads is the one that walks the tensor: it has at least four
-    loads in flight, and nothing narrower in it but the bytes of a sign mask. Exempt are kernels for
-    data that does not come in whole units (the small plan's, and ALIGNED = false), and
-    float64 on 12.0, whose loads ptxas splits, and of which those GPUs compute next to none."""
-    for kernel, code in machine_code(source, architecture).items():
-        if re.search(r"^small_|, false>$", kernel) or ("<double" in kernel and architecture == "12.0"):
+    loads in flight, and nothing narrower in it but the bytes of a sign mask."""
+    for kernel, found in loops(source, architecture).items():
+        if exempt(kernel, architecture):
             continue
-        hot = max(loops(code), key=lambda loop: loop.loads[16], default=None)
+        # Of the loops that merge what blocks left in memory, none streams.
+        walking = [loop for loop in found if loop.streamed or not kernel.startswith("resident")]
+        hot = max(walking, key=lambda loop: loop.loads[16], default=None)
         assert hot is not None, kernel
         assert hot.loads[16] >= 4, (kernel, hot)
         assert set(hot.loads) <= {16, 1}, (kernel, hot)
         assert set(hot.stores) <= {16, 1}, (kernel, hot)
         assert hot.atomics == 0, (kernel, hot)
+
+
+#: Tensors that a resident kernel loads, and stores, by its EPILOGUE or GATE (0 none, 1 relu, 2 add, 3 add and relu;
+#: 0 none, 1 relu, 2 mask). dresidual is stored under a condition, where it is wanted.
+RESIDENT_BYTES = {
+    "forward": {0: (1, 0, 1), 1: (1, 0, 1), 2: (1, 1, 1), 3: (1, 1, 1)},
+    "backward": {0: (2, 0, 1), 1: (2, 0, 1), 2: (2, 0, 2)},
+}
+
+
+@pytest.mark.parametrize("direction", RESIDENT_BYTES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resident_kernels_load_each_tensor_once(direction, architecture):
+    """The bytes that docs/kernels.md declares, counted in the loops. x, and backward dy, are loaded in loops that leave
+    all of it in shared memory and store nothing; the loops that store take them from there, and load no more than
+    the residual."""
+    source = CSRC / "cuda" / f"resident_{direction}.cu"
+    seen = 0
+    for kernel, found in loops(source, architecture).items():
+        if "<double" in kernel and architecture == "12.0":
+            continue
+        choice = int(re.search(r"\)(\d)", kernel)[1])
+        kept, beside, stored = RESIDENT_BYTES[direction][choice]
+        taking = [loop for loop in found if loop.streamed and loop.kept]
+        giving = [loop for loop in found if loop.given and loop.stores[16]]
+        others = [loop for loop in found if loop not in taking and loop not in giving]
+        assert taking and giving, kernel
+        for loop in taking:
+            assert loop.streamed == loop.loads[16] == loop.kept and not loop.stores, (kernel, loop)
+            assert loop.kept % kept == 0, (kernel, loop)
+        for loop in giving:
+            units = loop.given // kept
+            assert loop.given == units * kept and loop.kept == 0, (kernel, loop)
+            assert loop.streamed == loop.loads[16] == units * beside, (kernel, loop)
+            assert loop.stores[16] == units * stored, (kernel, loop)
+        assert not any(loop.streamed or loop.stores[16] for loop in others), kernel
+        seen += 1
+    assert seen >= 9 * len(RESIDENT_BYTES[direction])
+
+
+#: Instructions that may be spent on an element of 16 or 32 bits without falling behind the memory, in the loops that
+#: take statistics and in those that normalize (without a residual). 39 would fit under an H100's 3 TB/s.
+STATISTICS, NORMALIZE = 8, 6
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "7.5"])
+def test_instructions_for_an_element(architecture):
+    checked = collections.Counter()
+    for stem in ("stats", "normalize", "resident_forward"):
+        for kernel, found in loops(CSRC / "cuda" / f"{stem}.cu", architecture).items():
+            if exempt(kernel, architecture) or "<double" in kernel or re.search(r"\)[23]", kernel):
+                continue
+            elements = 4 if "<float" in kernel else 8  # of 16 bytes
+            # Whole chunks, which is what there is most of. In stats, the loop that merges comes after.
+            walking = [loop for loop in found if loop.loads[16] >= 4 or loop.given >= 4]
+            normalizing = [loop for loop in walking if loop.stores[16] >= 4]
+            summing = walking[:1] if stem == "stats" else [loop for loop in walking if loop.streamed and loop.kept]
+            for loop in normalizing:
+                assert loop.instructions <= NORMALIZE * elements * loop.stores[16], (kernel, loop)
+            for loop in summing:
+                assert loop.instructions <= STATISTICS * elements * loop.loads[16], (kernel, loop)
+            checked["normalize"] += bool(normalizing)
+            checked["statistics"] += bool(summing)
+    # stats and normalize in 2 layouts, resident_forward in 3 ways; the latter two without and with relu.
+    assert checked == {"statistics": 3 * (2 + 3 * 2), "normalize": 3 * (2 * 2 + 3 * 2)}
+
+
+def test_resident_blocks_fit_as_the_plan_counts_on():
+    """Static shared memory is at most what plan.cpp's overhead() sets aside, less 1 KB that the system takes."""
+    for direction, state in (("forward", 16), ("backward", 8)):
+        for architecture in ARCHITECTURES:
+            log = compiled(CSRC / "cuda" / f"resident_{direction}.cu", architecture).log
+            for name, shared in re.findall(r"entry function '(\S+)'.*?(\d+) bytes smem", log, re.DOTALL):
+                kernel = title(name)
+                size = state * (2 if "<double" in kernel else 1)
+                masked = int(re.search(r"\)(\d)", kernel)[1]) == (3 if direction == "forward" else 2)
+                unit = 8 if masked else {"double": 2, "float": 4}.get(re.search(r"<(\w+)", kernel)[1], 8)
+                merge = size * 128 * (1 if "planar" in kernel else unit + 1)
+                assert int(shared) <= merge + 1024, (kernel, architecture)
+
+
+@pytest.mark.parametrize(
+    "source", [CSRC / "cuda" / "normalize.cu", CSRC / "cuda" / "backward_input.cu"], ids=lambda p: p.name
+)
+def test_second_passes_wait_before_they_load(source):
+    """They are launched to overlap the first. ACQBULK is griddepcontrol.wait."""
+    for kernel, code in machine_code(source, "9.0").items():
+        opcodes = [instruction.opcode for instruction in code]
+        first = next(i for i, opcode in enumerate(opcodes) if re.match(r"(LDG|LD|STG|ST|ATOM|RED)\b", opcode))
+        assert "ACQBULK" in opcodes[:first], kernel
 
 
 def test_there_is_a_kernel_for_every_stage_layout_and_type():
