@@ -54,6 +54,7 @@ int main() {
       p.dtype = type;
       p.activation = masked ? Activation::relu : Activation::none;
       p.mask = masked ? &present : nullptr;
+      p.dx = p.dweight = &present;
       plan = plan_backward(p, device, options);
     }
     std::cout << "{\"kind\":\"" << kKinds[static_cast<int>(plan.kind)] << "\",\"blocks\":" << plan.blocks

@@ -95,6 +95,11 @@ int parse_margin(int64_t multiprocessors) {
   return static_cast<int>(multiprocessors);
 }
 
+cuda::PlanKind plan_of_environment() {
+  const char* name = std::getenv("BNEXT_PLAN");
+  return name ? parse_plan(name) : cuda::PlanKind::automatic;
+}
+
 int margin_of_environment() {
   const char* text = std::getenv("BNEXT_SM_MARGIN");
   if (text == nullptr) return 0;
@@ -110,8 +115,7 @@ struct Options {
   std::atomic<int> sm_margin;
 
   static Options& instance() {
-    const char* name = std::getenv("BNEXT_PLAN");
-    static Options options = {{name ? parse_plan(name) : cuda::PlanKind::automatic}, {margin_of_environment()}};
+    static Options options = {{plan_of_environment()}, {margin_of_environment()}};
     return options;
   }
 };
@@ -189,7 +193,7 @@ struct Cuda {
     check(cuda::launch_backward_input(p, l.plan, l.stream), "backward_input");
   }
   static void backward(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x, Launch::Of::whole);
+    const Launch l(p, x, p.elementwise() && p.reduces() ? Launch::Of::whole : Launch::Of::reduction);
     check(cuda::launch_backward(p, l.plan, l.scratch, l.stream), "backward");
   }
 };

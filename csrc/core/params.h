@@ -75,6 +75,10 @@ struct BackwardParams {
 
   void* dx;         // like x
   void* dresidual;  // like x: dy'; only with a mask (without an activation it is dy itself)
+
+  // What the outputs ask of `backward`.
+  BNEXT_HD bool elementwise() const { return dx || dresidual; }
+  BNEXT_HD bool reduces() const { return dweight || dbias || (training && dx); }
 };
 
 }  // namespace bnext

@@ -42,22 +42,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }  // namespace
 
 cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
-  const bool elementwise = p.dx || p.dresidual;
-  const bool reduces = p.dweight || p.dbias || (p.training && p.dx);
-  if (elementwise && reduces && plan.kind == PlanKind::resident) {
-    return launch_resident_backward(p, plan, scratch, stream);
-  }
-  if (elementwise && reduces && plan.kind == PlanKind::small) {
+  if (plan.kind == PlanKind::resident) return launch_resident_backward(p, plan, scratch, stream);
+  if (plan.kind == PlanKind::small) {
     return with_dtype(p.dtype, [&](auto element) {
       return launch_small(small_backward_kernel<decltype(element)>, plan, scratch, stream, p, gate_of(p));
     });
   }
-  if (!elementwise) return reduces ? launch_backward_reduce(p, plan, scratch, stream) : cudaSuccess;
-  if (!reduces) return launch_backward_input(p, plan, stream);
-  cudaError_t error = launch_backward_reduce(p, plan, scratch, stream);
-  if (error != cudaSuccess) return error;
-  return p.training || gate_of(p) != Gate::none ? launch_backward_input_pass(p, plan.apply, stream)
-                                                : launch_backward_input(p, plan, stream);
+  if (!p.reduces()) return p.elementwise() ? launch_backward_input(p, plan, stream) : cudaSuccess;
+  const cudaError_t error = launch_backward_reduce(p, plan, scratch, stream);
+  if (error != cudaSuccess || !p.elementwise()) return error;
+  return launch_backward_input_pass(p, plan.apply, stream);
 }
 
 }  // namespace bnext::cuda

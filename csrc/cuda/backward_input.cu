@@ -25,17 +25,10 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
 
 }  // namespace
 
+cudaError_t launch_normalize_pass(const ForwardParams&, const Pass&, cudaStream_t);
+
 // For launch_backward: may overlap the kernel before.
 cudaError_t launch_backward_input_pass(const BackwardParams& p, const Pass& pass, cudaStream_t stream) {
-  return with_dtype_and_gate(p, [&](auto element, auto gate) {
-    using T = decltype(element);
-    auto kernel =
-        pass.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
-    return launch_pass(kernel, pass, stream, p, pass);
-  });
-}
-
-cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
   if (!p.training && gate_of(p) == Gate::none) {
     // dy * weight * invstd is a normalization of dy without mean and bias; it does not read x.
     ForwardParams scaling = {};
@@ -46,8 +39,17 @@ cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cud
     scaling.weight = p.weight;
     scaling.invstd = const_cast<void*>(p.invstd);
     scaling.y = p.dx;
-    return p.dx ? launch_normalize(scaling, plan, stream) : cudaSuccess;
+    return p.dx ? launch_normalize_pass(scaling, pass, stream) : cudaSuccess;
   }
+  return with_dtype_and_gate(p, [&](auto element, auto gate) {
+    using T = decltype(element);
+    auto kernel =
+        pass.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
+    return launch_pass(kernel, pass, stream, p, pass);
+  });
+}
+
+cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
   Pass pass = plan.apply;
   pass.overlaps = false;  // whatever comes before
   return launch_backward_input_pass(p, pass, stream);

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     else stats_planar<T, kPlain, false>(p, reduce, scratch, share);
   });
   meet(counter);
-  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
+  add_batch(p);
   for_shares(apply, [&](const Share& share) {
     if (apply.columns && apply.unit == kPlain) normalize_columns<T, kPlain>(p, apply, share, epilogue, false);
     else if (apply.columns) normalize_columns<T, kMasked>(p, apply, share, epilogue, false);

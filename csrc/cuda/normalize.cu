@@ -10,23 +10,19 @@
 namespace bnext::cuda {
 namespace {
 
-__device__ __forceinline__ void begin(const ForwardParams& p) {
-  wait_for_previous();
-  // Every block of the reduction before this kernel has read the counter.
-  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
-}
-
 template <class T, Epilogue EPILOGUE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, true))
     normalize_planar_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  begin(p);
+  wait_for_previous();
+  add_batch(p);
   normalize_planar<T, kUnit<T, masks(EPILOGUE)>>(p, pass, Share::reverse(pass), EPILOGUE, p.running_mean != nullptr);
 }
 
 template <class T, Epilogue EPILOGUE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
     normalize_columns_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  begin(p);
+  wait_for_previous();
+  add_batch(p);
   normalize_columns<T, kUnit<T, masks(EPILOGUE)>>(p, pass, Share::reverse(pass), EPILOGUE, p.running_mean != nullptr);
 }
 

@@ -59,6 +59,11 @@ __device__ __forceinline__ void load_affine(Affine<A> (&affine)[WIDTH], const Fo
   make_affine(affine, p, channels, mean, invstd);
 }
 
+// Adds one to num_batches_tracked, if it is wanted, once in a launch: when every block that reads it has done so.
+__device__ __forceinline__ void add_batch(const ForwardParams& p) {
+  if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
+}
+
 // affine(e) is the affine step of element e of a unit.
 template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class AffineAt>
 __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk, Source& x,

@@ -337,13 +337,11 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   plan.reduce.retained_steps =
       static_cast<int64_t>(static_cast<double>(plan.reduce.steps_per_split) * std::min(1.0, share));
 
-  for (Pass* pass : {&plan.reduce, &plan.resident}) pass->shared_bytes = problem.merge_bytes(*pass);
-  for (const Pass& pass : {plan.reduce, plan.resident}) {
-    if (pass.splits <= 1 && pass.repeat <= 1) continue;
-    if (pass.clustered) continue;
-    plan.partial_bytes =
-        std::max(plan.partial_bytes, pass.tiles * pass.splits * pass.tile_width() * problem.state_bytes);
-    plan.counters = std::max(plan.counters, pass.tiles);
+  Pass& merging = plan.kind == PlanKind::resident ? plan.resident : plan.reduce;
+  merging.shared_bytes = problem.merge_bytes(merging);
+  if ((merging.splits > 1 || merging.repeat > 1) && !merging.clustered) {
+    plan.partial_bytes = merging.tiles * merging.splits * merging.tile_width() * problem.state_bytes;
+    plan.counters = merging.tiles;
   }
   if (plan.kind == PlanKind::small) ++plan.counters;  // for the barrier
   return plan;
@@ -362,7 +360,9 @@ Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const 
 
 Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, const PlanOptions& options) {
   const bool masked = p.mask != nullptr && p.activation != Activation::none;
-  return make_plan({p.shape, p.dtype, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, options);
+  PlanOptions possible = options;
+  if (!p.elementwise() || !p.reduces()) possible.kind = PlanKind::two_pass;  // or one pass of it
+  return make_plan({p.shape, p.dtype, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, possible);
 }
 
 }  // namespace bnext::cuda

@@ -103,12 +103,12 @@ enum class PlanKind : int32_t {
 };
 
 struct Plan {
-  PlanKind kind;          // of the whole; the stages on their own always use the passes of two_pass
+  PlanKind kind;          // the stages on their own, and eval mode, take a plan of two_pass
   Pass resident;          // of that kind
-  Pass reduce;            // stats, backward_reduce
-  Pass apply;             // normalize, backward_input, and eval mode
+  Pass reduce;            // of the others: stats, backward_reduce
+  Pass apply;             // and normalize, backward_input
   int64_t blocks;         // of the kind `small`
-  int64_t partial_bytes;  // scratch that any of these needs
+  int64_t partial_bytes;  // scratch that the kind needs
   int64_t counters;       // 32-bit counters likewise; the last is that of small's barrier, or count_batch's
 };
 
@@ -119,8 +119,8 @@ struct PlanOptions {
 };
 
 // The plans of a forward (with its stages stats and normalize) and of a backward. They look at shape,
-// dtype, activation, whether there are a residual (forward) or a mask (backward), and whether the forward
-// averages cumulatively and counts.
+// dtype, activation, whether there are a residual (forward) or a mask (backward), whether the forward
+// averages cumulatively and counts, and which gradients are wanted: of those that one pass makes, the plan is two_pass.
 Plan plan_forward(const ForwardParams&, const DeviceProperties&, const PlanOptions& = {});
 Plan plan_backward(const BackwardParams&, const DeviceProperties&, const PlanOptions& = {});
 

@@ -45,9 +45,19 @@ __device__ __forceinline__ Share part_of(const Pass& pass, const Share& share, i
   return Share(share.tile * pass.parts + part, share.split);
 }
 
-// The states of the channels of a cluster's tile. take(part, state) gives those of a part's columns, in the threads of
-// row 0; finish(k, state) gets that of the tile's channel k, in one thread of each block, and what it leaves in
-// shared memory is there for all threads. The caller goes on to leave_cluster().
+// Calls body(part, Share, ColumnPlace) on each part of the tile, in the threads that have a place in it.
+template <int UNIT, class Body>
+__device__ __forceinline__ void for_parts(const Pass& pass, const Share& share, Body&& body) {
+  for (int32_t part = 0; part < pass.parts; ++part) {
+    const Share mine = part_of(pass, share, part);
+    const ColumnPlace<UNIT> place(pass, mine);
+    if (place.active) body(part, mine, place);
+  }
+}
+
+// The states of the channels of a cluster's tile. take(part, Share, ColumnPlace, state) gives those of a part's
+// columns, in the threads of row 0; finish(k, state) gets that of the tile's channel k, in one thread of each block,
+// and what it leaves in shared memory is there for all threads. The caller goes on to leave_cluster().
 template <class State, int UNIT, class Take, class Finish>
 __device__ __forceinline__ void merge_planes(const Pass& pass, const Shape& shape, const Share& share, Take&& take,
                                              Finish&& finish) {
@@ -55,10 +65,11 @@ __device__ __forceinline__ void merge_planes(const Pass& pass, const Shape& shap
   const int row = threadIdx.x / channels, channel = threadIdx.x - row * channels;
   State total[1] = {};
   for (int32_t part = 0; part < pass.parts; ++part) {
+    const Share mine = part_of(pass, share, part);
+    const ColumnPlace<UNIT> place(pass, mine);
     State state[UNIT];
-    take(part, state);
+    take(part, mine, place, state);
     State* columns = state_slots<UNIT, State>();
-    const ColumnPlace<UNIT> place(pass, part_of(pass, share, part));
     if (place.active && place.row == 0) {
 #pragma unroll
       for (int e = 0; e < UNIT; ++e) columns[place.lane * UNIT + e] = state[e];

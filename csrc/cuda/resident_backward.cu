@@ -16,11 +16,8 @@ template <class T, int UNIT>
 struct KeptGradient {
   Kept<T, UNIT> dy, x;
 
-  __device__ __forceinline__ KeptGradient(const Pass& pass, int32_t share, int32_t of) {
-    const int64_t bytes = pass.kept_bytes / (2 * of);
-    dy.slots = reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared() + 2 * share * bytes);
-    x.slots = dy.slots + bytes / sizeof(Unit<T, UNIT>);
-  }
+  __device__ __forceinline__ KeptGradient(const Pass& pass, int32_t share, int32_t of)
+      : dy(pass, 2 * share, 2 * of), x(pass, 2 * share + 1, 2 * of) {}
   __device__ __forceinline__ auto keeping(const BackwardParams& p) const {
     using Source = typename Kept<T, UNIT>::Keeping;
     return GradientSource<Source, Source>{dy.keeping(p.dy, p.shape), x.keeping(p.x, p.shape)};
@@ -61,9 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
   const int64_t first = share.tile * pass.tile_channels;
 
   __shared__ Sums<A> sums[kMaxTileChannels];
-  auto take = [&](int32_t part, Sums<A>(&state)[UNIT]) {
-    const Share mine = part_of(pass, share, part);
-    const ColumnPlace<UNIT> place(pass, mine);
+  auto take = [&](int32_t part, const Share& mine, const ColumnPlace<UNIT>& place, Sums<A>(&state)[UNIT]) {
     const KeptGradient<T, UNIT> kept(pass, part, pass.parts);
     block_column_sums<T, UNIT>(state, p, pass, mine, place, kept.keeping(p), GATE);
   };
@@ -72,10 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     if (share.split == 0) finish_sums(p, first + channel, whole);
   });
 
-  for (int32_t part = 0; part < pass.parts; ++part) {
-    const Share mine = part_of(pass, share, part);
-    const ColumnPlace<UNIT> place(pass, mine);
-    if (!place.active) break;
+  for_parts<UNIT>(pass, share, [&](int32_t part, const Share& mine, const ColumnPlace<UNIT>& place) {
     const Channels<UNIT> channels(pass, p.shape, place.col);
     A sum_dy[UNIT], sum_dy_xmu[UNIT];
 #pragma unroll
@@ -87,7 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     make_gradient(channel, p, channels, sum_dy, sum_dy_xmu);
     const KeptGradient<T, UNIT> kept(pass, part, pass.parts);
     backward_input_tile<T, UNIT, false>(p, pass, mine, place, kept.giving(), GATE, channel);
-  }
+  });
   leave_cluster(pass);
 }
 

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
   using A = acc_t<T>;
   constexpr int UNIT = kUnit<T, masks(EPILOGUE)>;
   const Share share = cluster_share(pass);
-  const Kept<T, UNIT> kept = {reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared())};
+  const Kept<T, UNIT> kept(pass, 0, 1);
 
   const Welford<A> mine = block_stats<T, UNIT, true>(pass, p.shape, share, kept.keeping(p.x, p.shape));
   const Welford<A> whole = merge_cluster(mine, pass);
@@ -50,15 +50,10 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
   constexpr int UNIT = kUnit<T, masks(EPILOGUE)>;
   const Share share = cluster_share(pass);
   const int64_t first = share.tile * pass.tile_channels;
-  auto kept = [&](int32_t part) {
-    return Kept<T, UNIT>{reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared() + part * (pass.kept_bytes / pass.parts))};
-  };
-
   __shared__ A means[kMaxTileChannels], invstds[kMaxTileChannels];
-  auto take = [&](int32_t part, Welford<A>(&state)[UNIT]) {
-    const Share mine = part_of(pass, share, part);
-    const ColumnPlace<UNIT> place(pass, mine);
-    block_column_stats<T, UNIT>(state, pass, p.shape, mine, place, kept(part).keeping(p.x, p.shape));
+  auto take = [&](int32_t part, const Share& mine, const ColumnPlace<UNIT>& place, Welford<A>(&state)[UNIT]) {
+    const Kept<T, UNIT> kept(pass, part, pass.parts);
+    block_column_stats<T, UNIT>(state, pass, p.shape, mine, place, kept.keeping(p.x, p.shape));
   };
   merge_planes<Welford<A>, UNIT>(pass, p.shape, share, take, [&](int channel, const Welford<A>& whole) {
     means[channel] = whole.mean();
@@ -66,10 +61,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     if (share.split == 0) finish_stats(p, first + channel, whole);
   });
 
-  for (int32_t part = 0; part < pass.parts; ++part) {
-    const Share mine = part_of(pass, share, part);
-    const ColumnPlace<UNIT> place(pass, mine);
-    if (!place.active) break;
+  for_parts<UNIT>(pass, share, [&](int32_t part, const Share& mine, const ColumnPlace<UNIT>& place) {
     const Channels<UNIT> channels(pass, p.shape, place.col);
     A mean[UNIT], invstd[UNIT];
 #pragma unroll
@@ -79,8 +71,9 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
     }
     Affine<A> affine[UNIT];
     make_affine(affine, p, channels, mean, invstd);
-    normalize_tile<T, UNIT, false>(p, pass, mine, place, kept(part).giving(), EPILOGUE, affine);
-  }
+    const Kept<T, UNIT> kept(pass, part, pass.parts);
+    normalize_tile<T, UNIT, false>(p, pass, mine, place, kept.giving(), EPILOGUE, affine);
+  });
   count_batch(p, scratch, 0);
   leave_cluster(pass);
 }
@@ -91,15 +84,13 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
                                         const Scratch scratch) {
   using A = acc_t<T>;
   constexpr int UNIT = kUnit<T, masks(EPILOGUE)>;
-  auto kept = [&](int32_t stage) {
-    return Kept<T, UNIT>{reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared() + stage * (pass.kept_bytes / pass.stages))};
-  };
   for_tiles(
       pass,
       [&](const Share& share, int32_t stage) {
         const ColumnPlace<UNIT> place(pass, share);
         Welford<A> state[UNIT];
-        block_column_stats<T, UNIT>(state, pass, p.shape, share, place, kept(stage).keeping(p.x, p.shape));
+        const Kept<T, UNIT> kept(pass, stage, pass.stages);
+        block_column_stats<T, UNIT>(state, pass, p.shape, share, place, kept.keeping(p.x, p.shape));
         merge_tile(state, place, p.shape.c, pass, scratch, share,
                    [&](int64_t channel, const Welford<A>& whole) { finish_stats(p, channel, whole); });
       },
@@ -109,7 +100,8 @@ __global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<T>)
         if (!place.active) return;
         Affine<A> affine[UNIT];
         load_affine(affine, p, Channels<UNIT>(pass, p.shape, place.col), false, false);
-        normalize_tile<T, UNIT, false>(p, pass, share, place, kept(stage).giving(), EPILOGUE, affine);
+        const Kept<T, UNIT> kept(pass, stage, pass.stages);
+        normalize_tile<T, UNIT, false>(p, pass, share, place, kept.giving(), EPILOGUE, affine);
       });
   count_batch(p, scratch, pass.splits > 1 ? pass.tiles : 0);
 }

@@ -27,6 +27,10 @@ template <class T, int UNIT>
 struct Kept {
   Unit<T, UNIT>* slots;  // one for each unit of the share
 
+  // Share `share` of the `of` that the block's dynamic shared memory is divided into.
+  __device__ __forceinline__ Kept(const Pass& pass, int32_t share, int32_t of)
+      : slots(reinterpret_cast<Unit<T, UNIT>*>(dynamic_shared() + share * (pass.kept_bytes / of))) {}
+
   // Loads from memory, and keeps.
   struct Keeping {
     FromMemory<T, UNIT, Reuse::last> memory;

@@ -472,7 +472,11 @@ class Run {
   void check_sums(const std::vector<bool>& gate);
   void check_dx(const std::vector<bool>& gate);
 
+  // The stages on their own take a plan of two_pass.
   cuda::PlanOptions options() const {
+    if (c_.op == "stats" || c_.op == "normalize" || c_.op == "backward_reduce" || c_.op == "backward_input") {
+      return {cuda::PlanKind::two_pass, 0};
+    }
     return {pick<cuda::PlanKind>(c_.plan, {{"automatic", cuda::PlanKind::automatic},
                                            {"small", cuda::PlanKind::small},
                                            {"resident", cuda::PlanKind::resident},
@@ -736,6 +740,11 @@ std::string Run::backward() {
   p.mean = mean_.get();
   p.invstd = invstd_.get();
   p.count = count();
+  // The plan looks at which are wanted.
+  p.dweight = dweight_.get();
+  p.dbias = dbias_.get();
+  p.dx = dx_.get();
+  p.dresidual = dresidual_.get();
   const cuda::Plan plan = cuda::plan_backward(p, device_, options());
   launch(inputs, outputs, {}, plan, [&](const cuda::Scratch& scratch) {
     p.sum_dy = sum_dy_.get();
