@@ -9,19 +9,19 @@
 using namespace bnext;
 using namespace bnext::cuda;
 
-const char* const kKinds[] = {"automatic", "resident", "small", "two_pass"};
+const char* const kKinds[] = {"automatic", "resident", "cooperative", "two_pass"};
 
-void print(const char* name, const Pass& p) {
+void print(const char* name, const Partition& p) {
   std::cout << ",\"" << name << "\":{\"columns\":" << p.columns << ",\"aligned\":" << p.aligned
-            << ",\"unit\":" << p.unit << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles
-            << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"stages\":" << p.stages
-            << ",\"retained_steps\":" << p.retained_steps << ",\"overlaps\":" << p.overlaps
-            << ",\"tile_channels\":" << p.tile_channels << ",\"parts\":" << p.parts << ",\"clustered\":" << p.clustered
+            << ",\"vec\":" << p.vec << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles
+            << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers
+            << ",\"l2_steps\":" << p.l2_steps << ",\"pdl\":" << p.pdl
+            << ",\"tile_channels\":" << p.tile_channels << ",\"packs\":" << p.packs << ",\"clustered\":" << p.clustered
             << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
-            << ",\"shared_bytes\":" << p.shared_bytes << ",\"kept_bytes\":" << p.kept_bytes
-            << ",\"plane_units\":" << p.plane_units << ",\"stride_planes\":" << p.stride_planes
-            << ",\"stride_units\":" << p.stride_units << ",\"cols\":" << p.cols << ",\"lanes\":" << p.lanes
-            << ",\"lane_rows\":" << p.lane_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
+            << ",\"shared_bytes\":" << p.shared_bytes << ",\"resident_bytes\":" << p.resident_bytes
+            << ",\"plane_vecs\":" << p.plane_vecs << ",\"stride_planes\":" << p.stride_planes
+            << ",\"stride_vecs\":" << p.stride_vecs << ",\"cols\":" << p.cols << ",\"tile_vecs\":" << p.tile_vecs
+            << ",\"thread_rows\":" << p.thread_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
 }
 
 int main() {

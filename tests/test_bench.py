@@ -381,11 +381,11 @@ def test_plans_are_forced_around_each_use(monkeypatch):
     def watched(plan):
         return dataclasses.replace(forced(plan), build=lambda problem, device: Watching(problem.shape[1]))
 
-    small, impossible = rows_of([watched("small"), watched("impossible")])
-    assert small.error is None and set(Extension.seen) == {"small"} and Extension.now == "automatic"
+    small, impossible = rows_of([watched("cooperative"), watched("impossible")])
+    assert small.error is None and set(Extension.seen) == {"cooperative"} and Extension.now == "automatic"
     assert impossible.error == "ValueError: no plan 'impossible'"
     monkeypatch.setattr("bnext._extension.extension", lambda: object())
-    assert "NotImplementedError" in rows_of([watched("small")])[0].error
+    assert "NotImplementedError" in rows_of([watched("cooperative")])[0].error
 
 
 def test_a_slower_provider_comes_out_slower():
@@ -405,7 +405,7 @@ def test_a_slower_provider_comes_out_slower():
 
 def test_parsing_providers():
     assert [p.name for p in parse_providers("bnext,bnext:two_pass,apex")] == ["bnext", "bnext:two_pass", "apex"]
-    for wrong in ("nothing", "eager:small"):
+    for wrong in ("nothing", "eager:cooperative"):
         with pytest.raises(ValueError, match="no provider"):
             parse_providers(wrong)
 
@@ -514,7 +514,7 @@ def test_plot_of_every_kind_of_group(tmp_path):
     rows = [
         row(provider, shape, phase, ms, dtype=dtype, speedup={"eager": 2 / ms} if provider != "eager" else {})
         for dtype in ("bfloat16", "float32")
-        for provider, ms in (("bnext", 1.0), ("bnext:two_pass", 1.4), ("bnext:small", 1.5), ("eager", 2.0))
+        for provider, ms in (("bnext", 1.0), ("bnext:two_pass", 1.4), ("bnext:cooperative", 1.5), ("eager", 2.0))
         for shape in ((64, 256, 56, 56), (64, 64, 56, 56))
         for phase in ("forward", "backward")
     ]

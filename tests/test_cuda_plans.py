@@ -19,7 +19,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @pytest.mark.skipif(extension().with_cuda, reason="this build has CUDA code")
 @pytest.mark.parametrize(
-    "call", [bnext.cuda.plans, lambda: bnext.cuda.set_sm_margin(1), lambda: bnext.cuda.force_plan("small").__enter__()]
+    "call",
+    [bnext.cuda.plans, lambda: bnext.cuda.set_sm_margin(1), lambda: bnext.cuda.force_plan("cooperative").__enter__()],
 )
 def test_a_build_without_cuda_says_so(call):
     with pytest.raises(NotImplementedError, match="without CUDA|no CUDA code"):
@@ -28,14 +29,14 @@ def test_a_build_without_cuda_says_so(call):
 
 @with_cuda
 def test_force_plan_holds_within():
-    assert bnext.cuda.plans() == ["automatic", "resident", "small", "two_pass"]
+    assert bnext.cuda.plans() == ["automatic", "resident", "cooperative", "two_pass"]
     force = extension().force_plan
     with bnext.cuda.force_plan("two_pass"):
-        with bnext.cuda.force_plan("small"):
-            assert force("small") == "small"
+        with bnext.cuda.force_plan("cooperative"):
+            assert force("cooperative") == "cooperative"
         assert force("two_pass") == "two_pass"
     assert force("automatic") == "automatic"
-    names = "'automatic', 'resident', 'small' or 'two_pass'"
+    names = "'automatic', 'resident', 'cooperative' or 'two_pass'"
     with pytest.raises(ValueError, match=f"plan should be {names}, not 'fast'"), bnext.cuda.force_plan("fast"):
         pass
     assert force("automatic") == "automatic"
@@ -71,9 +72,9 @@ def test_environment_is_checked(name, value, message):
 @with_cuda
 def test_environment_sets_what_holds_at_first():
     code = "from bnext._extension import extension as e; print(e().force_plan('automatic'), e().set_sm_margin(0))"
-    env = os.environ | {"BNEXT_PLAN": "small", "BNEXT_SM_MARGIN": "8"}
+    env = os.environ | {"BNEXT_PLAN": "cooperative", "BNEXT_SM_MARGIN": "8"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["small", "8"]
+    assert done.stdout.split() == ["cooperative", "8"]
 
 
 # ---- on a GPU
@@ -104,7 +105,7 @@ def train(shape, memory_format=torch.contiguous_format, dtype=torch.bfloat16, re
 
 
 @on_gpu
-@pytest.mark.parametrize("plan, launches", [("resident", 1), ("small", 1), ("two_pass", 2)])
+@pytest.mark.parametrize("plan, launches", [("resident", 1), ("cooperative", 1), ("two_pass", 2)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_forced_plan_is_the_one_that_runs(plan, launches, memory_format):
     with bnext.cuda.force_plan(plan):

@@ -30,7 +30,7 @@ GPUS = {
     "RTX4090": "89 128 102400 101376 75497472 0",
     "T4": "75 40 65536 65536 4194304 0",
 }
-KINDS = {"automatic": 0, "resident": 1, "small": 2, "two_pass": 3}
+KINDS = {"automatic": 0, "resident": 1, "cooperative": 2, "two_pass": 3}
 BATCHES = (32, 64, 128, 256)
 
 
@@ -60,11 +60,11 @@ def describe(plan: dict) -> str:
 
     if plan["kind"] == "two_pass":
         return f"T {grid(plan['reduce'])}/{plan['reduce']['shared_bytes']} {grid(plan['apply'])}"
-    if plan["kind"] == "small":
-        return f"S {plan['blocks']}"
+    if plan["kind"] == "cooperative":
+        return f"C {plan['blocks']}"
     p = plan["resident"]
-    turns = f"*{rounds_of(p)}" + "-+"[p["stages"] - 1] if rounds_of(p) > 1 else ""
-    return f"R {grid(p)}{turns}/{p['shared_bytes'] + p['kept_bytes']}"
+    turns = f"*{rounds_of(p)}" + "-+"[p["buffers"] - 1] if rounds_of(p) > 1 else ""
+    return f"R {grid(p)}{turns}/{p['shared_bytes'] + p['resident_bytes']}"
 
 
 def table(program: Path) -> str:
@@ -78,7 +78,7 @@ def table(program: Path) -> str:
     ]
     cells = iter(describe(plan) for plan in plans(program, problems))
     lines = [
-        "# The plan at batch 32, 64, 128, 256: R resident, S small (and its blocks), T two passes; for each launch",
+        "# The plan at batch 32, 64, 128, 256: R resident, C cooperative (and its blocks), T two passes; for each launch",
         "# tiles x splits @ threads, and after / its shared memory in bytes, if it has any. After *, how often a",
         "# block takes a tile, if more than once: with + it loads one while the one before is merged.",
     ]
@@ -109,54 +109,56 @@ def check_pass(p: dict, shape: tuple[int, int, int], gpu: str) -> None:
     """What the kernels rely on: see csrc/cuda/plan.h."""
     n, c, s = shape
     assert p["threads"] % 32 == 0 and 32 <= p["threads"] <= 256
-    assert p["splits"] >= 1 and p["fits"] == (n * c * s <= p["unit"] * (2**32 - 1))
+    assert p["splits"] >= 1 and p["fits"] == (n * c * s <= p["vec"] * (2**32 - 1))
     # Splits cover all steps, and none is empty but the only one.
     assert p["splits"] * p["steps_per_split"] >= p["steps"]
-    assert p["splits"] == 1 or (p["splits"] - 1) * p["steps_per_split"] < p["steps"] or p["kept_bytes"]
-    assert p["shared_bytes"] <= 48 * 1024 and p["shared_bytes"] + p["kept_bytes"] <= int(gpu.split()[3])
+    assert p["splits"] == 1 or (p["splits"] - 1) * p["steps_per_split"] < p["steps"] or p["resident_bytes"]
+    assert p["shared_bytes"] <= 48 * 1024 and p["shared_bytes"] + p["resident_bytes"] <= int(gpu.split()[3])
     assert 1 <= p["groups"] <= p["tiles"] or p["tiles"] == p["groups"] == 0
-    assert 0 <= p["retained_steps"] <= p["steps_per_split"]
+    assert 0 <= p["l2_steps"] <= p["steps_per_split"]
     if p["columns"]:
-        assert p["cols"] % p["unit"] == 0 and p["cols"] % c == 0
-        tile = p["lanes"] * p["unit"] * max(1, p["parts"])
+        assert p["cols"] % p["vec"] == 0 and p["cols"] % c == 0
+        tile = p["tile_vecs"] * p["vec"] * max(1, p["packs"])
         assert p["tiles"] * tile >= p["cols"]
         assert (p["tiles"] - 1) * tile < p["cols"] or p["tiles"] == 0
         assert not p["tile_channels"] or (tile == p["tile_channels"] * s and p["tiles"] * p["tile_channels"] == c)
-        assert 1 <= p["lanes"] * p["lane_rows"] <= p["threads"]
+        assert 1 <= p["tile_vecs"] * p["thread_rows"] <= p["threads"]
         assert p["steps"] * p["cols"] >= n * c * s > (p["steps"] - 1) * p["cols"] or n * s == 0
     else:
         assert p["tiles"] == c
-        assert p["stride_planes"] * p["plane_units"] + p["stride_units"] == p["threads"]
-        assert p["aligned"] == (s % p["unit"] == 0)
+        assert p["stride_planes"] * p["plane_vecs"] + p["stride_vecs"] == p["threads"]
+        assert p["aligned"] == (s % p["vec"] == 0)
 
 
 def check_scratch(plan: dict, p: dict, state: int) -> None:
     """A partial result for each block and column, and a counter for each tile, where blocks exchange any."""
     if (p["splits"] > 1 or p["repeat"] > 1) and not p["clustered"]:
-        width = p["lanes"] * p["unit"] if p["columns"] else 1
+        width = p["tile_vecs"] * p["vec"] if p["columns"] else 1
         assert plan["partial_bytes"] == p["tiles"] * p["splits"] * width * state
         assert plan["counters"] >= (p["tiles"] if p["repeat"] == 1 else 1)
     else:
-        assert plan["partial_bytes"] == 0 and plan["counters"] == (plan["kind"] == "small"), "no allocation for it"
+        assert plan["partial_bytes"] == 0 and plan["counters"] == (plan["kind"] == "cooperative"), (
+            "no allocation for it"
+        )
 
 
 def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int) -> None:
     capability, multiprocessors, shared, _, _, large_clusters = map(int, gpu.split())
-    unit_bytes = p["unit"] * 16 // unit_size(dtype, 0) * tensors
-    strides = -(-p["steps_per_split"] // p["lane_rows"]) if p["columns"] else None
+    unit_bytes = p["vec"] * 16 // unit_size(dtype, 0) * tensors
+    strides = -(-p["steps_per_split"] // p["thread_rows"]) if p["columns"] else None
     slots = strides * p["threads"] if p["columns"] else p["steps_per_split"]
-    shares = p["stages"] * max(1, p["parts"])
-    assert p["kept_bytes"] == shares * slots * unit_bytes, "a slot for each unit of a block's shares"
+    shares = p["buffers"] * max(1, p["packs"])
+    assert p["resident_bytes"] == shares * slots * unit_bytes, "a slot for each vec of a block's shares"
     if not p["clustered"]:
         assert p["repeat"] == 1, "a tile has whole channels"
-        assert p["lanes"] * p["unit"] * 16 // unit_size(dtype, 0) <= 64
-        assert p["stages"] == 1 or rounds_of(p) > 1
+        assert p["tile_vecs"] * p["vec"] * 16 // unit_size(dtype, 0) <= 64
+        assert p["buffers"] == 1 or rounds_of(p) > 1
         # Blocks that wait for each other are on the device together.
-        per_sm = min(shared // (p["kept_bytes"] + p["shared_bytes"] + 1024), 1 if dtype == "f64" else 2)
+        per_sm = min(shared // (p["resident_bytes"] + p["shared_bytes"] + 1024), 1 if dtype == "f64" else 2)
         assert p["splits"] == 1 or p["groups"] * p["splits"] <= per_sm * max(1, multiprocessors - margin)
     else:
-        assert p["groups"] == p["tiles"] and p["stages"] == 1
-        assert p["columns"] == (p["tile_channels"] > 0), "planes that are not whole units are side by side"
+        assert p["groups"] == p["tiles"] and p["buffers"] == 1
+        assert p["columns"] == (p["tile_channels"] > 0), "planes that are not whole vecs are side by side"
         assert p["tile_channels"] <= 8 and p["splits"] <= p["steps"]
         assert p["splits"] in (1, 2, 4, 8) or (p["splits"] == 16 and 16 * large_clusters >= 0.75 * multiprocessors)
         assert p["splits"] == 1 or capability >= 90, "clusters"
@@ -179,21 +181,21 @@ def test_every_plan_covers_its_tensor(program):
         facts.append((gpu, layout, dtype, shape, direction, masked, kind, margin))
     for problem, fact, plan in zip(problems, facts, plans(program, problems), strict=True):
         gpu, layout, dtype, shape, direction, masked, kind, margin = fact
-        unit, numel = unit_size(dtype, masked), shape[0] * shape[1] * shape[2]
+        vec, numel = unit_size(dtype, masked), shape[0] * shape[1] * shape[2]
         tensors = 1 if direction == "forward" else 2
         try:
             for name in ("reduce", "apply"):
                 check_pass(plan[name], shape, gpu)
-                assert plan[name]["groups"] == plan[name]["tiles"] and plan[name]["kept_bytes"] == 0
-            assert plan["apply"]["unit"] == unit
-            assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole units"
-            assert plan["apply"]["overlaps"] == (int(gpu.split()[0]) >= 90)
-            assert plan["reduce"]["unit"] == (unit if direction == "backward" else unit_size(dtype, 0))
+                assert plan[name]["groups"] == plan[name]["tiles"] and plan[name]["resident_bytes"] == 0
+            assert plan["apply"]["vec"] == vec
+            assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole vecs"
+            assert plan["apply"]["pdl"] == (int(gpu.split()[0]) >= 90)
+            assert plan["reduce"]["vec"] == (vec if direction == "backward" else unit_size(dtype, 0))
             assert plan["reduce"]["columns"] == (layout == "interleaved")
             state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
             check_scratch(plan, plan["resident" if plan["kind"] == "resident" else "reduce"], state)
             assert kind in ("automatic", plan["kind"]) or plan["kind"] == "two_pass"
-            if plan["kind"] == "small":
+            if plan["kind"] == "cooperative":
                 assert plan["reduce"]["threads"] == plan["apply"]["threads"] == 256
                 assert 1 <= plan["blocks"] <= max(1, int(gpu.split()[1]) - margin)
                 assert plan["counters"] > (plan["reduce"]["tiles"] if plan["reduce"]["splits"] > 1 else 0)
@@ -201,11 +203,11 @@ def test_every_plan_covers_its_tensor(program):
                 resident = plan["resident"]
                 check_pass(resident, shape, gpu)
                 check_resident(resident, gpu, dtype, tensors, margin)
-                assert resident["unit"] == unit
+                assert resident["vec"] == vec
             else:
-                assert kind != "small" or numel == 0
+                assert kind != "cooperative" or numel == 0
                 if kind == "automatic" and 0 < numel * tensors * 16 // unit_size(dtype, 0) <= 2 * 1024 * 1024:
-                    raise AssertionError("a small tensor takes one launch")
+                    raise AssertionError("a cooperative tensor takes one launch")
         except AssertionError as error:
             raise AssertionError(f"{problem}\n{plan}") from error
 
@@ -245,7 +247,7 @@ def test_the_second_pass_finds_half_an_l2_cache_of_the_first(program):
     problem = f"{GPUS['H100']} planar f32 256 64 12544 forward 0 {KINDS['two_pass']} 0"
     (plan,) = plans(program, [problem])
     reduce = plan["reduce"]
-    retained = reduce["tiles"] * reduce["splits"] * reduce["retained_steps"] * 16
+    retained = reduce["tiles"] * reduce["splits"] * reduce["l2_steps"] * 16
     assert 0.9 < retained / (52428800 / 2) < 1.01
 
 

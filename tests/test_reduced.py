@@ -23,7 +23,7 @@ CASES = [
     ((16, 4, 64, 64), "resident"),  # clusters
     ((4, 8, 7, 7), "resident"),  # planes that share bytes of the sign mask
     ((8, 48, 32, 32), "resident"),  # tiles in turn, of several blocks each
-    ((5, 3, 63, 65), "small"),
+    ((5, 3, 63, 65), "cooperative"),
     ((16, 4, 64, 64), "two_pass"),  # several blocks a channel
     ((5, 3, 63, 65), "two_pass"),
     ((4096, 24), "two_pass"),

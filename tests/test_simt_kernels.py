@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 KERNELS = sorted(build.ROOT.glob("csrc/cuda/*.cu"))
 HOST = [build.SIMT / "driver.cpp", *sorted(build.ROOT.glob("csrc/cuda/*.cpp"))]
 
-PLANS = ["automatic", "small", "resident", "two_pass"]  # where a shape does not allow one, it gets two_pass
+PLANS = ["automatic", "cooperative", "resident", "two_pass"]  # where a shape does not allow one, it gets two_pass
 FORWARD = ["stats", "normalize", "forward", "eval"]
 BACKWARD = ["backward_reduce", "backward_input", "backward", "backward_eval"]
 DTYPES = ["f32", "f64", "f16", "bf16"]
 LAYOUTS = ["planar", "interleaved"]
 
-# n, c, s, small enough to run by the hundred: one element, one value a channel, one channel, three,
+# n, c, s, cooperative enough to run by the hundred: one element, one value a channel, one channel, three,
 # planes of 5, 7x7 and 14x14 that are not whole vectors, one off a vector in c and in s, primes, more
 # channels than a tile has, more rows than a block.
 SHAPES = [
@@ -47,11 +47,11 @@ LARGE = [
 ]
 
 # Matrices whose tiles of columns take several blocks, and several rounds of them where the device has little
-# shared memory; the last has fewer lanes in its last tile.
+# shared memory; the last has fewer tile_vecs in its last tile.
 TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
 
 # Planes for clusters, up to those of 16; of 49, 9, 225, 289 and 1225 elements, which are taken side by side, the last
-# two in parts.
+# two in packs.
 PLANES = [(10, 2, 512), (40, 8, 49), (13, 8, 9), (5, 8, 225), (3, 8, 289), (3, 8, 1225)]
 
 # Elements there are none of.
@@ -81,7 +81,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
         "residual": residual,
         "plan": rng.choice(PLANS),
         # The device to plan for: as it is, which is few multiprocessors, or an H100's; with clusters or without; with
-        # little shared memory, so that small tensors are much to it; granting clusters of 16, or not.
+        # little shared memory, so that cooperative tensors are much to it; granting clusters of 16, or not.
         "sms": rng.choice([0, 0, 132]),
         "cc": rng.choice([0, 0, 80]),
         "shared": rng.choice([0, 0, 0, 6 * 1024, 8 * 1024, 24 * 1024, 48 * 1024]),
@@ -91,7 +91,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
         "order": rng.choice([0, rng.randrange(1, 1000)]),
     }
     options |= fixed
-    if options["plan"] in ("small", "automatic") or (layout == "interleaved" and options["plan"] == "resident"):
+    if options["plan"] in ("cooperative", "automatic") or (layout == "interleaved" and options["plan"] == "resident"):
         options["sms"] = rng.choice([0, 12])  # blocks that wait for each other take an OS thread each
     if options["data"] == "nan" and n * s == 1:
         options["data"] = "normal"  # the deviation of a lone NaN may be 0
@@ -165,14 +165,14 @@ def plans_that_ran(printed):
     for dtype in DTYPES:
         for layout in LAYOUTS:
             plans = {plan for *where, plan in ran if where == [dtype, layout]}
-            # blocks of a tile, rounds, stages
+            # blocks of a tile, rounds, buffers
             resident = {tuple(map(int, plan.split("/")[1:])) for plan in plans if plan.startswith("resident")}
             assert "two_pass" in plans and (1, 1, 1) in resident
-            assert any(plan.startswith("small") and plan != "small/1" for plan in plans)
+            assert any(plan.startswith("cooperative") and plan != "cooperative/1" for plan in plans)
             if layout == "planar":
                 assert any(blocks > 1 for blocks, _, _ in resident) and "planes/1" in plans
             else:
-                in_turn = {stages for blocks, rounds, stages in resident if blocks > 1 and rounds > 1}
+                in_turn = {buffers for blocks, rounds, buffers in resident if blocks > 1 and rounds > 1}
                 assert in_turn == {1, 2}
     clusters = (1, 2, 4, 8, 16)
     expected = {f"planes/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1/1" for blocks in clusters}

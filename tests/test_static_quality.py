@@ -225,9 +225,9 @@ def test_no_local_memory_and_no_float_atomics(source, architecture):
 
 
 def exempt(kernel: str, architecture: str) -> bool:
-    """Kernels for data that does not come in whole units (ALIGNED = false), the small plan's, which is about latency,
+    """Kernels for data that does not come in whole units (ALIGNED = false), the cooperative plan's, which is about latency,
     and float64 on 12.0, whose loads ptxas splits, and of which those GPUs compute next to none."""
-    return bool(re.search(r"^small_|, false>$", kernel)) or ("<double" in kernel and architecture == "12.0")
+    return bool(re.search(r"^cooperative_|, false>$", kernel)) or ("<double" in kernel and architecture == "12.0")
 
 
 @each_compilation

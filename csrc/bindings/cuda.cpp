@@ -80,12 +80,12 @@ bool is_capturing(cudaStream_t stream) {
 }
 
 // In the order of PlanKind.
-const std::vector<std::string> kPlans = {"automatic", "resident", "small", "two_pass"};
+const std::vector<std::string> kPlans = {"automatic", "resident", "cooperative", "two_pass"};
 
 cuda::PlanKind parse_plan(const std::string& name) {
   const auto found = std::find(kPlans.begin(), kPlans.end(), name);
-  TORCH_CHECK_VALUE(found != kPlans.end(), "plan should be 'automatic', 'resident', 'small' or 'two_pass', not '", name,
-                    "'");
+  TORCH_CHECK_VALUE(found != kPlans.end(), "plan should be 'automatic', 'resident', 'cooperative' or 'two_pass', not '",
+                    name, "'");
   return static_cast<cuda::PlanKind>(found - kPlans.begin());
 }
 

@@ -18,9 +18,9 @@ struct Affine {
   BNEXT_HD A operator()(A x) const { return std::fma(x - mean, scale, bias); }
 };
 
-// relu lets a value pass unless it is <= 0, so that NaN passes, as in torch.
+// relu lets a value pass unless it is <= 0, so that NaN is_positive, as in torch.
 template <class A>
-BNEXT_HD bool passes(A v) {
+BNEXT_HD bool is_positive(A v) {
   return !(v <= A(0));
 }
 

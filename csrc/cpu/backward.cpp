@@ -15,7 +15,7 @@ void reduce_and_differentiate(const BackwardParams& p, const ParallelFor& parall
         store_sums<A>(p, ch, sums_of_strip(b, ch));
         load_sums(b, ch);
       }
-      for_each_block_of_group(plan, first, end, [&](const Block& block) { gradient(b, block); });
+      for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient(b, block); });
     });
     return;
   }

@@ -58,7 +58,7 @@ void load_sums(Backward<A>& b, int64_t channel) {
 }
 
 template <class A>
-void gradient(const Backward<A>& b, const Block& block) {
+void gradient(const Backward<A>& b, const SubMatrix& block) {
   b.kernels.gradient[b.gate][b.params.training][b.plan.by_column](b.args, block);
 }
 
@@ -68,7 +68,7 @@ void gradient_of_all(const Backward<A>& b, const ParallelFor& parallel) {
   for_each_task_reversed(parallel, plan.grains, [&](int64_t task) {
     const int64_t begin = task * plan.grain;
     for_each_block_of_memory(plan, begin, std::min(begin + plan.grain, plan.numel()),
-                             [&](const Block& block) { gradient(b, block); });
+                             [&](const SubMatrix& block) { gradient(b, block); });
   });
 }
 
@@ -76,8 +76,8 @@ template struct Backward<float>;
 template struct Backward<double>;
 template void load_sums(Backward<float>&, int64_t);
 template void load_sums(Backward<double>&, int64_t);
-template void gradient(const Backward<float>&, const Block&);
-template void gradient(const Backward<double>&, const Block&);
+template void gradient(const Backward<float>&, const SubMatrix&);
+template void gradient(const Backward<double>&, const SubMatrix&);
 template void gradient_of_all(const Backward<float>&, const ParallelFor&);
 template void gradient_of_all(const Backward<double>&, const ParallelFor&);
 

@@ -18,8 +18,8 @@ template <class T, Gate gate, bool by_column> struct Gated {
   template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>& xmu, int64_t ahead = 0) const {
     const Vec<A> v = load(dy + ahead + j, part);
     // The very expression of VecAffine: the sign must come out as it did in the forward.
-    if constexpr (gate == Gate::recompute) return zero_unless_passing(fma(xmu, scale.at(j), bias.at(j)), v);
-    if constexpr (gate == Gate::mask) return zero_unless_set(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
+    if constexpr (gate == Gate::recompute) return select_if_positive(fma(xmu, scale.at(j), bias.at(j)), v);
+    if constexpr (gate == Gate::mask) return select_or_zero(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
     return v;
   }
 };
@@ -43,7 +43,7 @@ Gated<T, gate, by_column> gated_row(const BackwardArgs<acc_t<T>>& args, int64_t 
 }
 
 template <class T, Gate gate>
-[[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const Block& block, int64_t next, double* sum_dy,
+[[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, int64_t next, double* sum_dy,
                            double* sum_dy_xmu) {
   using A = acc_t<T>;
   using V = Vec<A>;
@@ -79,7 +79,7 @@ void add_rows(const BackwardArgs<A>& args, int64_t first, int64_t stride, int64_
   const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
   sweep_gated<A, gate>(first, width, [&](int64_t j, auto, auto part) {
     const V m = mean.at(j);
-    V dy_sum = load(dys + j, Whole{}), product = load(products + j, Whole{});
+    V dy_sum = load(dys + j, Full{}), product = load(products + j, Full{});
     for (int r = 0; r < rows; r++) {
       next_dy.fetch(r * stride + j);
       next_x.fetch(r * stride + j);
@@ -88,20 +88,20 @@ void add_rows(const BackwardArgs<A>& args, int64_t first, int64_t stride, int64_
       dy_sum = dy_sum + dy;
       product = fma(dy, xmu, product);
     }
-    store(dys + j, Whole{}, dy_sum);
-    store(products + j, Whole{}, product);
+    store(dys + j, Full{}, dy_sum);
+    store(products + j, Full{}, product);
   });
 }
 
 template <class T, Gate gate>
-[[gnu::flatten]] void column_sums(const BackwardArgs<acc_t<T>>& args, const Block& block, double* sum_dy,
+[[gnu::flatten]] void column_sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, double* sum_dy,
                                   double* sum_dy_xmu) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using D = Vec<double>;
   for (int64_t j = 0; j < block.width; j += D::lanes) {
-    store(sum_dy + j, Whole{}, D(0.0));
-    store(sum_dy_xmu + j, Whole{}, D(0.0));
+    store(sum_dy + j, Full{}, D(0.0));
+    store(sum_dy_xmu + j, Full{}, D(0.0));
   }
   // Rows that are taken at once must begin at the same bit of a byte.
   const bool together = gate != Gate::mask || block.stride % 8 == 0;
@@ -109,8 +109,8 @@ template <class T, Gate gate>
   for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
     const int64_t end = begin + kColumnRows < block.rows ? begin + kColumnRows : block.rows;
     for (int64_t j = 0; j < block.width; j += V::lanes) {
-      store(dys + j, Whole{}, V(0));
-      store(products + j, Whole{}, V(0));
+      store(dys + j, Full{}, V(0));
+      store(products + j, Full{}, V(0));
     }
     int64_t r = begin;
     for (; together && r + 4 <= end; r += 4)
@@ -118,8 +118,8 @@ template <class T, Gate gate>
     for (; r < end; r++)
       add_rows<T, gate, 1>(args, block.first + r * block.stride, block.stride, block.width, block.param, dys, products);
     for (int64_t j = 0; j < block.width; j += D::lanes) {
-      store(sum_dy + j, Whole{}, wide(sum_dy + j) + wide(dys + j));
-      store(sum_dy_xmu + j, Whole{}, wide(sum_dy_xmu + j) + wide(products + j));
+      store(sum_dy + j, Full{}, wide(sum_dy + j) + wide(dys + j));
+      store(sum_dy_xmu + j, Full{}, wide(sum_dy_xmu + j) + wide(products + j));
     }
   }
 }
@@ -127,7 +127,7 @@ template <class T, Gate gate>
 // epilogue.h's AffineGradient on vectors. In eval mode dx = dy' * scale, and x is read only where
 // the activation asks for it.
 template <class T, Gate gate, bool training, bool by_column>
-[[gnu::flatten]] void gradient(const BackwardArgs<acc_t<T>>& args, const Block& block) {
+[[gnu::flatten]] void gradient(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = Parameter<A, by_column>;
@@ -156,7 +156,7 @@ template <class T, Gate gate, bool training, bool by_column>
       if (dx != nullptr) store(dx + j, part, dy * scale.at(j), stream);
     });
   }
-  if (args.stream) end_of_stream();
+  if (args.stream) stream_fence();
 }
 
 }  // namespace

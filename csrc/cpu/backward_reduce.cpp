@@ -13,7 +13,7 @@ Sums sums_of_piece(const Backward<A>& b, int64_t channel, int64_t piece) {
   const int64_t strip = b.plan.outer * b.plan.inner, begin = piece * b.plan.piece;
   const int64_t end = std::min(begin + b.plan.piece, strip);
   Sums total = {};
-  for_each_block_of_strip(b.plan, channel, begin, end, [&](const Block& block, int64_t next) {
+  for_each_block_of_strip(b.plan, channel, begin, end, [&](const SubMatrix& block, int64_t next) {
     Sums part;
     b.kernels.sums[b.gate](b.args, block, next, &part.dy, &part.dy_xmu);
     total.dy += part.dy;
@@ -49,7 +49,7 @@ std::vector<Sums> sums_of_columns(const Backward<A>& b, const ParallelFor& paral
   std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
   for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
     const int64_t down = task / plan.blocks_across;
-    const Block block = block_of_columns(plan, down, task % plan.blocks_across);
+    const SubMatrix block = block_of_columns(plan, down, task % plan.blocks_across);
     const int64_t at = down * plan.pitch + block.param;
     if (block.width > 0) b.kernels.column_sums[b.gate](b.args, block, &dy[at], &dy_xmu[at]);
   });

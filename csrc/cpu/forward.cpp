@@ -42,7 +42,7 @@ void forward(const ForwardParams& p, const ParallelFor& parallel) {
     if (!plan.by_column && plan.pieces == 1 && (p.mask == nullptr || plan.whole_bytes)) {
       for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
         for (int64_t ch = first; ch < end; ch++) finish(ch, stats_of_strip<A>(p, plan, ch));
-        for_each_block_of_group(plan, first, end, [&](const Block& block) { normalizer.run(block); });
+        for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { normalizer.run(block); });
       });
     } else {
       const std::vector<Welford<double>> all = stats_of_all<A>(p, plan, parallel);

@@ -28,26 +28,26 @@ inline __m256d mul(__m256d a, __m256d b) { return _mm256_mul_pd(a, b); }
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 inline __m256d fnma(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a, b, c); }
 
-inline __m256 at_least(__m256 low, __m256 v) { return _mm256_max_ps(low, v); }
-inline __m256d at_least(__m256d low, __m256d v) { return _mm256_max_pd(low, v); }
-inline __m256 zero_unless_passing(__m256 v, __m256 dy) {
+inline __m256 max_keep_nan(__m256 low, __m256 v) { return _mm256_max_ps(low, v); }
+inline __m256d max_keep_nan(__m256d low, __m256d v) { return _mm256_max_pd(low, v); }
+inline __m256 select_if_positive(__m256 v, __m256 dy) {
   return _mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ), dy);
 }
-inline __m256d zero_unless_passing(__m256d v, __m256d dy) {
+inline __m256d select_if_positive(__m256d v, __m256d dy) {
   return _mm256_and_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ), dy);
 }
-inline uint32_t passing_bits(__m256 v) {
+inline uint32_t positive_bits(__m256 v) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
 }
-inline uint32_t passing_bits(__m256d v) {
+inline uint32_t positive_bits(__m256d v) {
   return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
 }
-inline __m256 zero_unless_set(uint32_t bits, __m256 dy) {
+inline __m256 select_or_zero(uint32_t bits, __m256 dy) {
   const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
   return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, each)), dy);
 }
-inline __m256d zero_unless_set(uint32_t bits, __m256d dy) {
+inline __m256d select_or_zero(uint32_t bits, __m256d dy) {
   const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), each);
   return _mm256_and_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(set, each)), dy);
@@ -86,7 +86,7 @@ template <class T> void store(T* p, __m256 v) { _mm_storeu_si128(reinterpret_cas
 inline void stream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
 inline void stream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 template <class T> void stream(T* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
-inline void end_of_stream() { _mm_sfence(); }
+inline void stream_fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline __m256i first_floats(int64_t n) {

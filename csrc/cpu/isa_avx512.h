@@ -33,18 +33,16 @@ inline __m512d mul(__m512d a, __m512d b) { return _mm512_mul_pd(a, b); }
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 inline __m512d fnma(__m512d a, __m512d b, __m512d c) { return _mm512_fnmadd_pd(a, b, c); }
 
-inline __m512 at_least(__m512 low, __m512 v) { return _mm512_max_ps(low, v); }
-inline __m512d at_least(__m512d low, __m512d v) { return _mm512_max_pd(low, v); }
-inline uint32_t passing_bits(__m512 v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
-inline uint32_t passing_bits(__m512d v) { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
-inline __m512 zero_unless_set(uint32_t bits, __m512 dy) {
-  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), dy);
-}
-inline __m512d zero_unless_set(uint32_t bits, __m512d dy) {
+inline __m512 max_keep_nan(__m512 low, __m512 v) { return _mm512_max_ps(low, v); }
+inline __m512d max_keep_nan(__m512d low, __m512d v) { return _mm512_max_pd(low, v); }
+inline uint32_t positive_bits(__m512 v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+inline uint32_t positive_bits(__m512d v) { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
+inline __m512 select_or_zero(uint32_t bits, __m512 dy) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), dy); }
+inline __m512d select_or_zero(uint32_t bits, __m512d dy) {
   return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), dy);
 }
-inline __m512 zero_unless_passing(__m512 v, __m512 dy) { return zero_unless_set(passing_bits(v), dy); }
-inline __m512d zero_unless_passing(__m512d v, __m512d dy) { return zero_unless_set(passing_bits(v), dy); }
+inline __m512 select_if_positive(__m512 v, __m512 dy) { return select_or_zero(positive_bits(v), dy); }
+inline __m512d select_if_positive(__m512d v, __m512d dy) { return select_or_zero(positive_bits(v), dy); }
 
 // 16 values of 16 bits <-> 16 floats.
 inline __m512 widen(__m256i v, const f16*) { return _mm512_cvtph_ps(v); }
@@ -81,7 +79,7 @@ template <class T> void store(T* p, __m512 v) { _mm256_storeu_si256(reinterpret_
 inline void stream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
 inline void stream(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 template <class T> void stream(T* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
-inline void end_of_stream() { _mm_sfence(); }
+inline void stream_fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }

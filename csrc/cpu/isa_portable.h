@@ -65,21 +65,21 @@ inline Doubles fma(const Doubles& a, const Doubles& b, const Doubles& c) {
 }
 template <class R> R fnma(const R& a, const R& b, const R& c) { return fma(-a, b, c); }
 
-template <class R> R at_least(const R& low, const R& v) { return low > v ? low : v; }
-template <class R> R zero_unless_passing(const R& v, const R& dy) { return v <= R{} ? R{} : dy; }
+template <class R> R max_keep_nan(const R& low, const R& v) { return low > v ? low : v; }
+template <class R> R select_if_positive(const R& v, const R& dy) { return v <= R{} ? R{} : dy; }
 template <class A> typename native<A>::type keep_lanes(uint32_t bits, Lanes<A> dy) {
   for (int i = 0; i < dy.n; i++) dy.v[i] = bits >> i & 1u ? dy.v[i] : A(0);
   return dy.pack();
 }
-inline Floats zero_unless_set(uint32_t bits, const Floats& dy) { return keep_lanes(bits, Lanes<float>(dy)); }
-inline Doubles zero_unless_set(uint32_t bits, const Doubles& dy) { return keep_lanes(bits, Lanes<double>(dy)); }
+inline Floats select_or_zero(uint32_t bits, const Floats& dy) { return keep_lanes(bits, Lanes<float>(dy)); }
+inline Doubles select_or_zero(uint32_t bits, const Doubles& dy) { return keep_lanes(bits, Lanes<double>(dy)); }
 template <class A> uint32_t lane_bits(const Lanes<A>& v) {
   uint32_t bits = 0;
   for (int i = 0; i < v.n; i++) bits |= (v.v[i] <= A(0) ? 0u : 1u) << i;
   return bits;
 }
-inline uint32_t passing_bits(const Floats& v) { return lane_bits(Lanes<float>(v)); }
-inline uint32_t passing_bits(const Doubles& v) { return lane_bits(Lanes<double>(v)); }
+inline uint32_t positive_bits(const Floats& v) { return lane_bits(Lanes<float>(v)); }
+inline uint32_t positive_bits(const Doubles& v) { return lane_bits(Lanes<double>(v)); }
 
 // What takes a loop over lanes, which is also some twenty instructions a lane to convert 16 bits, is
 // not worth a copy in every kernel.
@@ -124,7 +124,7 @@ inline void store(float* p, const Doubles& v) {
 
 // The caches are left to themselves.
 template <class T, class R> void stream(T* p, const R& v) { store(p, v); }
-inline void end_of_stream() {}
+inline void stream_fence() {}
 inline void prefetch(const void*) {}
 
 }  // namespace

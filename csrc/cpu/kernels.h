@@ -12,7 +12,7 @@ namespace bnext::cpu {
 // first one. A channel's parameters are either the same along a row (a row is a piece of an image
 // of one channel) or differ from column to column. In the first case row r takes entry
 // param + r * param_step of the parameter arrays, in the second column j takes entry param + j.
-struct Block {
+struct SubMatrix {
   int64_t first, rows, width, stride;
   int64_t param, param_step;
 };
@@ -65,19 +65,20 @@ template <class A>
 struct Kernels {
   // Statistics of the block as a whole, within kRowElements.
   // Meanwhile the block that begins at element `next` is fetched into cache.
-  Welford<double> (*moments)(const void* x, const Block&, int64_t next);
+  Welford<double> (*moments)(const void* x, const SubMatrix&, int64_t next);
   // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
-  void (*column_moments)(const void* x, const Block&, A* shift, double* offset, double* var);
+  void (*column_moments)(const void* x, const SubMatrix&, A* shift, double* offset, double* var);
 
   // y and, with a residual, the sign mask. Variants: no residual, residual, residual with mask.
-  void (*normalize[3][2])(const NormalizeArgs<A>&, const Block&);  // [variant][by column]
+  void (*normalize[3][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [variant][by column]
 
   // Sums of dy' and of dy' * (x - mean), of the block as a whole or of each column: same limits.
-  void (*sums[3])(const BackwardArgs<A>&, const Block&, int64_t next, double* sum_dy, double* sum_dy_xmu);  // [gate]
-  void (*column_sums[3])(const BackwardArgs<A>&, const Block&, double* sum_dy, double* sum_dy_xmu);         // [gate]
+  void (*sums[3])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,
+                  double* sum_dy_xmu);                                                                   // [gate]
+  void (*column_sums[3])(const BackwardArgs<A>&, const SubMatrix&, double* sum_dy, double* sum_dy_xmu);  // [gate]
 
   // dx and, where not null, dresidual.
-  void (*gradient[3][2][2])(const BackwardArgs<A>&, const Block&);  // [gate][training][by column]
+  void (*gradient[3][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [gate][training][by column]
 };
 
 // One for each storage type: the list to extend for a new one, with its loads and stores in isa_*.h.

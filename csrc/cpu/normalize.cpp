@@ -30,7 +30,7 @@ void Normalizer<A>::run_all(const ParallelFor& parallel) const {
   for_each_task_reversed(parallel, plan_.grains, [&](int64_t task) {
     const int64_t begin = task * plan_.grain;
     for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
-                             [&](const Block& block) { run(block); });
+                             [&](const SubMatrix& block) { run(block); });
   });
 }
 

@@ -17,7 +17,7 @@ template <class A> struct Parameter<A, false> {
 template <class A> struct Parameter<A, true> {
   const A* p;
   explicit Parameter(const A* q) : p(q) {}
-  Vec<A> at(int64_t j) const { return load(p + j, Whole{}); }
+  Vec<A> at(int64_t j) const { return load(p + j, Full{}); }
 };
 
 // epilogue.h's Affine, on vectors.
@@ -29,7 +29,7 @@ template <class A, bool by_column> struct VecAffine {
 enum class Addend { none, residual, residual_with_mask };
 
 template <class T, Addend addend, bool by_column>
-[[gnu::flatten]] void normalize(const NormalizeArgs<acc_t<T>>& args, const Block& block) {
+[[gnu::flatten]] void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr bool masked = addend == Addend::residual_with_mask;
@@ -48,8 +48,8 @@ template <class T, Addend addend, bool by_column>
       if constexpr (by_column) ahead.fetch(j);
       V v = affine(load(x + j, part), j);
       if constexpr (addend != Addend::none) v = v + load(residual + j, part);
-      if constexpr (masked) put_bits(args.mask, first + j, lanes_of<A>(part), passing_bits(v));
-      store(y + j, part, at_least(low, v), stream);
+      if constexpr (masked) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
+      store(y + j, part, max_keep_nan(low, v), stream);
     };
     if constexpr (masked) {
       sweep_bytes<A>(first, block.width, body);
@@ -57,7 +57,7 @@ template <class T, Addend addend, bool by_column>
       sweep<A>(block.width, body);
     }
   }
-  if (args.stream) end_of_stream();
+  if (args.stream) stream_fence();
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ Plan make_plan(const Shape& shape) {
   return p;
 }
 
-Block block_of_columns(const Plan& p, int64_t down, int64_t across) {
+SubMatrix block_of_columns(const Plan& p, int64_t down, int64_t across) {
   const bool tail = down == p.blocks_down;
   const int64_t row = tail ? p.rows : down * p.block_rows;
   const int64_t column = across * p.block_width;

@@ -60,7 +60,7 @@ void for_each_block_of_strip(const Plan& plan, int64_t channel, int64_t begin, i
   for (int64_t i = begin; i < end;) {
     int64_t rows = 1, width = std::min({plan.inner - i % plan.inner, end - i, kRowElements});
     if (width == plan.inner) rows = std::min(kRowElements / round_up(width, kRowStep), (end - i) / width);
-    const Block block = {element(channel, i), rows, width, stride, channel, 0};
+    const SubMatrix block = {element(channel, i), rows, width, stride, channel, 0};
     i += rows * width;
     f(block, i < end ? element(channel, i) : element(channel + 1, begin));
   }
@@ -80,12 +80,12 @@ void for_each_block_of_memory(const Plan& plan, int64_t begin, int64_t end, F f)
     } else if (width > end - begin) {
       width = end - begin;
     }
-    f(Block{begin, rows, width, run, param, plan.by_column ? 0 : 1});
+    f(SubMatrix{begin, rows, width, run, param, plan.by_column ? 0 : 1});
     begin += rows * width;
   }
 }
 
 // Block (down, across) of the matrix; down == blocks_down is the tail. May have no rows or columns.
-Block block_of_columns(const Plan&, int64_t down, int64_t across);
+SubMatrix block_of_columns(const Plan&, int64_t down, int64_t across);
 
 }  // namespace bnext::cpu

@@ -40,7 +40,7 @@ void for_each_group(const ParallelFor& parallel, const Plan& plan, F run) {
 template <class F>
 void for_each_block_of_group(const Plan& plan, int64_t first, int64_t end, F f) {
   for (int64_t o = plan.outer; o-- > 0;)
-    f(Block{(o * plan.channels + first) * plan.inner, end - first, plan.inner, plan.inner, first, 1});
+    f(SubMatrix{(o * plan.channels + first) * plan.inner, end - first, plan.inner, plan.inner, first, 1});
 }
 
 // Calls visit(column) for all columns of a channel.
@@ -80,7 +80,7 @@ class Normalizer {
  public:
   Normalizer(const ForwardParams&, const Plan&);
   void set(int64_t channel, A mean, A invstd);
-  void run(const Block& block) const { kernel_(args_, block); }
+  void run(const SubMatrix& block) const { kernel_(args_, block); }
   void run_all(const ParallelFor&) const;
 
  private:
@@ -88,7 +88,7 @@ class Normalizer {
   const Plan& plan_;
   PerChannel<A> mean_, scale_, bias_;
   NormalizeArgs<A> args_;
-  void (*kernel_)(const NormalizeArgs<A>&, const Block&);
+  void (*kernel_)(const NormalizeArgs<A>&, const SubMatrix&);
 };
 
 // What both halves of the backward read. backward_input.cpp
@@ -115,7 +115,7 @@ template <class A> void store_sums(const BackwardParams&, int64_t channel, const
 // backward_input.cpp
 // Takes a channel's sums from where store_sums left them, in training.
 template <class A> void load_sums(Backward<A>&, int64_t channel);
-template <class A> void gradient(const Backward<A>&, const Block&);
+template <class A> void gradient(const Backward<A>&, const SubMatrix&);
 template <class A> void gradient_of_all(const Backward<A>&, const ParallelFor&);
 
 // The three dtypes that accumulate in float share all code above the kernels.

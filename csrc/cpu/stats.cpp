@@ -38,7 +38,7 @@ Welford<double> stats_of_piece(const ForwardParams& p, const Plan& plan, int64_t
   const int64_t strip = plan.outer * plan.inner, begin = piece * plan.piece;
   Merger merger;
   for_each_block_of_strip(plan, channel, begin, std::min(begin + plan.piece, strip),
-                          [&](const Block& block, int64_t next) { merger.add(k.moments(p.x, block, next)); });
+                          [&](const SubMatrix& block, int64_t next) { merger.add(k.moments(p.x, block, next)); });
   return merger.total();
 }
 
@@ -67,7 +67,7 @@ std::vector<Welford<double>> stats_of_columns(const ForwardParams& p, const Plan
   std::vector<double> offset(splits * plan.pitch), var(splits * plan.pitch);
   for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
     const int64_t down = task / plan.blocks_across;
-    const Block block = block_of_columns(plan, down, task % plan.blocks_across);
+    const SubMatrix block = block_of_columns(plan, down, task % plan.blocks_across);
     const int64_t at = down * plan.pitch + block.param;
     if (block.width > 0) k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
   });

@@ -13,14 +13,14 @@ namespace {
 // |mean| >> std. The centre of the second pass, and the shift of the result, is the mean rounded
 // to A; what the rounding lost is put right in the end, because it is known in double.
 template <class T>
-[[gnu::flatten]] Welford<double> moments(const void* x, const Block& block, int64_t next) {
+[[gnu::flatten]] Welford<double> moments(const void* x, const SubMatrix& block, int64_t next) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const T* p = static_cast<const T*>(x) + block.first;
   A shift;
   {
     A lanes[V::lanes];
-    store(lanes, Whole{}, load(p, Part{1}));
+    store(lanes, Full{}, load(p, Partial{1}));
     shift = lanes[0];
   }
   const V k(shift);
@@ -56,7 +56,8 @@ template <class T>
 // the loop `var` holds M2, the sum of squared deviations: all columns share their counts, so that a
 // merge takes no division.
 template <class T>
-[[gnu::flatten]] void column_moments(const void* x, const Block& block, acc_t<T>* shift, double* offset, double* var) {
+[[gnu::flatten]] void column_moments(const void* x, const SubMatrix& block, acc_t<T>* shift, double* offset,
+                                     double* var) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using D = Vec<double>;
@@ -64,10 +65,10 @@ template <class T>
   const int64_t width = block.width, stride = block.stride;
   const auto each_vector = [&](auto f) {
     int64_t j = 0;
-    for (; j + V::lanes <= width; j += V::lanes) f(j, Whole{});
-    if (j < width) f(j, Part{width - j});
+    for (; j + V::lanes <= width; j += V::lanes) f(j, Full{});
+    if (j < width) f(j, Partial{width - j});
   };
-  each_vector([&](int64_t j, auto part) { store(shift + j, Whole{}, load(p + j, part)); });
+  each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
 
   A sums[kColumns + kPadding], centre[kColumns + kPadding];
   for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
@@ -75,35 +76,35 @@ template <class T>
     const T* q = p + begin * stride;
 
     // Row after row, as memory comes, but 4 at once, to spare the traffic of the sums.
-    each_vector([&](int64_t j, auto) { store(sums + j, Whole{}, V(0)); });
+    each_vector([&](int64_t j, auto) { store(sums + j, Full{}, V(0)); });
     for (int64_t r = 0; r < rows; r += 4) {
       const T* row = q + r * stride;
       if (r + 4 <= rows) {
         each_vector([&](int64_t j, auto part) {
-          const V k = load(shift + j, Whole{});
+          const V k = load(shift + j, Full{});
           const V a = (load(row + j, part, k) - k) + (load(row + stride + j, part, k) - k);
           const V b = (load(row + 2 * stride + j, part, k) - k) + (load(row + 3 * stride + j, part, k) - k);
-          store(sums + j, Whole{}, load(sums + j, Whole{}) + (a + b));
+          store(sums + j, Full{}, load(sums + j, Full{}) + (a + b));
         });
       } else {
         for (int64_t i = r; i < rows; i++, row += stride)
           each_vector([&](int64_t j, auto part) {
-            const V k = load(shift + j, Whole{});
-            store(sums + j, Whole{}, load(sums + j, Whole{}) + (load(row + j, part, k) - k));
+            const V k = load(shift + j, Full{});
+            store(sums + j, Full{}, load(sums + j, Full{}) + (load(row + j, part, k) - k));
           });
       }
     }
 
     const D each_row(1.0 / static_cast<double>(rows));
     for (int64_t j = 0; j < width; j += D::lanes)
-      store(centre + j, Whole{}, wide(shift + j) + wide(sums + j) * each_row);
+      store(centre + j, Full{}, wide(shift + j) + wide(sums + j) * each_row);
 
     // Now down the columns: the rows are in cache, and the squares in a register.
     const D count(static_cast<double>(rows));
     const double seen = static_cast<double>(begin), total = seen + static_cast<double>(rows);
     const D weight(static_cast<double>(rows) / total), spread(seen * (static_cast<double>(rows) / total));
     each_vector([&](int64_t j, auto part) {
-      const V c = load(centre + j, Whole{});
+      const V c = load(centre + j, Full{});
       V even(0), odd(0);
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2) {
@@ -117,27 +118,27 @@ template <class T>
         even = fma(d, d, even);
       }
       A squares[V::lanes];
-      store(squares, Whole{}, even + odd);
+      store(squares, Full{}, even + odd);
       for (int64_t i = 0; i < V::lanes; i += D::lanes) {
         const int64_t d = j + i;
         const D mean = wide(sums + d) * each_row;
         const D lost = (wide(centre + d) - wide(shift + d)) - mean;
         const D m2 = fnma(lost * lost, count, wide(squares + i));
         if (begin == 0) {
-          store(shift + d, Whole{}, wide(centre + d));
-          store(offset + d, Whole{}, D(0.0) - lost);
-          store(var + d, Whole{}, m2);
+          store(shift + d, Full{}, wide(centre + d));
+          store(offset + d, Full{}, D(0.0) - lost);
+          store(var + d, Full{}, m2);
           continue;
         }
         const D delta = mean - wide(offset + d);
-        store(offset + d, Whole{}, fma(delta, weight, wide(offset + d)));
-        store(var + d, Whole{}, wide(var + d) + fma(delta * delta, spread, m2));
+        store(offset + d, Full{}, fma(delta, weight, wide(offset + d)));
+        store(var + d, Full{}, wide(var + d) + fma(delta * delta, spread, m2));
       }
     });
   }
 
   const D each_row(1.0 / static_cast<double>(block.rows));
-  for (int64_t j = 0; j < width; j += D::lanes) store(var + j, Whole{}, wide(var + j) * each_row);
+  for (int64_t j = 0; j < width; j += D::lanes) store(var + j, Full{}, wide(var + j) * each_row);
 }
 
 }  // namespace

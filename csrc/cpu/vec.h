@@ -68,48 +68,48 @@ template <class A> Vec<A> fma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c)
 template <class A> Vec<A> fnma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c) {
   return Vec<A>::each([&](int i) { return fnma(a.r[i], b.r[i], c.r[i]); });
 }
-template <class A> Vec<A> at_least(const Vec<A>& low, const Vec<A>& v) {
-  return Vec<A>::each([&](int i) { return at_least(low.r[i], v.r[i]); });
+template <class A> Vec<A> max_keep_nan(const Vec<A>& low, const Vec<A>& v) {
+  return Vec<A>::each([&](int i) { return max_keep_nan(low.r[i], v.r[i]); });
 }
-template <class A> Vec<A> zero_unless_passing(const Vec<A>& v, const Vec<A>& dy) {
-  return Vec<A>::each([&](int i) { return zero_unless_passing(v.r[i], dy.r[i]); });
+template <class A> Vec<A> select_if_positive(const Vec<A>& v, const Vec<A>& dy) {
+  return Vec<A>::each([&](int i) { return select_if_positive(v.r[i], dy.r[i]); });
 }
-template <class A> Vec<A> zero_unless_set(uint32_t bits, const Vec<A>& dy) {
-  return Vec<A>::each([&](int i) { return zero_unless_set(bits >> (i * Vec<A>::lanes_each), dy.r[i]); });
+template <class A> Vec<A> select_or_zero(uint32_t bits, const Vec<A>& dy) {
+  return Vec<A>::each([&](int i) { return select_or_zero(bits >> (i * Vec<A>::lanes_each), dy.r[i]); });
 }
-template <class A> uint32_t passing_bits(const Vec<A>& v) {
+template <class A> uint32_t positive_bits(const Vec<A>& v) {
   uint32_t bits = 0;
-  for (int i = 0; i < Vec<A>::registers; i++) bits |= passing_bits(v.r[i]) << (i * Vec<A>::lanes_each);
+  for (int i = 0; i < Vec<A>::registers; i++) bits |= positive_bits(v.r[i]) << (i * Vec<A>::lanes_each);
   return bits;
 }
 
 // How much of a vector lies inside the data. Kernels are written once and called with either.
-struct Whole {};
-struct Part {
+struct Full {};
+struct Partial {
   int64_t n;  // 0 < n < lanes
 };
 
 template <class T, class V = Vec<acc_t<T>>>
-V load(const T* p, Whole, const V& = V(0)) {
+V load(const T* p, Full, const V& = V(0)) {
   return V::each([&](int i) { return load(p + i * V::lanes_each); });
 }
 template <class T, class V = Vec<acc_t<T>>>
-V load(const T* p, Part part, const V& fill = V(0)) {
+V load(const T* p, Partial part, const V& fill = V(0)) {
   return V::each([&](int i) { return load(p + i * V::lanes_each, part.n - i * V::lanes_each, fill.r[i]); });
 }
 template <class T, class A>
-void store(T* p, Whole, const Vec<A>& v) {
+void store(T* p, Full, const Vec<A>& v) {
   for (int i = 0; i < Vec<A>::registers; i++) store(p + i * Vec<A>::lanes_each, v.r[i]);
 }
 template <class T, class A>
-void store(T* p, Part part, const Vec<A>& v) {
+void store(T* p, Partial part, const Vec<A>& v) {
   for (int i = 0; i < Vec<A>::registers; i++)
     store(p + i * Vec<A>::lanes_each, part.n - i * Vec<A>::lanes_each, v.r[i]);
 }
 // A store that goes past the caches on demand, where p is a multiple of its size.
 template <class T, class P, class A>
 void store(T* p, P part, const Vec<A>& v, bool past_caches) {
-  if constexpr (std::is_same_v<P, Whole>) {
+  if constexpr (std::is_same_v<P, Full>) {
     if (past_caches) {
       for (int i = 0; i < Vec<A>::registers; i++) stream(p + i * Vec<A>::lanes_each, v.r[i]);
       return;
@@ -132,12 +132,12 @@ Vec<double> wide(const A* p) {
 template <class A>
 double sum(const Vec<A> (&v)[4]) {
   A lanes[4][Vec<A>::lanes];
-  for (int k = 0; k < 4; k++) store(lanes[k], Whole{}, v[k]);
+  for (int k = 0; k < 4; k++) store(lanes[k], Full{}, v[k]);
   Vec<double> total(0.0);
   for (int i = 0; i < Vec<A>::lanes; i += Vec<double>::lanes)
     total = total + ((wide(lanes[0] + i) + wide(lanes[1] + i)) + (wide(lanes[2] + i) + wide(lanes[3] + i)));
   double t[Vec<double>::lanes];
-  store(t, Whole{}, total);
+  store(t, Full{}, total);
   return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]));
 }
 
@@ -150,16 +150,16 @@ void sweep(int64_t width, F f) {
   constexpr int64_t lanes = Vec<A>::lanes;
   int64_t i = 0;
   for (; i + 4 * lanes <= width; i += 4 * lanes) {
-    f(i, Index<0>{}, Whole{});
-    f(i + lanes, Index<1>{}, Whole{});
-    f(i + 2 * lanes, Index<2>{}, Whole{});
-    f(i + 3 * lanes, Index<3>{}, Whole{});
+    f(i, Index<0>{}, Full{});
+    f(i + lanes, Index<1>{}, Full{});
+    f(i + 2 * lanes, Index<2>{}, Full{});
+    f(i + 3 * lanes, Index<3>{}, Full{});
   }
   const int64_t left = width - i;
-  if (left >= lanes) f(i, Index<0>{}, Whole{});
-  if (left >= 2 * lanes) f(i + lanes, Index<1>{}, Whole{});
-  if (left >= 3 * lanes) f(i + 2 * lanes, Index<2>{}, Whole{});
-  if (left % lanes != 0) f(i + left / lanes * lanes, Index<3>{}, Part{left % lanes});
+  if (left >= lanes) f(i, Index<0>{}, Full{});
+  if (left >= 2 * lanes) f(i + lanes, Index<1>{}, Full{});
+  if (left >= 3 * lanes) f(i + 2 * lanes, Index<2>{}, Full{});
+  if (left % lanes != 0) f(i + left / lanes * lanes, Index<3>{}, Partial{left % lanes});
 }
 
 // The same where the bits of a sign mask go along: `first` is the element that i = 0 stands for,
@@ -169,9 +169,9 @@ void sweep_bytes(int64_t first, int64_t width, F f) {
   constexpr int64_t lanes = Vec<A>::lanes;
   const int64_t to_byte = -first & 7;
   int64_t i = to_byte < width ? to_byte : width;
-  if (i > 0) f(int64_t{0}, Index<0>{}, Part{i});
-  for (; i + lanes <= width; i += lanes) f(i, Index<0>{}, Whole{});
-  if (i < width) f(i, Index<0>{}, Part{width - i});
+  if (i > 0) f(int64_t{0}, Index<0>{}, Partial{i});
+  for (; i + lanes <= width; i += lanes) f(i, Index<0>{}, Full{});
+  if (i < width) f(i, Index<0>{}, Partial{width - i});
 }
 
 // Elements that will be read soon, fetched into cache. They may lie beyond the tensor: nobody
@@ -198,8 +198,8 @@ inline void put_bits(uint8_t* mask, int64_t i, int64_t n, uint32_t bits) {
   p[0] = static_cast<uint8_t>(below | bits << (i % 8));
   if (n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
 }
-template <class A> constexpr int64_t lanes_of(Whole) { return Vec<A>::lanes; }
-template <class A> constexpr int64_t lanes_of(Part part) { return part.n; }
+template <class A> constexpr int64_t lanes_of(Full) { return Vec<A>::lanes; }
+template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
 
 }  // namespace
 }  // namespace bnext::cpu

@@ -9,43 +9,46 @@
 
 namespace bnext::cuda {
 
-cudaError_t launch_backward_input_pass(const BackwardParams&, const Pass&, cudaStream_t);
+cudaError_t launch_backward_input_pass(const BackwardParams&, const Partition&, cudaStream_t);
 cudaError_t launch_resident_backward(const BackwardParams&, const Plan&, const Scratch&, cudaStream_t);
 
 namespace {
 
-template <class T, int UNIT>
-__device__ __forceinline__ void small_backward(const BackwardParams& p, const Pass& reduce, const Pass& apply,
-                                               const Scratch& scratch, uint32_t* counter, Gate gate) {
-  for_shares(reduce, [&](const Share& share) {
-    if (reduce.columns) backward_reduce_interleaved<T, UNIT>(p, reduce, scratch, share, gate);
-    else if (reduce.aligned) backward_reduce_planar<T, UNIT, true>(p, reduce, scratch, share, gate);
-    else backward_reduce_planar<T, UNIT, false>(p, reduce, scratch, share, gate);
+template <class T, int N>
+__device__ __forceinline__ void cooperative_backward(const BackwardParams& p, const Partition& reduce,
+                                                     const Partition& apply, const Scratch& scratch, uint32_t* counter,
+                                                     Gate gate) {
+  for_work_tiles(reduce, [&](const WorkTile& work) {
+    if (reduce.columns) backward_reduce_interleaved<T, N>(p, reduce, scratch, work, gate);
+    else if (reduce.aligned) backward_reduce_planar<T, N, true>(p, reduce, scratch, work, gate);
+    else backward_reduce_planar<T, N, false>(p, reduce, scratch, work, gate);
   });
-  meet(counter);
-  for_shares(apply, [&](const Share& share) {
-    if (apply.columns) backward_input_columns<T, UNIT>(p, apply, share, gate);
-    else backward_input_planar<T, UNIT>(p, apply, share, gate);
+  grid_sync(counter);
+  for_work_tiles(apply, [&](const WorkTile& work) {
+    if (apply.columns) backward_input_columns<T, N>(p, apply, work, gate);
+    else backward_input_planar<T, N>(p, apply, work, gate);
   });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    small_backward_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass reduce,
-                          const BNEXT_GRID_CONSTANT Pass apply, const Scratch scratch, uint32_t* counter,
-                          const Gate gate) {
-  constexpr int kPlain = kUnit<T, false>, kMasked = kUnit<T, true>;
-  if (kPlain == kMasked || gate != Gate::mask) small_backward<T, kPlain>(p, reduce, apply, scratch, counter, gate);
-  else small_backward<T, kMasked>(p, reduce, apply, scratch, counter, Gate::mask);
+    cooperative_backward_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Partition reduce,
+                                const BNEXT_GRID_CONSTANT Partition apply, const Scratch scratch, uint32_t* counter,
+                                const Gate gate) {
+  constexpr int kPlain = kVec<T, false>, kMasked = kVec<T, true>;
+  if (kPlain == kMasked || gate != Gate::mask)
+    cooperative_backward<T, kPlain>(p, reduce, apply, scratch, counter, gate);
+  else cooperative_backward<T, kMasked>(p, reduce, apply, scratch, counter, Gate::mask);
 }
 
 }  // namespace
 
 cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
   if (plan.kind == PlanKind::resident) return launch_resident_backward(p, plan, scratch, stream);
-  if (plan.kind == PlanKind::small) {
+  if (plan.kind == PlanKind::cooperative) {
     return with_dtype(p.dtype, [&](auto element) {
-      return launch_small(small_backward_kernel<decltype(element)>, plan, scratch, stream, p, gate_of(p));
+      return launch_cooperative_plan(cooperative_backward_kernel<decltype(element)>, plan, scratch, stream, p,
+                                     gate_of(p));
     });
   }
   if (!p.reduces()) return p.elementwise() ? launch_backward_input(p, plan, stream) : cudaSuccess;

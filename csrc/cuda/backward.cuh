@@ -1,9 +1,9 @@
-// What the two stages of the backward share: the gate that the activation left, and a unit of dy'.
+// What the two stages of the backward share: the gate that the activation left, and a vector of dy'.
 #pragma once
 
 #include "../core/epilogue.h"
 #include "channels.cuh"
-#include "source.cuh"
+#include "loaders.cuh"
 
 namespace bnext::cuda {
 
@@ -35,10 +35,10 @@ __device__ __forceinline__ Affine<A> load_affine(const BackwardParams& p, int64_
   return affine[0];
 }
 
-template <class T, int UNIT>
-struct GradientUnit {
-  acc_t<T> dy[UNIT];  // dy'
-  acc_t<T> x[UNIT];
+template <class T, int N>
+struct GradientVec {
+  acc_t<T> dy[N];  // dy'
+  acc_t<T> x[N];
 };
 
 // Where a pass gets dy and x from.
@@ -48,39 +48,38 @@ struct GradientSource {
   SourceOfX x;
 };
 
-template <class T, int UNIT, Reuse REUSE>
-__device__ __forceinline__ auto gradient_from_memory(const BackwardParams& p) {
-  using Source = FromMemory<T, UNIT, REUSE>;
+template <class T, int N, Reuse REUSE>
+__device__ __forceinline__ auto gradient_from_global(const BackwardParams& p) {
+  using Source = FromGlobal<T, N, REUSE>;
   return GradientSource<Source, Source>{Source(p.dy, p.shape), Source(p.x, p.shape)};
 }
 
-// The chunk's dy, x and mask, then unit by unit to body(k, GradientUnit).
-template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class AffineAt, class Body>
-__device__ __forceinline__ void for_gradient_units(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                                   Source& source, Gate gate, const AffineAt& affine, Body&& body) {
-  Unit<T, UNIT> dy[COUNT], x[COUNT];
+// The chunk's dy, x and mask, then vector by vector to body(k, GradientUnit).
+template <class T, int N, int COUNT, bool WHOLE, class Source, class AffineAt, class Body>
+__device__ __forceinline__ void for_gradient_vecs(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                  Source& source, Gate gate, const AffineAt& affine, Body&& body) {
+  Vec<T, N> dy[COUNT], x[COUNT];
   source.dy.load(chunk, dy);
   source.x.load(chunk, x);
   uint32_t bits[COUNT];
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
-    // One byte a unit of 8; plans see to it that masked units are such.
-    bits[k] =
-        gate == Gate::mask && (WHOLE || int64_t{chunk.unit[k]} * UNIT < p.shape.numel()) ? p.mask[chunk.unit[k]] : 0;
+    // One byte a vector of 8; plans see to it that masked vectors are such.
+    bits[k] = gate == Gate::mask && (WHOLE || int64_t{chunk.vec[k]} * N < p.shape.numel()) ? p.mask[chunk.vec[k]] : 0;
   }
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
-    GradientUnit<T, UNIT> unit;
-    widen_unit<T, UNIT>(dy[k], unit.dy);
-    widen_unit<T, UNIT>(x[k], unit.x);
+    GradientVec<T, N> vec;
+    widen_vec<T, N>(dy[k], vec.dy);
+    widen_vec<T, N>(x[k], vec.x);
 #pragma unroll
-    for (int e = 0; e < UNIT; ++e) {
-      bool pass = true;
-      if (gate == Gate::relu) pass = passes(affine(e)(unit.x[e]));
-      if (gate == Gate::mask) pass = bits[k] >> (e % 8) & 1;
-      if (!pass) unit.dy[e] = acc_t<T>(0);
+    for (int e = 0; e < N; ++e) {
+      bool positive = true;
+      if (gate == Gate::relu) positive = is_positive(affine(e)(vec.x[e]));
+      if (gate == Gate::mask) positive = bits[k] >> (e % 8) & 1;
+      if (!positive) vec.dy[e] = acc_t<T>(0);
     }
-    body(k, unit);
+    body(k, vec);
   }
 }
 

@@ -11,24 +11,26 @@ namespace {
 
 template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, true))
-    backward_input_planar_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  wait_for_previous();
-  backward_input_planar<T, kUnit<T, GATE == Gate::mask>>(p, pass, Share::reverse(pass), GATE);
+    backward_input_planar_kernel(const BNEXT_GRID_CONSTANT BackwardParams p,
+                                 const BNEXT_GRID_CONSTANT Partition partition) {
+  wait_on_dependent_grids();
+  backward_input_planar<T, kVec<T, GATE == Gate::mask>>(p, partition, WorkTile::reverse(partition), GATE);
 }
 
 template <class T, Gate GATE>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
-    backward_input_columns_kernel(const BNEXT_GRID_CONSTANT BackwardParams p, const BNEXT_GRID_CONSTANT Pass pass) {
-  wait_for_previous();
-  backward_input_columns<T, kUnit<T, GATE == Gate::mask>>(p, pass, Share::reverse(pass), GATE);
+    backward_input_columns_kernel(const BNEXT_GRID_CONSTANT BackwardParams p,
+                                  const BNEXT_GRID_CONSTANT Partition partition) {
+  wait_on_dependent_grids();
+  backward_input_columns<T, kVec<T, GATE == Gate::mask>>(p, partition, WorkTile::reverse(partition), GATE);
 }
 
 }  // namespace
 
-cudaError_t launch_normalize_pass(const ForwardParams&, const Pass&, cudaStream_t);
+cudaError_t launch_normalize_pass(const ForwardParams&, const Partition&, cudaStream_t);
 
 // For launch_backward: may overlap the kernel before.
-cudaError_t launch_backward_input_pass(const BackwardParams& p, const Pass& pass, cudaStream_t stream) {
+cudaError_t launch_backward_input_pass(const BackwardParams& p, const Partition& partition, cudaStream_t stream) {
   if (!p.training && gate_of(p) == Gate::none) {
     // dy * weight * invstd is a normalization of dy without mean and bias; it does not read x.
     ForwardParams scaling = {};
@@ -39,20 +41,20 @@ cudaError_t launch_backward_input_pass(const BackwardParams& p, const Pass& pass
     scaling.weight = p.weight;
     scaling.invstd = const_cast<void*>(p.invstd);
     scaling.y = p.dx;
-    return p.dx ? launch_normalize_pass(scaling, pass, stream) : cudaSuccess;
+    return p.dx ? launch_normalize_pass(scaling, partition, stream) : cudaSuccess;
   }
   return with_dtype_and_gate(p, [&](auto element, auto gate) {
     using T = decltype(element);
     auto kernel =
-        pass.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
-    return launch_pass(kernel, pass, stream, p, pass);
+        partition.columns ? backward_input_columns_kernel<T, gate.value> : backward_input_planar_kernel<T, gate.value>;
+    return launch_pass(kernel, partition, stream, p, partition);
   });
 }
 
 cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
-  Pass pass = plan.apply;
-  pass.overlaps = false;  // whatever comes before
-  return launch_backward_input_pass(p, pass, stream);
+  Partition partition = plan.apply;
+  partition.pdl = false;  // whatever comes before
+  return launch_backward_input_pass(p, partition, stream);
 }
 
 }  // namespace bnext::cuda

@@ -7,7 +7,7 @@
 namespace bnext::cuda {
 
 // Units of each of dy and x in flight; LEAN is next to the coefficients of UNIT columns.
-template <class T, int UNIT, bool LEAN> constexpr int kGradientChunk = units_in<T, UNIT>(LEAN ? 32 : 64);
+template <class T, int N, bool LEAN> constexpr int kGradientChunk = vecs_in<T, N>(LEAN ? 32 : 64);
 
 // One channel's coefficients: of the sign (the forward's), and of the gradient.
 template <class A>
@@ -48,66 +48,65 @@ __device__ __forceinline__ void load_gradient(ChannelGradient<A> (&gradient)[WID
   make_gradient(gradient, p, channels, sum_dy, sum_dy_xmu);
 }
 
-template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class ChannelAt>
+template <class T, int N, int COUNT, bool WHOLE, class Source, class ChannelAt>
 __device__ __forceinline__ void backward_input_chunk(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
                                                      Source& source, Gate gate, const ChannelAt& channel) {
   using A = acc_t<T>;
-  for_gradient_units<T, UNIT>(
+  for_gradient_vecs<T, N>(
       p, chunk, source, gate, [&](int e) { return channel(e).affine; },
-      [&](int k, GradientUnit<T, UNIT>& unit) {
+      [&](int k, GradientVec<T, N>& vec) {
         if (gate == Gate::mask && p.dresidual) {
-          store_at(static_cast<T*>(p.dresidual), chunk, k, narrow_unit<T, UNIT>(unit.dy));
+          store_at(static_cast<T*>(p.dresidual), chunk, k, narrow_vec<T, N>(vec.dy));
         }
         if (!p.dx) return;
-        A dx[UNIT];
+        A dx[N];
         if (p.training) {
 #pragma unroll
-          for (int e = 0; e < UNIT; ++e) dx[e] = channel(e).gradient(unit.dy[e], unit.x[e]);
+          for (int e = 0; e < N; ++e) dx[e] = channel(e).gradient(vec.dy[e], vec.x[e]);
         } else {  // x must not touch the gradient, not even an infinite x
 #pragma unroll
-          for (int e = 0; e < UNIT; ++e) dx[e] = unit.dy[e] * channel(e).gradient.scale;
+          for (int e = 0; e < N; ++e) dx[e] = vec.dy[e] * channel(e).gradient.scale;
         }
-        store_at(static_cast<T*>(p.dx), chunk, k, narrow_unit<T, UNIT>(dx));
+        store_at(static_cast<T*>(p.dx), chunk, k, narrow_vec<T, N>(dx));
       });
 }
 
-template <class T, int UNIT, class Source>
-__device__ __forceinline__ void backward_input_share(const BackwardParams& p, const Pass& pass, const Share& share,
-                                                     Source&& source, Gate gate,
+template <class T, int N, class Source>
+__device__ __forceinline__ void backward_input_strip(const BackwardParams& p, const Partition& partition,
+                                                     const WorkTile& work, Source&& source, Gate gate,
                                                      const ChannelGradient<acc_t<T>>& channel) {
-  walk_planar<UNIT, true, kGradientChunk<T, UNIT, false>>(pass, p.shape, share, [&](const auto& chunk) {
-    backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int) { return channel; });
+  iterate_planar<N, true, kGradientChunk<T, N, false>>(partition, p.shape, work, [&](const auto& chunk) {
+    backward_input_chunk<T, N>(p, chunk, source, gate, [&](int) { return channel; });
   });
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void backward_input_planar(const BackwardParams& p, const Pass& pass, const Share& share,
-                                                      Gate gate) {
+template <class T, int N>
+__device__ __forceinline__ void backward_input_planar(const BackwardParams& p, const Partition& partition,
+                                                      const WorkTile& work, Gate gate) {
   ChannelGradient<acc_t<T>> channel[1];
-  load_gradient(channel, p, Channels<1>(share.tile));
-  backward_input_share<T, UNIT>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::last>(p), gate, channel[0]);
+  load_gradient(channel, p, Channels<1>(work.tile));
+  backward_input_strip<T, N>(p, partition, work, gradient_from_global<T, N, Reuse::last>(p), gate, channel[0]);
 }
 
-// PARTIAL: the last matrix row may end within a unit.
-template <class T, int UNIT, bool PARTIAL, class Source>
-__device__ __forceinline__ void backward_input_tile(const BackwardParams& p, const Pass& pass, const Share& share,
-                                                    const ColumnPlace<UNIT>& place, Source&& source, Gate gate,
-                                                    const ChannelGradient<acc_t<T>> (&channel)[UNIT]) {
-  walk_columns<UNIT, kGradientChunk<T, UNIT, true>, PARTIAL>(
-      pass, p.shape.numel(), share, place, [&](const auto& chunk) {
-        backward_input_chunk<T, UNIT>(p, chunk, source, gate, [&](int e) { return channel[e]; });
+// PARTIAL: the last matrix row may end within a vector.
+template <class T, int N, bool PARTIAL, class Source>
+__device__ __forceinline__ void backward_input_tile(const BackwardParams& p, const Partition& partition,
+                                                    const WorkTile& work, const ColumnPlace<N>& place, Source&& source,
+                                                    Gate gate, const ChannelGradient<acc_t<T>> (&channel)[N]) {
+  iterate_columns<N, kGradientChunk<T, N, true>, PARTIAL>(
+      partition, p.shape.numel(), work, place, [&](const auto& chunk) {
+        backward_input_chunk<T, N>(p, chunk, source, gate, [&](int e) { return channel[e]; });
       });
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void backward_input_columns(const BackwardParams& p, const Pass& pass, const Share& share,
-                                                       Gate gate) {
-  const ColumnPlace<UNIT> place(pass, share);
+template <class T, int N>
+__device__ __forceinline__ void backward_input_columns(const BackwardParams& p, const Partition& partition,
+                                                       const WorkTile& work, Gate gate) {
+  const ColumnPlace<N> place(partition, work);
   if (!place.active) return;
-  ChannelGradient<acc_t<T>> channel[UNIT];
-  load_gradient(channel, p, Channels<UNIT>(pass, p.shape, place.col));
-  backward_input_tile<T, UNIT, true>(p, pass, share, place, gradient_from_memory<T, UNIT, Reuse::last>(p), gate,
-                                     channel);
+  ChannelGradient<acc_t<T>> channel[N];
+  load_gradient(channel, p, Channels<N>(partition, p.shape, place.col));
+  backward_input_tile<T, N, true>(p, partition, work, place, gradient_from_global<T, N, Reuse::last>(p), gate, channel);
 }
 
 }  // namespace bnext::cuda

@@ -22,7 +22,7 @@ struct alignas(2 * sizeof(A)) Sums {
 };
 
 // Units of each of dy and x in flight; LEAN is next to masked ends or to the state of UNIT columns.
-template <class T, int UNIT, bool LEAN> constexpr int kReduceChunk = units_in<T, UNIT>(LEAN ? 32 : 64);
+template <class T, int N, bool LEAN> constexpr int kReduceChunk = vecs_in<T, N>(LEAN ? 32 : 64);
 
 template <class A>
 __device__ __forceinline__ void finish_sums(const BackwardParams& p, int64_t channel, const Sums<A>& sums) {
@@ -33,20 +33,20 @@ __device__ __forceinline__ void finish_sums(const BackwardParams& p, int64_t cha
 }
 
 // The block's share of one channel; in thread 0.
-template <class T, int UNIT, bool ALIGNED, class Source>
-__device__ __forceinline__ Sums<acc_t<T>> block_sums(const BackwardParams& p, const Pass& pass, const Share& share,
-                                                     Source&& source, Gate gate) {
+template <class T, int N, bool ALIGNED, class Source>
+__device__ __forceinline__ Sums<acc_t<T>> block_sums(const BackwardParams& p, const Partition& partition,
+                                                     const WorkTile& work, Source&& source, Gate gate) {
   using A = acc_t<T>;
-  const auto affine = load_affine<A>(p, share.tile);
-  constexpr int kParts = UNIT < 4 ? UNIT : 4;  // independent sums: short chains of dependent additions
+  const auto affine = load_affine<A>(p, work.tile);
+  constexpr int kParts = N < 4 ? N : 4;  // independent sums: short chains of dependent additions
   Sums<A> part[kParts] = {};
-  walk_planar<UNIT, ALIGNED, kReduceChunk<T, UNIT, !ALIGNED>>(pass, p.shape, share, [&](const auto& chunk) {
-    for_gradient_units<T, UNIT>(
+  iterate_planar<N, ALIGNED, kReduceChunk<T, N, !ALIGNED>>(partition, p.shape, work, [&](const auto& chunk) {
+    for_gradient_vecs<T, N>(
         p, chunk, source, gate, [&](int) { return affine; },
-        [&](int k, const GradientUnit<T, UNIT>& unit) {
+        [&](int k, const GradientVec<T, N>& vec) {
 #pragma unroll
-          for (int e = 0; e < UNIT; ++e) {
-            if (chunk.has(k, e)) part[e % kParts].add(unit.dy[e], unit.x[e] - affine.mean);
+          for (int e = 0; e < N; ++e) {
+            if (chunk.has(k, e)) part[e % kParts].add(vec.dy[e], vec.x[e] - affine.mean);
           }
         });
   });
@@ -60,54 +60,54 @@ __device__ __forceinline__ Sums<acc_t<T>> block_sums(const BackwardParams& p, co
   return state[0];
 }
 
-template <class T, int UNIT, bool ALIGNED>
-__device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, const Pass& pass,
-                                                       const Scratch& scratch, const Share& share, Gate gate) {
+template <class T, int N, bool ALIGNED>
+__device__ __forceinline__ void backward_reduce_planar(const BackwardParams& p, const Partition& partition,
+                                                       const Scratch& scratch, const WorkTile& work, Gate gate) {
   using A = acc_t<T>;
   const Sums<A> state[1] = {
-      block_sums<T, UNIT, ALIGNED>(p, pass, share, gradient_from_memory<T, UNIT, Reuse::again>(p), gate)};
-  merge_blocks(state, threadIdx.x == 0, share.tile, p.shape.c, pass, scratch, share,
+      block_sums<T, N, ALIGNED>(p, partition, work, gradient_from_global<T, N, Reuse::again>(p), gate)};
+  merge_blocks(state, threadIdx.x == 0, work.tile, p.shape.c, partition, scratch, work,
                [&](int64_t channel, const Sums<A>& whole) { finish_sums(p, channel, whole); });
 }
 
 // The block's share of a tile of columns; in the threads of row 0.
-template <class T, int UNIT, class Source>
-__device__ __forceinline__ void block_column_sums(Sums<acc_t<T>> (&state)[UNIT], const BackwardParams& p,
-                                                  const Pass& pass, const Share& share, const ColumnPlace<UNIT>& place,
-                                                  Source&& source, Gate gate) {
+template <class T, int N, class Source>
+__device__ __forceinline__ void block_column_sums(Sums<acc_t<T>> (&state)[N], const BackwardParams& p,
+                                                  const Partition& partition, const WorkTile& work,
+                                                  const ColumnPlace<N>& place, Source&& source, Gate gate) {
   using A = acc_t<T>;
-  Affine<A> affine[UNIT] = {};
-  A invstd[UNIT];
-  if (place.active) load_affine(affine, invstd, p, Channels<UNIT>(pass, p.shape, place.col));
+  Affine<A> affine[N] = {};
+  A invstd[N];
+  if (place.active) load_affine(affine, invstd, p, Channels<N>(partition, p.shape, place.col));
 #pragma unroll
-  for (int e = 0; e < UNIT; ++e) state[e] = {};
-  walk_columns<UNIT, kReduceChunk<T, UNIT, true>, false>(pass, p.shape.numel(), share, place, [&](const auto& chunk) {
-    for_gradient_units<T, UNIT>(
+  for (int e = 0; e < N; ++e) state[e] = {};
+  iterate_columns<N, kReduceChunk<T, N, true>, false>(partition, p.shape.numel(), work, place, [&](const auto& chunk) {
+    for_gradient_vecs<T, N>(
         p, chunk, source, gate, [&](int e) { return affine[e]; },
-        [&](int, const GradientUnit<T, UNIT>& unit) {
+        [&](int, const GradientVec<T, N>& vec) {
 #pragma unroll
-          for (int e = 0; e < UNIT; ++e) state[e].add(unit.dy[e], unit.x[e] - affine[e].mean);
+          for (int e = 0; e < N; ++e) state[e].add(vec.dy[e], vec.x[e] - affine[e].mean);
         });
   });
-  reduce_rows(state, place.lane, place.row, pass.lanes, pass.lane_rows);
+  reduce_rows(state, place.vec_col, place.row, partition.tile_vecs, partition.thread_rows);
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams& p, const Pass& pass,
-                                                            const Scratch& scratch, const Share& share, Gate gate) {
+template <class T, int N>
+__device__ __forceinline__ void backward_reduce_interleaved(const BackwardParams& p, const Partition& partition,
+                                                            const Scratch& scratch, const WorkTile& work, Gate gate) {
   using A = acc_t<T>;
-  const ColumnPlace<UNIT> place(pass, share);
-  Sums<A> state[UNIT];
-  block_column_sums<T, UNIT>(state, p, pass, share, place, gradient_from_memory<T, UNIT, Reuse::again>(p), gate);
-  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, pass, scratch, share,
+  const ColumnPlace<N> place(partition, work);
+  Sums<A> state[N];
+  block_column_sums<T, N>(state, p, partition, work, place, gradient_from_global<T, N, Reuse::again>(p), gate);
+  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, partition, scratch, work,
                [&](int64_t channel, Sums<A> whole) {
-                 // What the end of the tensor cut from the last unit: fewer than UNIT elements.
+                 // What the end of the tensor cut from the last vector: fewer than UNIT elements.
                  const int64_t numel = p.shape.numel();
                  const auto at = load_affine<A>(p, channel);
-                 for (int64_t i = numel & -int64_t{UNIT}; i < numel; ++i) {
+                 for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
                    if (i % p.shape.c != channel) continue;
                    const A x = widen(static_cast<const T*>(p.x)[i]);
-                   const bool pass_on = gate == Gate::none || (gate == Gate::relu && passes(at(x))) ||
+                   const bool pass_on = gate == Gate::none || (gate == Gate::relu && is_positive(at(x))) ||
                                         (gate == Gate::mask && (p.mask[i / 8] >> (i % 8) & 1));
                    if (pass_on) whole.add(widen(static_cast<const T*>(p.dy)[i]), x - at.mean);
                  }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/half.h"
-#include "dialect.h"
+#include "cuda_compat.h"
 #include "plan.h"
 
 namespace bnext::cuda {
@@ -13,8 +13,8 @@ struct Channels {
   bool first[WIDTH];  // whether it is the channel's first column
 
   // Of WIDTH columns from `col` on, of which channels change every `channel_stride`.
-  __device__ __forceinline__ Channels(const Pass& pass, const Shape& shape, int64_t col) {
-    const int64_t stride = pass.channel_stride;
+  __device__ __forceinline__ Channels(const Partition& partition, const Shape& shape, int64_t col) {
+    const int64_t stride = partition.channel_stride;
     int64_t plane = stride == 1 ? col : divide(col, stride);
     int64_t position = col - plane * stride;
     int64_t channel = plane < shape.c ? plane : plane - divide(plane, shape.c) * shape.c;

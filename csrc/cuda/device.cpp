@@ -37,7 +37,7 @@ cudaError_t query_device(int device, DeviceProperties* properties) {
   return cudaSetDevice(current);
 }
 
-cudaError_t prepare(const void* kernel, size_t dynamic_shared, unsigned cluster) {
+cudaError_t allow_kernel_resources(const void* kernel, size_t dynamic_shared, unsigned cluster) {
   struct Granted {
     size_t shared;
     unsigned cluster;

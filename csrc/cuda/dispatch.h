@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "backward.cuh"
-#include "dialect.h"
+#include "cuda_compat.h"
 #include "launch.h"
 #include "normalize.cuh"
 
@@ -50,26 +50,27 @@ cudaError_t with_dtype_and_gate(const BackwardParams& p, F&& f) {
 // The blocks of a pass; nothing where there are none. Those that keep what they read exchange partial results: in
 // clusters, or all being on the device together.
 template <class... Params, class... Args>
-cudaError_t launch_pass(void (*kernel)(Params...), const Pass& pass, cudaStream_t stream, Args&&... args) {
-  if (pass.blocks() == 0) return cudaSuccess;
-  if (!pass.fits()) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<uint32_t>(pass.blocks())), block(pass.threads);
-  const auto shared = static_cast<size_t>(pass.kept_bytes);
-  if (pass.overlaps) return launch_overlapping(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+cudaError_t launch_pass(void (*kernel)(Params...), const Partition& partition, cudaStream_t stream, Args&&... args) {
+  if (partition.blocks() == 0) return cudaSuccess;
+  if (!partition.fits()) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<uint32_t>(partition.blocks())), block(partition.threads);
+  const auto shared = static_cast<size_t>(partition.resident_bytes);
+  if (partition.pdl) return launch_pdl(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   if (shared == 0) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  const auto cluster = static_cast<unsigned>(pass.clustered ? pass.splits : 1);
-  if (cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared, cluster); error != cudaSuccess) {
+  const auto cluster = static_cast<unsigned>(partition.clustered ? partition.splits : 1);
+  if (cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), shared, cluster);
+      error != cudaSuccess) {
     return error;
   }
-  if (pass.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  if (!pass.clustered) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (partition.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (!partition.clustered) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   return launch_cluster(kernel, grid, block, cluster, shared, stream, std::forward<Args>(args)...);
 }
 
 // A kernel of the plan `small`, which does both passes.
 template <class... Params, class P, class E>
-cudaError_t launch_small(void (*kernel)(Params...), const Plan& plan, const Scratch& scratch, cudaStream_t stream,
-                         const P& p, const E& epilogue) {
+cudaError_t launch_cooperative_plan(void (*kernel)(Params...), const Plan& plan, const Scratch& scratch,
+                                    cudaStream_t stream, const P& p, const E& epilogue) {
   if (!plan.reduce.fits() || !plan.apply.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(plan.blocks)), block(kMaxThreads);
   return launch_cooperative(kernel, grid, block, 0, stream, p, plan.reduce, plan.apply, scratch,

@@ -10,29 +10,29 @@
 
 namespace bnext::cuda {
 
-cudaError_t launch_normalize_pass(const ForwardParams&, const Pass&, cudaStream_t);
+cudaError_t launch_normalize_pass(const ForwardParams&, const Partition&, cudaStream_t);
 cudaError_t launch_resident_forward(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
 
 namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    small_forward_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Pass reduce,
-                         const BNEXT_GRID_CONSTANT Pass apply, const Scratch scratch, uint32_t* counter,
-                         const Epilogue epilogue) {
-  constexpr int kPlain = kUnit<T, false>, kMasked = kUnit<T, true>;
-  for_shares(reduce, [&](const Share& share) {
-    if (reduce.columns) stats_interleaved<T, kPlain>(p, reduce, scratch, share);
-    else if (reduce.aligned) stats_planar<T, kPlain, true>(p, reduce, scratch, share);
-    else stats_planar<T, kPlain, false>(p, reduce, scratch, share);
+    cooperative_forward_kernel(const BNEXT_GRID_CONSTANT ForwardParams p, const BNEXT_GRID_CONSTANT Partition reduce,
+                               const BNEXT_GRID_CONSTANT Partition apply, const Scratch scratch, uint32_t* counter,
+                               const Epilogue epilogue) {
+  constexpr int kPlain = kVec<T, false>, kMasked = kVec<T, true>;
+  for_work_tiles(reduce, [&](const WorkTile& work) {
+    if (reduce.columns) stats_interleaved<T, kPlain>(p, reduce, scratch, work);
+    else if (reduce.aligned) stats_planar<T, kPlain, true>(p, reduce, scratch, work);
+    else stats_planar<T, kPlain, false>(p, reduce, scratch, work);
   });
-  meet(counter);
-  add_batch(p);
-  for_shares(apply, [&](const Share& share) {
-    if (apply.columns && apply.unit == kPlain) normalize_columns<T, kPlain>(p, apply, share, epilogue, false);
-    else if (apply.columns) normalize_columns<T, kMasked>(p, apply, share, epilogue, false);
-    else if (apply.unit == kPlain) normalize_planar<T, kPlain>(p, apply, share, epilogue, false);
-    else normalize_planar<T, kMasked>(p, apply, share, epilogue, false);
+  grid_sync(counter);
+  increment_batches_tracked(p);
+  for_work_tiles(apply, [&](const WorkTile& work) {
+    if (apply.columns && apply.vec == kPlain) normalize_columns<T, kPlain>(p, apply, work, epilogue, false);
+    else if (apply.columns) normalize_columns<T, kMasked>(p, apply, work, epilogue, false);
+    else if (apply.vec == kPlain) normalize_planar<T, kPlain>(p, apply, work, epilogue, false);
+    else normalize_planar<T, kMasked>(p, apply, work, epilogue, false);
   });
 }
 
@@ -40,9 +40,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
   if (plan.kind == PlanKind::resident) return launch_resident_forward(p, plan, scratch, stream);
-  if (plan.kind == PlanKind::small) {
+  if (plan.kind == PlanKind::cooperative) {
     return with_dtype(p.dtype, [&](auto element) {
-      return launch_small(small_forward_kernel<decltype(element)>, plan, scratch, stream, p, epilogue_of(p));
+      return launch_cooperative_plan(cooperative_forward_kernel<decltype(element)>, plan, scratch, stream, p,
+                                     epilogue_of(p));
     });
   }
   cudaError_t error = launch_stats(p, plan, scratch, stream);

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../core/params.h"
-#include "dialect.h"
+#include "cuda_compat.h"
 #include "plan.h"
 
 namespace bnext::cuda {
@@ -19,7 +19,7 @@ cudaError_t query_device(int device, DeviceProperties* properties);
 
 // Lets a kernel have that much dynamic shared memory, and clusters of that size. On the current device; only the
 // first call for a kernel is slow.
-cudaError_t prepare(const void* kernel, size_t dynamic_shared, unsigned cluster);
+cudaError_t allow_kernel_resources(const void* kernel, size_t dynamic_shared, unsigned cluster);
 
 // x -> mean, var.
 cudaError_t launch_stats(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);

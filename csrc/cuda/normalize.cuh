@@ -5,7 +5,7 @@
 #include "../core/epilogue.h"
 #include "../core/welford.h"
 #include "channels.cuh"
-#include "source.cuh"
+#include "loaders.cuh"
 
 namespace bnext::cuda {
 
@@ -22,7 +22,7 @@ inline Epilogue epilogue_of(const ForwardParams& p) {
 }
 
 // Units of each of x and residual that a thread has in flight.
-template <class T, int UNIT> constexpr int kApplyChunk = units_in<T, UNIT>(64);
+template <class T, int N> constexpr int kApplyChunk = vecs_in<T, N>(64);
 
 // The affine steps of some channels, given their statistics.
 template <class A, int WIDTH>
@@ -60,74 +60,74 @@ __device__ __forceinline__ void load_affine(Affine<A> (&affine)[WIDTH], const Fo
 }
 
 // Adds one to num_batches_tracked, if it is wanted, once in a launch: when every block that reads it has done so.
-__device__ __forceinline__ void add_batch(const ForwardParams& p) {
+__device__ __forceinline__ void increment_batches_tracked(const ForwardParams& p) {
   if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
 }
 
-// affine(e) is the affine step of element e of a unit.
-template <class T, int UNIT, int COUNT, bool WHOLE, class Source, class AffineAt>
+// affine(e) is the affine step of element e of a vector.
+template <class T, int N, int COUNT, bool WHOLE, class Source, class AffineAt>
 __device__ __forceinline__ void normalize_chunk(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk, Source& x,
                                                 Epilogue epilogue, const AffineAt& affine) {
   using A = acc_t<T>;
   T* y = static_cast<T*>(p.y);
 
-  Unit<T, UNIT> values[COUNT], added[COUNT];
+  Vec<T, N> values[COUNT], added[COUNT];
   x.load(chunk, values);
-  if (adds(epilogue)) FromMemory<T, UNIT, Reuse::last>(p.residual, p.shape).load(chunk, added);
+  if (adds(epilogue)) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
-    A v[UNIT];
+    A v[N];
     uint32_t bits = 0;
-    widen_unit<T, UNIT>(values[k], v);
+    widen_vec<T, N>(values[k], v);
 #pragma unroll
-    for (int e = 0; e < UNIT; ++e) {
+    for (int e = 0; e < N; ++e) {
       v[e] = affine(e)(v[e]);
       if (adds(epilogue)) v[e] += added[k][e];
-      if (masks(epilogue)) bits |= static_cast<uint32_t>(chunk.has(k, e) && passes(v[e])) << (e % 8);
+      if (masks(epilogue)) bits |= static_cast<uint32_t>(chunk.has(k, e) && is_positive(v[e])) << (e % 8);
       if (clips(epilogue)) v[e] = relu(v[e]);
     }
-    store_at(y, chunk, k, narrow_unit<T, UNIT>(v));
-    if constexpr (UNIT == 8) {
-      if (masks(epilogue) && p.mask) p.mask[chunk.unit[k]] = static_cast<uint8_t>(bits);
+    store_at(y, chunk, k, narrow_vec<T, N>(v));
+    if constexpr (N == 8) {
+      if (masks(epilogue) && p.mask) p.mask[chunk.vec[k]] = static_cast<uint8_t>(bits);
     }
   }
 }
 
-template <class T, int UNIT, class Source>
-__device__ __forceinline__ void normalize_share(const ForwardParams& p, const Pass& pass, const Share& share,
-                                                Source&& x, Epilogue epilogue, const Affine<acc_t<T>>& affine) {
-  walk_planar<UNIT, true, kApplyChunk<T, UNIT>>(pass, p.shape, share, [&](const auto& chunk) {
-    normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int) { return affine; });
+template <class T, int N, class Source>
+__device__ __forceinline__ void normalize_strip(const ForwardParams& p, const Partition& partition,
+                                                const WorkTile& work, Source&& x, Epilogue epilogue,
+                                                const Affine<acc_t<T>>& affine) {
+  iterate_planar<N, true, kApplyChunk<T, N>>(partition, p.shape, work, [&](const auto& chunk) {
+    normalize_chunk<T, N>(p, chunk, x, epilogue, [&](int) { return affine; });
   });
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void normalize_planar(const ForwardParams& p, const Pass& pass, const Share& share,
-                                                 Epilogue epilogue, bool by_running) {
+template <class T, int N>
+__device__ __forceinline__ void normalize_planar(const ForwardParams& p, const Partition& partition,
+                                                 const WorkTile& work, Epilogue epilogue, bool by_running) {
   Affine<acc_t<T>> affine[1];
-  load_affine(affine, p, Channels<1>(share.tile), by_running, share.split == 0 && threadIdx.x == 0);
-  normalize_share<T, UNIT>(p, pass, share, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue, affine[0]);
+  load_affine(affine, p, Channels<1>(work.tile), by_running, work.split == 0 && threadIdx.x == 0);
+  normalize_strip<T, N>(p, partition, work, FromGlobal<T, N, Reuse::last>(p.x, p.shape), epilogue, affine[0]);
 }
 
-// PARTIAL: the last matrix row may end within a unit.
-template <class T, int UNIT, bool PARTIAL, class Source>
-__device__ __forceinline__ void normalize_tile(const ForwardParams& p, const Pass& pass, const Share& share,
-                                               const ColumnPlace<UNIT>& place, Source&& x, Epilogue epilogue,
-                                               const Affine<acc_t<T>> (&affine)[UNIT]) {
-  walk_columns<UNIT, kApplyChunk<T, UNIT>, PARTIAL>(pass, p.shape.numel(), share, place, [&](const auto& chunk) {
-    normalize_chunk<T, UNIT>(p, chunk, x, epilogue, [&](int e) { return affine[e]; });
+// PARTIAL: the last matrix row may end within a vector.
+template <class T, int N, bool PARTIAL, class Source>
+__device__ __forceinline__ void normalize_tile(const ForwardParams& p, const Partition& partition, const WorkTile& work,
+                                               const ColumnPlace<N>& place, Source&& x, Epilogue epilogue,
+                                               const Affine<acc_t<T>> (&affine)[N]) {
+  iterate_columns<N, kApplyChunk<T, N>, PARTIAL>(partition, p.shape.numel(), work, place, [&](const auto& chunk) {
+    normalize_chunk<T, N>(p, chunk, x, epilogue, [&](int e) { return affine[e]; });
   });
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void normalize_columns(const ForwardParams& p, const Pass& pass, const Share& share,
-                                                  Epilogue epilogue, bool by_running) {
-  const ColumnPlace<UNIT> place(pass, share);
+template <class T, int N>
+__device__ __forceinline__ void normalize_columns(const ForwardParams& p, const Partition& partition,
+                                                  const WorkTile& work, Epilogue epilogue, bool by_running) {
+  const ColumnPlace<N> place(partition, work);
   if (!place.active) return;
-  Affine<acc_t<T>> affine[UNIT];
-  load_affine(affine, p, Channels<UNIT>(pass, p.shape, place.col), by_running, share.split == 0 && place.row == 0);
-  normalize_tile<T, UNIT, true>(p, pass, share, place, FromMemory<T, UNIT, Reuse::last>(p.x, p.shape), epilogue,
-                                affine);
+  Affine<acc_t<T>> affine[N];
+  load_affine(affine, p, Channels<N>(partition, p.shape, place.col), by_running, work.split == 0 && place.row == 0);
+  normalize_tile<T, N, true>(p, partition, work, place, FromGlobal<T, N, Reuse::last>(p.x, p.shape), epilogue, affine);
 }
 
 }  // namespace bnext::cuda

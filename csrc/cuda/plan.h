@@ -34,79 +34,80 @@ constexpr int32_t kLargeCluster = 16;
 
 constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 
-// How the blocks of one pass share out a tensor. A *unit* is what a thread moves at once: 16 bytes,
+// How the blocks of one pass share out a tensor. A *vector* is what a thread moves at once: 16 bytes,
 // or 8 elements where a byte of sign mask goes with them.
 //
-// planar:  a block takes one channel (its tile) and a range of that channel's units, plane after
-//          plane. Where planes are not whole units, `aligned` is false: the units are those that
+// planar:  a block takes one channel (its tile) and a range of that channel's vectors, plane after
+//          plane. Where planes are not whole vectors, `aligned` is false: the vectors are those that
 //          cover a plane, and elements of the neighbouring channels are masked out.
 // columns: the tensor as a matrix of `rows` x `cols`, with as many matrix rows to an image (or as many
-//          pixels to a matrix row) as it takes to make cols a whole number of units. A thread keeps
-//          to one unit of columns, so that it meets UNIT channels, always the same. A block takes
-//          `lanes` adjacent units (its tile) and a range of rows. Column k belongs to channel
+//          pixels to a matrix row) as it takes to make cols a whole number of vectors. A thread keeps
+//          to one vector of columns, so that it meets UNIT channels, always the same. A block takes
+//          `tile_vecs` adjacent vectors (its tile) and a range of rows. Column k belongs to channel
 //          (k / channel_stride) % c. The last matrix row may be short, by `numel`.
-//          A resident pass takes planes that are not whole units so, with an image to a row: a tile is then as many
-//          channels as make whole units, `tile_channels`, in `parts` of `lanes` units that come one after the other.
+//          A resident pass takes planes that are not whole vectors so, with an image to a row: a tile is then as many
+//          channels as make whole vectors, `tile_channels`, in `parts` of `tile_vecs` vectors that come one after the
+//          other.
 //
 // Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory. Where the
 // splits of a tile are a cluster, they are adjacent: tile b / splits and split b % splits.
 // In other resident passes, groups of `splits` blocks take the tiles in turn: block b is of group
 // b / splits, whose tiles are that one, and every `groups`-th from there.
-struct Pass {
+struct Partition {
   bool columns;
   bool aligned;
-  int32_t unit;
-  int64_t units;  // of the tensor
+  int32_t vec;
+  int64_t vecs;  // of the tensor
   int32_t threads;
   int64_t tiles;
   int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
   int64_t splits;           // blocks that share a tile
-  int64_t steps;            // planar: units of a channel; columns: rows
+  int64_t steps;            // planar: vectors of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the merge of a block's threads takes; 0 in an elementwise pass
-  int64_t kept_bytes;       // dynamic shared memory: a block's shares, in a resident pass
-  int32_t stages;           // so many of them: with 2, a block loads a tile while the one before is being merged
-  int64_t retained_steps;   // of a split, its last: what the L2 cache should keep for the pass that follows
+  int64_t resident_bytes;   // dynamic shared memory: a block's shares, in a resident pass
+  int32_t buffers;          // so many of them: with 2, a block loads a tile while the one before is being merged
+  int64_t l2_steps;         // of a split, its last: what the L2 cache should keep for the pass that follows
   bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
-  bool overlaps;            // the launch may begin while the kernel before, of the same plan, is ending
+  bool pdl;                 // the launch may begin while the kernel before, of the same plan, is ending
 
   // planar
-  int64_t plane_units;
-  int32_t stride_planes;  // one stride of a block, `threads` units, as whole planes
-  int32_t stride_units;   // and the units left over
+  int64_t plane_vecs;
+  int32_t stride_planes;  // one stride of a block, `threads` vectors, as whole planes
+  int32_t stride_vecs;    // and the vectors left over
 
   // columns
   int64_t cols;
   int64_t channel_stride;
-  int32_t lanes;
-  int32_t lane_rows;  // rows a block takes in one stride: threads / lanes
-  int32_t repeat;     // columns of a matrix row that belong to one channel, in a reduction
-  int32_t parts;
+  int32_t tile_vecs;
+  int32_t thread_rows;  // rows a block takes in one stride: threads / tile_vecs
+  int32_t repeat;       // columns of a matrix row that belong to one channel, in a reduction
+  int32_t packs;
   int32_t tile_channels;  // 0 where that is not how tiles are made
 
   constexpr int64_t blocks() const { return groups * splits; }
-  // Kernels count blocks, the units of a plane and the steps of a split in 32 bits, and so they do all units. A
-  // tensor beyond that has 2^31 channels, a plane of 2^31 units (32 GiB), or 2^32 units (64 GiB).
+  // Kernels count blocks, the vectors of a plane and the steps of a split in 32 bits, and so they do all vectors. A
+  // tensor beyond that has 2^31 channels, a plane of 2^31 vectors (32 GiB), or 2^32 vectors (64 GiB).
   constexpr bool fits() const {
-    return blocks() < kMaxCount && plane_units < kMaxCount && steps_per_split < kMaxCount && units <= UINT32_MAX;
+    return blocks() < kMaxCount && plane_vecs < kMaxCount && steps_per_split < kMaxCount && vecs <= UINT32_MAX;
   }
   // Columns of a tile: so many partial results a block of a reduction has.
-  constexpr int64_t tile_width() const { return columns ? int64_t{lanes} * unit : 1; }
+  constexpr int64_t tile_width() const { return columns ? int64_t{tile_vecs} * vec : 1; }
 };
 
 enum class PlanKind : int32_t {
-  automatic,  // only as a wish
-  resident,   // one launch: blocks keep their shares in shared memory between the two passes
-  small,      // one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
-              // do not fit `resident` and are small enough to come from the caches the second time
-  two_pass,   // two launches: a split reduction with a fixed-order merge, then an elementwise pass
+  automatic,    // only as a wish
+  resident,     // one launch: blocks keep their shares in shared memory between the two passes
+  cooperative,  // one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
+                // do not fit `resident` and are small enough to come from the caches the second time
+  two_pass,     // two launches: a split reduction with a fixed-order merge, then an elementwise pass
 };
 
 struct Plan {
   PlanKind kind;          // the stages on their own, and eval mode, take a plan of two_pass
-  Pass resident;          // of that kind
-  Pass reduce;            // of the others: stats, backward_reduce
-  Pass apply;             // and normalize, backward_input
+  Partition resident;     // of that kind
+  Partition reduce;       // of the others: stats, backward_reduce
+  Partition apply;        // and normalize, backward_input
   int64_t blocks;         // of the kind `small`
   int64_t partial_bytes;  // scratch that the kind needs
   int64_t counters;       // 32-bit counters likewise; the last is that of small's barrier, or count_batch's

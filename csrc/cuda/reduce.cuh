@@ -2,10 +2,10 @@
 // blocks that share a tile. A State has merge(const State&) and is empty when zero-initialised.
 #pragma once
 
-#include "dialect.h"
+#include "cuda_compat.h"
 #include "launch.h"
 #include "plan.h"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnext::cuda {
 
@@ -17,15 +17,15 @@ __device__ __forceinline__ State* state_slots() {
   return slots;
 }
 
-// Threads are arranged as `rows` x `lanes` (thread = row * lanes + lane; threads past that have no
+// Threads are arranged as `rows` x `tile_vecs` (thread = row * tile_vecs + lane; threads past that have no
 // part in it but must call, for the barriers). Leaves in row 0 the merge of each lane's states.
 template <int WIDTH, class State>
-__device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int lane, int row, int lanes, int rows) {
+__device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int col, int row, int cols, int rows) {
   State* slots = state_slots<WIDTH, State>();
   int half = 1;
   while (2 * half < rows) half *= 2;
   for (; half >= 1 && rows > 1; half /= 2) {
-    const int slot = (row - half) * lanes + lane;
+    const int slot = (row - half) * cols + col;
     if (row >= half && row < 2 * half && row < rows) {
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) slots[e * kStateSlots + slot] = state[e];
@@ -33,7 +33,7 @@ __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int lane, int
     __syncthreads();
     if (row < half && row + half < rows) {
 #pragma unroll
-      for (int e = 0; e < WIDTH; ++e) state[e].merge(slots[e * kStateSlots + row * lanes + lane]);
+      for (int e = 0; e < WIDTH; ++e) state[e].merge(slots[e * kStateSlots + row * cols + col]);
     }
     __syncthreads();
   }
@@ -42,7 +42,7 @@ __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int lane, int
 // Adds one to a counter, which wraps around to 0 after `limit`, for the whole block: what its threads wrote
 // before is visible to whoever sees the new value, and what was written before the old values is
 // visible to them. Returns the old value.
-__device__ __forceinline__ uint32_t advance(uint32_t* counter, uint32_t limit) {
+__device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* counter, uint32_t limit) {
   __shared__ uint32_t old;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -60,25 +60,25 @@ __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) 
     __syncthreads();
     return true;
   }
-  return advance(counter, blocks - 1) == blocks - 1;
+  return increment_acq_rel(counter, blocks - 1) == blocks - 1;
 }
 
 // Where blocks that are all on the device together wait for what the last of them to arrive does. Each block
 // arrives, the last one opens, and all pass; by then the counter is back at 0.
-class Turnstile {
+class SplitBarrier {
  public:
-  __device__ __forceinline__ Turnstile(uint32_t* counter, uint32_t blocks) : counter_(counter), blocks_(blocks) {}
+  __device__ __forceinline__ SplitBarrier(uint32_t* counter, uint32_t blocks) : counter_(counter), blocks_(blocks) {}
 
   // True in the last block; what the others wrote before is then visible.
-  __device__ __forceinline__ bool arrive() const {
+  __device__ __forceinline__ bool arrive_is_last() const {
     if (blocks_ == 1) return arrive_last(counter_, 1);
-    return advance(counter_, 2 * blocks_) == blocks_ - 1;
+    return increment_acq_rel(counter_, 2 * blocks_) == blocks_ - 1;
   }
-  __device__ __forceinline__ void open() const {
-    if (blocks_ > 1) advance(counter_, 2 * blocks_);
+  __device__ __forceinline__ void release() const {
+    if (blocks_ > 1) increment_acq_rel(counter_, 2 * blocks_);
   }
   // Returns once it is open; what was written before it was opened is then visible.
-  __device__ __forceinline__ void pass() const {
+  __device__ __forceinline__ void wait() const {
     if (threadIdx.x == 0 && blocks_ > 1) {
       // Above `blocks` from when it is opened until all have passed.
       while (*static_cast<volatile uint32_t*>(counter_) <= blocks_) __nanosleep(32);
@@ -94,10 +94,10 @@ class Turnstile {
 };
 
 // All blocks of a launch, which are on the device together, wait for each other.
-__device__ __forceinline__ void meet(uint32_t* counter) {
-  const Turnstile turnstile(counter, gridDim.x);
-  if (turnstile.arrive()) turnstile.open();
-  turnstile.pass();
+__device__ __forceinline__ void grid_sync(uint32_t* counter) {
+  const SplitBarrier barrier(counter, gridDim.x);
+  if (barrier.arrive_is_last()) barrier.release();
+  barrier.wait();
 }
 
 // The merge of states [BEGIN, BEGIN + N) of an array, in halves.
@@ -133,8 +133,8 @@ struct Partials {
   int64_t width;
   int64_t splits;
 
-  __device__ __forceinline__ Partials(const Pass& pass, const Scratch& scratch)
-      : data(static_cast<State*>(scratch.partials)), width(pass.tile_width()), splits(pass.splits) {}
+  __device__ __forceinline__ Partials(const Partition& partition, const Scratch& scratch)
+      : data(static_cast<State*>(scratch.partials)), width(partition.tile_width()), splits(partition.splits) {}
 
   __device__ __forceinline__ State& at(int64_t tile, int64_t split, int64_t column) const {
     return data[(tile * splits + split) * width + column];
@@ -142,9 +142,9 @@ struct Partials {
 
   // WIDTH columns from `col` on, which lie in the tile.
   template <int WIDTH>
-  __device__ __forceinline__ void put(const State (&state)[WIDTH], int64_t col, const Share& share) const {
+  __device__ __forceinline__ void put(const State (&state)[WIDTH], int64_t col, const WorkTile& work) const {
 #pragma unroll
-    for (int e = 0; e < WIDTH; ++e) at(share.tile, share.split, col + e - share.tile * width) = state[e];
+    for (int e = 0; e < WIDTH; ++e) at(work.tile, work.split, col + e - work.tile * width) = state[e];
   }
 
   // Merges channels [first, past), as many at a time as the block has threads, each one's partial
@@ -153,12 +153,12 @@ struct Partials {
   template <class Finish>
   __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat,
                                         Finish&& finish) const {
-    const int lanes = static_cast<int>(min(past - first, static_cast<int64_t>(blockDim.x)));
-    const int rows = blockDim.x / lanes;
-    const int row = threadIdx.x / lanes, lane = threadIdx.x - row * lanes;
+    const int cols = static_cast<int>(min(past - first, static_cast<int64_t>(blockDim.x)));
+    const int rows = blockDim.x / cols;
+    const int row = threadIdx.x / cols, col = threadIdx.x - row * cols;
     const int count = (static_cast<int>(splits) - row + rows - 1) / rows;
-    for (int64_t base = first; base < past; base += lanes) {
-      const int64_t channel = base + lane;
+    for (int64_t base = first; base < past; base += cols) {
+      const int64_t channel = base + col;
       State total[1] = {};
       if (row < rows && channel < past) {
         for (int r = 0; r < repeat; ++r) {
@@ -166,7 +166,7 @@ struct Partials {
           total[0].merge(merge_strided(&at(tile, row, column - tile * width), rows * width, count));
         }
       }
-      reduce_rows(total, lane, row, lanes, rows);
+      reduce_rows(total, col, row, cols, rows);
       if (row == 0 && channel < past) finish(channel, total[0]);
     }
   }
@@ -177,12 +177,12 @@ struct Partials {
 // state) exactly once for each channel. Uniform control flow within a block. Returns whether it finished any.
 template <int WIDTH, class State, class Arrive, class Finish>
 __device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
-                                             const Pass& pass, const Scratch& scratch, const Share& share,
+                                             const Partition& partition, const Scratch& scratch, const WorkTile& work,
                                              Arrive&& arrive, Finish&& finish) {
-  if (pass.splits == 1 && pass.repeat == 1) {
+  if (partition.splits == 1 && partition.repeat == 1) {
     // The tile's states are whole already; as many threads as it has channels finish them.
     State* whole = state_slots<WIDTH, State>();
-    const int64_t width = pass.tile_width(), first = share.tile * width;
+    const int64_t width = partition.tile_width(), first = work.tile * width;
     if (holds) {
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) whole[col - first + e] = state[e];
@@ -192,25 +192,25 @@ __device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool h
     __syncthreads();
     return true;
   }
-  const Partials<State> partials(pass, scratch);
-  if (holds) partials.put(state, col, share);
+  const Partials<State> partials(partition, scratch);
+  if (holds) partials.put(state, col, work);
   if (!arrive()) return false;
   // The channels of the tile, or all of them where a channel's columns lie in several tiles.
-  const bool by_tile = pass.repeat == 1;
-  const int64_t first = by_tile ? share.tile * partials.width : 0;
-  partials.merge(first, by_tile ? min(channels, first + partials.width) : channels, channels, pass.repeat, finish);
+  const bool by_tile = partition.repeat == 1;
+  const int64_t first = by_tile ? work.tile * partials.width : 0;
+  partials.merge(first, by_tile ? min(channels, first + partials.width) : channels, channels, partition.repeat, finish);
   return true;
 }
 
 // The same for blocks that need not be on the device together.
 template <int WIDTH, class State, class Finish>
 __device__ __forceinline__ void merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
-                                             const Pass& pass, const Scratch& scratch, const Share& share,
+                                             const Partition& partition, const Scratch& scratch, const WorkTile& work,
                                              Finish&& finish) {
-  const bool by_tile = pass.repeat == 1;
-  const auto blocks = static_cast<uint32_t>(by_tile ? pass.splits : pass.blocks());
-  auto arrive = [&] { return arrive_last(&scratch.counters[by_tile ? share.tile : 0], blocks); };
-  merge_blocks(state, holds, col, channels, pass, scratch, share, arrive, finish);
+  const bool by_tile = partition.repeat == 1;
+  const auto blocks = static_cast<uint32_t>(by_tile ? partition.splits : partition.blocks());
+  auto arrive = [&] { return arrive_last(&scratch.counters[by_tile ? work.tile : 0], blocks); };
+  merge_blocks(state, holds, col, channels, partition, scratch, work, arrive, finish);
 }
 
 }  // namespace bnext::cuda

@@ -2,29 +2,29 @@
 #pragma once
 
 #include "../core/half.h"
-#include "dialect.h"
+#include "cuda_compat.h"
 
 namespace bnext::cuda {
 
-// Elements of a unit: 16 bytes of T, or 8 elements where a byte of sign mask goes with them.
-template <class T, bool MASKED> constexpr int kUnit = MASKED ? 8 : 16 / static_cast<int>(sizeof(T));
+// Elements of a vector: 16 bytes of T, or 8 elements where a byte of sign mask goes with them.
+template <class T, bool MASKED> constexpr int kVec = MASKED ? 8 : 16 / static_cast<int>(sizeof(T));
 
 // Units that `bytes` of registers hold, for each tensor that a thread has in flight.
-template <class T, int UNIT>
-constexpr int units_in(int bytes) {
-  const int units = bytes / (UNIT * static_cast<int>(sizeof(T)));
-  return units > 0 ? units : 1;
+template <class T, int N>
+constexpr int vecs_in(int bytes) {
+  const int vecs = bytes / (N * static_cast<int>(sizeof(T)));
+  return vecs > 0 ? vecs : 1;
 }
 
 // Whether a kernel that follows reads the data again, of which the L2 cache should keep some (see
 // Pass::retained_steps); or this is the last time.
 enum class Reuse { again, last };
 
-// A unit as it came from memory: 32-bit words, of which a 16-bit type has two elements each, so that
+// A vector as it came from memory: 32-bit words, of which a 16-bit type has two elements each, so that
 // widening and narrowing take an instruction an element.
-template <class T, int UNIT>
-struct alignas(16) Unit {
-  static constexpr int words = UNIT * static_cast<int>(sizeof(T)) / 4;
+template <class T, int N>
+struct alignas(16) Vec {
+  static constexpr int words = N * static_cast<int>(sizeof(T)) / 4;
   uint32_t word[words];
 
   __device__ __forceinline__ acc_t<T> operator[](int e) const {
@@ -44,39 +44,39 @@ struct alignas(16) Unit {
 };
 
 template <Reuse REUSE>
-__device__ __forceinline__ uint4 load_word(const uint4* p, bool retain) {
+__device__ __forceinline__ uint4 load_word(const uint4* p, bool keep) {
   if constexpr (REUSE == Reuse::last) return __ldcs(p);
-  else return load_retained(p, retain);
+  else return load_evict_last_or_first(p, keep);
 }
 
-template <Reuse REUSE, class T, int UNIT>
-__device__ __forceinline__ Unit<T, UNIT> load_unit(const T* p, bool retain) {
-  Unit<T, UNIT> unit;
+template <Reuse REUSE, class T, int N>
+__device__ __forceinline__ Vec<T, N> load_vec(const T* p, bool keep) {
+  Vec<T, N> vec;
 #pragma unroll
-  for (int i = 0; i < unit.words / 4; ++i) {
-    const uint4 w = load_word<REUSE>(reinterpret_cast<const uint4*>(p) + i, retain);
-    unit.word[4 * i] = w.x;
-    unit.word[4 * i + 1] = w.y;
-    unit.word[4 * i + 2] = w.z;
-    unit.word[4 * i + 3] = w.w;
+  for (int i = 0; i < vec.words / 4; ++i) {
+    const uint4 w = load_word<REUSE>(reinterpret_cast<const uint4*>(p) + i, keep);
+    vec.word[4 * i] = w.x;
+    vec.word[4 * i + 1] = w.y;
+    vec.word[4 * i + 2] = w.z;
+    vec.word[4 * i + 3] = w.w;
   }
-  return unit;
+  return vec;
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void store_unit(T* p, const Unit<T, UNIT>& unit) {
+template <class T, int N>
+__device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& vec) {
   // Outputs are not read again by the kernel that writes them: leave the cache to the inputs.
 #pragma unroll
-  for (int i = 0; i < unit.words / 4; ++i) {
+  for (int i = 0; i < vec.words / 4; ++i) {
     __stcs(reinterpret_cast<uint4*>(p) + i,
-           uint4{unit.word[4 * i], unit.word[4 * i + 1], unit.word[4 * i + 2], unit.word[4 * i + 3]});
+           uint4{vec.word[4 * i], vec.word[4 * i + 1], vec.word[4 * i + 2], vec.word[4 * i + 3]});
   }
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ void widen_unit(const Unit<T, UNIT>& unit, acc_t<T> (&a)[UNIT]) {
+template <class T, int N>
+__device__ __forceinline__ void widen_vec(const Vec<T, N>& vec, acc_t<T> (&a)[N]) {
 #pragma unroll
-  for (int e = 0; e < UNIT; ++e) a[e] = unit[e];
+  for (int e = 0; e < N; ++e) a[e] = vec[e];
 }
 
 // Two accumulators as two 16-bit floats: one instruction, where two singles take three.
@@ -90,31 +90,31 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
 #endif
 }
 
-template <class T, int UNIT>
-__device__ __forceinline__ Unit<T, UNIT> narrow_unit(const acc_t<T> (&a)[UNIT]) {
-  Unit<T, UNIT> unit;
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> narrow_vec(const acc_t<T> (&a)[N]) {
+  Vec<T, N> vec;
 #pragma unroll
-  for (int e = 0; e < UNIT; ++e) {
+  for (int e = 0; e < N; ++e) {
     if constexpr (sizeof(T) == 2) {
-      if (e % 2 == 0) unit.word[e / 2] = narrow_pair<T>(a[e], a[e + 1]);
+      if (e % 2 == 0) vec.word[e / 2] = narrow_pair<T>(a[e], a[e + 1]);
     } else if constexpr (sizeof(T) == 4) {
-      unit.word[e] = bit_cast<uint32_t>(a[e]);
+      vec.word[e] = bit_cast<uint32_t>(a[e]);
     } else {
-      unit.word[2 * e] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]));
-      unit.word[2 * e + 1] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]) >> 32);
+      vec.word[2 * e] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]));
+      vec.word[2 * e + 1] = static_cast<uint32_t>(bit_cast<uint64_t>(a[e]) >> 32);
     }
   }
-  return unit;
+  return vec;
 }
 
-// The unit of p that starts at element `offset` of `numel`; what lies past the end is zero.
-template <Reuse REUSE, int UNIT, class T>
-__device__ __forceinline__ Unit<T, UNIT> load_within(const T* p, int64_t offset, int64_t numel, bool retain) {
-  if (offset + UNIT <= numel) return load_unit<REUSE, T, UNIT>(p + offset, retain);
-  acc_t<T> a[UNIT];
+// The vector of p that starts at element `offset` of `numel`; what lies past the end is zero.
+template <Reuse REUSE, int N, class T>
+__device__ __forceinline__ Vec<T, N> load_within(const T* p, int64_t offset, int64_t numel, bool keep) {
+  if (offset + N <= numel) return load_vec<REUSE, T, N>(p + offset, keep);
+  acc_t<T> a[N];
 #pragma unroll
-  for (int e = 0; e < UNIT; ++e) a[e] = offset + e < numel ? widen(p[offset + e]) : acc_t<T>(0);
-  return narrow_unit<T, UNIT>(a);
+  for (int e = 0; e < N; ++e) a[e] = offset + e < numel ? widen(p[offset + e]) : acc_t<T>(0);
+  return narrow_vec<T, N>(a);
 }
 
 }  // namespace bnext::cuda

@@ -113,7 +113,7 @@ struct Case {
   bool dx = true, dweight = true, dbias = true, dresidual = true;
   bool x = true;                   // backward_eval: without x, where nothing needs it
   int64_t ranks = 1;               // backward: the statistics are of so many times as many elements
-  std::string plan = "automatic";  // small resident two_pass
+  std::string plan = "automatic";  // cooperative resident two_pass
   std::string data = "normal";     // offset huge constant nan
   int sms = 0, cc = 0;             // multiprocessors and compute capability to plan for; 0: the device's
   int64_t shared = 0;              // likewise shared memory, of a multiprocessor and of a block
@@ -472,13 +472,13 @@ class Run {
   void check_sums(const std::vector<bool>& gate);
   void check_dx(const std::vector<bool>& gate);
 
-  // The stages on their own take a plan of two_pass.
+  // The buffers on their own take a plan of two_pass.
   cuda::PlanOptions options() const {
     if (c_.op == "stats" || c_.op == "normalize" || c_.op == "backward_reduce" || c_.op == "backward_input") {
       return {cuda::PlanKind::two_pass, 0};
     }
     return {pick<cuda::PlanKind>(c_.plan, {{"automatic", cuda::PlanKind::automatic},
-                                           {"small", cuda::PlanKind::small},
+                                           {"cooperative", cuda::PlanKind::cooperative},
                                            {"resident", cuda::PlanKind::resident},
                                            {"two_pass", cuda::PlanKind::two_pass}}),
             0};
@@ -499,12 +499,12 @@ std::string describe(const cuda::Plan& plan, bool whole) {
   if (!whole) return "two_pass";
   switch (plan.kind) {
     case cuda::PlanKind::resident: {
-      const cuda::Pass& pass = plan.resident;
+      const cuda::Partition& pass = plan.resident;
       if (pass.tile_channels > 0) return say("planes/%d", static_cast<int>(pass.splits));
       const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
-      return say("resident/%d/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds), pass.stages);
+      return say("resident/%d/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds), pass.buffers);
     }
-    case cuda::PlanKind::small: return say("small/%d", static_cast<int>(plan.blocks));
+    case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));
     default: return "two_pass";
   }
 }

@@ -448,7 +448,7 @@ static Storage thread_storage() {
 
 const size_t static_shared_bytes = thread_storage().bytes;
 
-void wait_for_previous() { current->may_access = true; }
+void wait_on_dependent_grids() { current->may_access = true; }
 
 void* dynamic_shared() { return current->block->dynamic_shared; }
 

@@ -1,5 +1,5 @@
 // The CUDA execution model on the CPU: enough of the language and of the runtime for kernels that
-// keep to csrc/cuda/dialect.h to be compiled by g++ or clang++ and executed by simt.cpp. It is a
+// keep to csrc/cuda/cuda_compat.h to be compiled by g++ or clang++ and executed by simt.cpp. It is a
 // test device: it finds mistakes, it is not a backend.
 //
 // Every CUDA thread is a fiber and every co-resident block an OS thread; one of them runs at a time
@@ -10,7 +10,7 @@
 // Supported: static __shared__ of trivially constructible types; dynamic_shared(); barriers of
 // block, warp and cluster; shuffles and votes with exact masks; atomics, fences, and __nanosleep,
 // which every spin loop needs, since nobody is interrupted; cache hints; 16-byte vectors; launch,
-// launch_cooperative, launch_cluster, launch_overlapping. Not supported, on purpose: __activemask, float atomics,
+// launch_cooperative, launch_cluster, launch_pdl. Not supported, on purpose: __activemask, float atomics,
 // shuffles of anything but arithmetic types, streams that run later.
 //
 // Kernels are compiled with BNEXT_SIMT defined and -fno-strict-aliasing, as nvcc compiles them;
@@ -96,7 +96,7 @@ void sleep();
 // Where another thread may get its turn, if the order is random: before each atomic operation.
 void preempt();
 // From here on the thread may access memory, in a launch that overlaps the one before.
-void wait_for_previous();
+void wait_on_dependent_grids();
 void* dynamic_shared();
 unsigned cluster_rank();
 bool allows_large_clusters(const void* kernel);
@@ -332,12 +332,12 @@ namespace bnext::cuda {
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(simt::dynamic_shared()); }
 
 // The kernel before is over when the next begins, but in the race build memory must not be touched until
-// wait_for_previous().
-inline void let_next_begin() {}
-inline void wait_for_previous() { simt::wait_for_previous(); }
+// wait_on_dependent_grids().
+inline void launch_dependent_grids() {}
+inline void wait_on_dependent_grids() { simt::wait_on_dependent_grids(); }
 
 // Cache hints change nothing that a test could see.
-inline uint4 load_retained(const uint4* p, bool) { return *p; }
+inline uint4 load_evict_last_or_first(const uint4* p, bool) { return *p; }
 
 // The whole grid has run when these return.
 template <class... Params, class... Args>
@@ -356,7 +356,7 @@ cudaError_t launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block,
 }
 
 template <class... Params, class... Args>
-cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
+cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
                                Args&&... args) {
   return static_cast<cudaError_t>(
       simt::launch(kernel, grid, block, 1, dynamic_shared, simt::Start::overlapping, std::forward<Args>(args)...));

@@ -20,9 +20,9 @@ using bnext::cuda::dynamic_shared;
 using bnext::cuda::launch;
 using bnext::cuda::launch_cluster;
 using bnext::cuda::launch_cooperative;
-using bnext::cuda::launch_overlapping;
+using bnext::cuda::launch_pdl;
 using bnext::cuda::map_shared;
-using bnext::cuda::wait_for_previous;
+using bnext::cuda::wait_on_dependent_grids;
 
 namespace {
 
@@ -311,7 +311,7 @@ __global__ void cluster_kernel(const float* x, float* y) {
 template <bool WRONG>
 __global__ void early_access_kernel(const float* x, float* y) {
   const float early = WRONG ? x[kThreads - 1 - threadIdx.x] : 0;
-  wait_for_previous();
+  wait_on_dependent_grids();
   y[threadIdx.x] = WRONG ? early : x[kThreads - 1 - threadIdx.x];
 }
 
@@ -413,7 +413,7 @@ template <bool WRONG>
 bool early_access() {
   Array<float> x(kThreads, "x"), y(kThreads, "y");
   x.fill([](int i) { return 1.0f + i; });
-  return started(launch_overlapping(early_access_kernel<WRONG>, dim3(1), dim3(kThreads), 0, nullptr, x.p, y.p)) &&
+  return started(launch_pdl(early_access_kernel<WRONG>, dim3(1), dim3(kThreads), 0, nullptr, x.p, y.p)) &&
          y.p[0] == kThreads;
 }
 

@@ -82,8 +82,8 @@ cudaError_t count_clusters(void (*kernel)(Params...), unsigned block, unsigned c
 // The kernel may begin when all blocks of the one before it in the stream have called let_next_begin() or
 // ended. It must not touch memory before wait_for_previous(). From compute capability 9.0.
 template <class... Params, class... Args>
-cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared,
-                               cudaStream_t stream, Args&&... args) {
+cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
+                       Args&&... args) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -91,21 +91,21 @@ cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block,
 }
 
 // A kernel launched as overlapping may take up its blocks' places from now on.
-__device__ __forceinline__ void let_next_begin() {
+__device__ __forceinline__ void launch_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
 // Until the kernel before is over, and its writes are visible. At once in a kernel that was launched otherwise.
-__device__ __forceinline__ void wait_for_previous() {
+__device__ __forceinline__ void wait_on_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 // Loads 16 bytes that the L2 cache should keep in preference to others, or let go of first.
-__device__ __forceinline__ uint4 load_retained(const uint4* p, bool retain) {
+__device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, bool keep) {
 #if __CUDA_ARCH__ >= 800
   uint64_t last, first;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
@@ -113,7 +113,7 @@ __device__ __forceinline__ uint4 load_retained(const uint4* p, bool retain) {
   uint4 v;
   asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p), "l"(retain ? last : first));
+               : "l"(p), "l"(keep ? last : first));
   return v;
 #else
   return *p;
