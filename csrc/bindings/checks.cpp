@@ -46,8 +46,6 @@ Activation parse_activation(std::string_view name) {
   return Activation::relu;
 }
 
-std::string_view name_of(Activation activation) { return activation == Activation::relu ? "relu" : "none"; }
-
 void check_dense(const char* name, const OptionalTensor& t) {
   TORCH_CHECK(!given(t) || t->layout() == at::kStrided, name, " should be a dense tensor, not ", t->layout());
 }

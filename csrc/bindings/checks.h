@@ -22,7 +22,6 @@ inline bool given(const OptionalTensor& t) { return t.has_value() && t->defined(
 at::ScalarType acc_type_of(const Tensor& x);
 
 Activation parse_activation(std::string_view name);
-std::string_view name_of(Activation);
 
 // Not sparse. The dispatcher refuses sparse tensors too, but in words that help nobody.
 void check_dense(const char* name, const OptionalTensor& t);

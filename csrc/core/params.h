@@ -7,7 +7,7 @@
 // acc_t is double for f64 tensors and float for all others.
 #pragma once
 
-#include "types.h"
+#include "activation.h"
 
 namespace bnext {
 
@@ -25,6 +25,7 @@ struct ForwardParams {
   DType weight_dtype;   // of weight and bias
   DType running_dtype;  // of running_mean and running_var
   Activation activation;
+  double activation_param;  // leaky_relu's slope; 0 for all others
 
   const void* x;         // required
   const void* residual;  // like x; added before the activation
@@ -46,8 +47,8 @@ struct ForwardParams {
   double eps;
 
   void* y;        // like x
-  uint8_t* mask;  // [ceil(numel / 8)]; bit i % 8 of byte i / 8 says that element i, in memory
-                  // order, is positive before relu; unused bits are 0. Written where not null
+  uint8_t* mask;  // [ceil(numel / 8)]; bit i % 8 of byte i / 8 says that the activation's derivative at element i, in
+                  // memory order, is 1; unused bits are 0. Only for activations that keep a bit. Written where not null
 };
 
 struct BackwardParams {
@@ -55,26 +56,29 @@ struct BackwardParams {
   DType dtype;         // of dy, x, dx, dresidual
   DType weight_dtype;  // of weight, bias, dweight, dbias
   Activation activation;
+  double activation_param;
   bool training;  // false: mean and invstd are constants, and dx = dy' * weight * invstd
 
-  const void* dy;       // required
-  const void* x;        // required, except for dx alone in eval mode without an activation
-  const uint8_t* mask;  // relu behind a residual: the forward's mask. relu without a mask
-                        // recomputes the sign from x, mean, invstd, weight, bias
-  const void* weight;   // [c]; null means 1
-  const void* bias;     // [c]; null means 0
-  const void* mean;     // [c] acc_t, required
-  const void* invstd;   // [c] acc_t, required
-  int64_t count;        // elements a channel's statistics were taken over; n * s unless synchronised
+  const void* dy;  // required
+  const void* x;   // required, except for dx alone in eval mode without an activation
+  // With an activation, one of three gives its derivative: the forward's mask; or its argument, computed anew from x,
+  // mean, invstd, weight, bias, and, where it is given, the residual.
+  const uint8_t* mask;
+  const void* residual;  // like x
+  const void* weight;    // [c]; null means 1
+  const void* bias;      // [c]; null means 0
+  const void* mean;      // [c] acc_t, required
+  const void* invstd;    // [c] acc_t, required
+  int64_t count;         // elements a channel's statistics were taken over; n * s unless synchronised
 
-  // With dy' = dy where the activation let the value pass, and 0 elsewhere:
+  // With dy' = dy times the activation's derivative:
   void* sum_dy;      // [c] acc_t: sum of dy'. Written by `backward_reduce`, read by `backward_input`
   void* sum_dy_xmu;  // [c] acc_t: sum of dy' * (x - mean). Likewise
   void* dweight;     // [c] weight_dtype: sum_dy_xmu * invstd
   void* dbias;       // [c] weight_dtype: sum_dy
 
   void* dx;         // like x
-  void* dresidual;  // like x: dy'; only with a mask (without an activation it is dy itself)
+  void* dresidual;  // like x: dy'; only with an activation (without one it is dy itself)
 
   // What the outputs ask of `backward`.
   BNEXT_HD bool elementwise() const { return dx || dresidual; }

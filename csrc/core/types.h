@@ -1,4 +1,4 @@
-// The vocabulary that every backend shares: storage types, layouts, activations.
+// The vocabulary that every backend shares: storage types and layouts.
 // Compiles for host and device; knows nothing of torch or of CUDA's runtime.
 #pragma once
 
@@ -18,8 +18,6 @@ enum class Layout : int32_t {
   planar,       // (n, c, s), s contiguous: NCHW and friends
   interleaved,  // (n * s, c), c contiguous: NHWC and every (N, C) input
 };
-
-enum class Activation : int32_t { none, relu };
 
 // Bytes of one element in memory.
 BNEXT_HD constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }

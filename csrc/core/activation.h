@@ -1,0 +1,201 @@
+// Activations: an entry of the list and a struct each, from which both backends and every order of the gradient are
+// made.
+//
+// A struct has, for z the activation's argument and `param` its parameter (leaky_relu's slope; 0 for all others),
+//   value(z, param), grad(z, param), second(z, param)   the function and its first two derivatives
+//   kept                                                 what the backward needs besides x, behind a residual
+// written for V a float or double (CUDA kernels, tails of loops), a vector of them (csrc/cpu/vec.h), or a tensor of
+// torch (csrc/bindings/double_backward.h). V has + - * /, unary -, and constant_like, where_le, where_ge, exp, tanh.
+// Comparisons are false for NaN, and the derivatives there are torch's.
+#pragma once
+
+#include <cmath>
+
+#include "types.h"
+
+namespace bnext {
+
+// The name that Python sees, and the struct below. An activation of one's own is added here.
+#define BNEXT_ACTIVATIONS(X) \
+  X(none, Identity)          \
+  X(relu, Relu)              \
+  X(relu6, Relu6)            \
+  X(leaky_relu, LeakyRelu)   \
+  X(silu, Silu)              \
+  X(hardswish, Hardswish)    \
+  X(sigmoid, Sigmoid)        \
+  X(tanh, Tanh)
+
+enum class Activation : int32_t {
+#define BNEXT_NAME(name, type) name,
+  BNEXT_ACTIVATIONS(BNEXT_NAME)
+#undef BNEXT_NAME
+};
+
+// Without a residual z follows from x, and the backward keeps nothing more. Behind a residual it does not.
+enum class Kept : int32_t {
+  nothing,   // the derivative is 1
+  bit,       // the derivative is 1 or `param`: a bit an element says which
+  residual,  // the derivative depends on z, which takes x and the residual
+};
+
+// ---- the operations that V needs, for scalars
+
+template <class A> BNEXT_HD A constant_like(A, double v) { return static_cast<A>(v); }
+// a where z <= limit (z >= limit), else b.
+template <class A> BNEXT_HD A where_le(A z, double limit, A a, A b) { return z <= static_cast<A>(limit) ? a : b; }
+template <class A> BNEXT_HD A where_ge(A z, double limit, A a, A b) { return z >= static_cast<A>(limit) ? a : b; }
+BNEXT_HD float exp(float v) { return ::expf(v); }
+BNEXT_HD double exp(double v) { return ::exp(v); }
+BNEXT_HD float tanh(float v) { return ::tanhf(v); }
+BNEXT_HD double tanh(double v) { return ::tanh(v); }
+
+template <class V> BNEXT_HD V sigmoid(const V& z) {
+  const V one = constant_like(z, 1);
+  return one / (one + exp(-z));
+}
+
+// ---- the activations
+
+struct Identity {
+  static constexpr Kept kept = Kept::nothing;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) { return z; }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) { return constant_like(z, 1); }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) { return constant_like(z, 0); }
+};
+
+struct Relu {
+  static constexpr Kept kept = Kept::bit;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) { return where_le(z, 0, constant_like(z, 0), z); }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) {
+    return where_le(z, 0, constant_like(z, 0), constant_like(z, 1));
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) { return constant_like(z, 0); }
+};
+
+struct Relu6 {
+  static constexpr Kept kept = Kept::bit;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) {
+    return where_le(z, 0, constant_like(z, 0), where_ge(z, 6, constant_like(z, 6), z));
+  }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) {
+    const V zero = constant_like(z, 0);
+    return where_le(z, 0, zero, where_ge(z, 6, zero, constant_like(z, 1)));
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) { return constant_like(z, 0); }
+};
+
+// torch's leaky_relu takes the slope where z is NaN too, where its value is NaN either way.
+struct LeakyRelu {
+  static constexpr Kept kept = Kept::bit;
+  template <class V> BNEXT_HD static V value(const V& z, const V& slope) { return where_le(z, 0, z * slope, z); }
+  template <class V> BNEXT_HD static V grad(const V& z, const V& slope) {
+    return where_le(z, 0, slope, constant_like(z, 1));
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) { return constant_like(z, 0); }
+};
+
+// z sigmoid(z), which Ramachandran, Zoph and Le call swish ("Searching for activation functions", 2017).
+struct Silu {
+  static constexpr Kept kept = Kept::residual;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) { return z / (constant_like(z, 1) + exp(-z)); }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) {
+    const V one = constant_like(z, 1), s = sigmoid(z);
+    return s * (one + z * (one - s));
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) {
+    const V one = constant_like(z, 1), two = constant_like(z, 2), s = sigmoid(z);
+    return s * (one - s) * (two + z * (one - two * s));
+  }
+};
+
+// z relu6(z + 3) / 6 (Howard et al., "Searching for MobileNetV3", 2019, section 5.2).
+struct Hardswish {
+  static constexpr Kept kept = Kept::residual;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) {
+    const V three = constant_like(z, 3), sixth = constant_like(z, 1.0 / 6);
+    return where_le(z, -3, constant_like(z, 0), where_ge(z, 3, z, z * (z + three) * sixth));
+  }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) {
+    const V inner = z * constant_like(z, 1.0 / 3) + constant_like(z, 0.5);
+    return where_le(z, -3, constant_like(z, 0), where_ge(z, 3, constant_like(z, 1), inner));
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) {
+    const V zero = constant_like(z, 0);
+    return where_le(z, -3, zero, where_ge(z, 3, zero, constant_like(z, 1.0 / 3)));
+  }
+};
+
+struct Sigmoid {
+  static constexpr Kept kept = Kept::residual;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) { return sigmoid(z); }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) {
+    const V s = sigmoid(z);
+    return s * (constant_like(z, 1) - s);
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) {
+    const V one = constant_like(z, 1), s = sigmoid(z);
+    return s * (one - s) * (one - s - s);
+  }
+};
+
+struct Tanh {
+  static constexpr Kept kept = Kept::residual;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) { return tanh(z); }
+  template <class V> BNEXT_HD static V grad(const V& z, const V&) {
+    const V t = tanh(z);
+    return constant_like(z, 1) - t * t;
+  }
+  template <class V> BNEXT_HD static V second(const V& z, const V&) {
+    const V t = tanh(z);
+    return constant_like(z, -2) * t * (constant_like(z, 1) - t * t);
+  }
+};
+
+// ---- from a value of the enumeration to its struct
+
+// f(Relu{}), say. `otherwise` is returned for a value that is no activation.
+template <class F, class R>
+BNEXT_HD R with_activation(Activation activation, R otherwise, F&& f) {
+  switch (activation) {
+#define BNEXT_CASE(name, type) \
+  case Activation::name: return f(type{});
+    BNEXT_ACTIVATIONS(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return otherwise;
+}
+
+inline const char* name_of(Activation activation) {
+  switch (activation) {
+#define BNEXT_CASE(name, type) \
+  case Activation::name: return #name;
+    BNEXT_ACTIVATIONS(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return "unknown";
+}
+
+inline Kept kept_of(Activation activation) {
+  return with_activation(activation, Kept::nothing, [](auto act) { return decltype(act)::kept; });
+}
+
+// dy * f'(z). Where the derivative is 0, so is the product, whatever dy is: as in torch's relu.
+template <class V>
+BNEXT_HD V through(const V& dy, const V& grad) {
+  return where_le(grad, 0, where_ge(grad, 0, constant_like(grad, 0), dy * grad), dy * grad);
+}
+
+// What decides the gradient's way back through the activation.
+enum class ActGrad : int32_t {
+  none,       // the identity: nothing
+  recompute,  // z, which the backward computes anew from x (and the residual, where that is kept)
+  mask,       // the bits that the forward kept
+};
+
+inline ActGrad act_grad_of(Activation activation, bool has_mask) {
+  if (activation == Activation::none) return ActGrad::none;
+  return has_mask ? ActGrad::mask : ActGrad::recompute;
+}
+
+}  // namespace bnext
