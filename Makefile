@@ -22,7 +22,8 @@ export PYTHONPATH := $(CURDIR)
 # One stamp for each torch that was asked for: asking for another one installs it.
 INSTALLED := $(VENV)/.installed-$(shell printf %s '$(TORCH)' | tr -c '[:alnum:].' '_')
 BUILT     := $(VENV)/.built
-SOURCES   := setup.py pyproject.toml bnext/_toolchain.py $(wildcard csrc/*/*)
+KERNELS   := $(shell find csrc -type f)
+SOURCES   := setup.py pyproject.toml bnext/_toolchain.py $(KERNELS)
 BUILD     := setup.py -q build_ext --inplace
 
 .PHONY: demo test bench lint clean gpu gpu-build gpu-test gpu-sanitize gpu-table
@@ -39,7 +40,7 @@ bench: $(BUILT)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*/*)
+	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bnext/_C.*.so

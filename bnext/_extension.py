@@ -103,7 +103,7 @@ def just_in_time(why: str) -> Build:
     toolkit, architectures = _cuda_target()
     info = _toolchain.describe(torch.__version__, torch.version.cuda, toolkit, architectures)
     digest = hashlib.sha256(repr(info).encode())
-    for path in sorted(sources_folder().glob("*/*")):
+    for path in sorted(path for path in sources_folder().glob("**/*") if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     folder = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{digest.hexdigest()[:16]}"
     return Build("just in time", _cache() / folder / "_C.so", info, why)

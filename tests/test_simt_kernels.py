@@ -15,7 +15,7 @@ from tests.simt import build
 
 pytestmark = pytest.mark.slow
 
-KERNELS = sorted(build.ROOT.glob("csrc/cuda/*.cu"))
+KERNELS = sorted(build.ROOT.glob("csrc/cuda/plans/*.cu"))
 HOST = [build.SIMT / "driver.cpp", *sorted(build.ROOT.glob("csrc/cuda/*.cpp"))]
 
 PLANS = ["automatic", "cooperative", "resident", "two_pass"]  # where a shape does not allow one, it gets two_pass

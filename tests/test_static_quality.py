@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from bnext import _toolchain
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted((CSRC / "cuda" / "plans").glob("*.cu"))
 #: One of each generation: what is said of 8.0 holds for 8.6 and 8.9, and of 9.0 for 10.0.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "12.0")
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -69,7 +70,7 @@ def flags() -> list[str]:
 def folder() -> Path:
     """Where compilations are kept for as long as nothing that they depend on changes."""
     digest = hashlib.sha256(repr((TOOLKIT.version, flags())).encode())
-    for path in sorted([*CSRC.glob("core/*"), *CSRC.glob("cuda/*")]):
+    for path in sorted(path for part in ("core", "cuda") for path in CSRC.glob(f"{part}/**/*") if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     made = ROOT / "build" / "static-quality" / digest.hexdigest()[:16]
     made.mkdir(parents=True, exist_ok=True)
@@ -94,12 +95,31 @@ def compiled(source: Path, architecture: str) -> Compilation:
     return Compilation(kept / "cubin", (kept / "log").read_text(), (kept / f"{source.stem}.ptx").read_text())
 
 
+def enumerators(header: str, enum: str) -> list[str]:
+    """The names of an enumeration's values, which the compiler mangles to numbers."""
+    text = re.sub(r"//.*", "", (CSRC / header).read_text())
+    return re.findall(r"\w+", re.search(rf"enum class {enum}[^{{]*{{([^}}]*)}}", text)[1])
+
+
+#: What is fused into a kernel of each operation.
+VARIANTS = {
+    "BatchNormForward": ("forward", enumerators("cuda/ops/batch_norm_forward.cuh", "Epilogue")),
+    "BatchNormBackward": ("backward", enumerators("cuda/ops/batch_norm_backward.cuh", "Derivative")),
+}
+
+
 @functools.cache
 def title(mangled: str) -> str:
-    """stats_planar_kernel<float, true>"""
+    """A kernel in words: "resident_planar forward bf16 relu", "reduce_planar backward float none covering"."""
     full = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"(\w+_kernel(<.*?>)?)\(", full.replace("bnext::", "").replace("cuda::", ""))
-    return found[1] if found else full.strip()
+    full = re.sub(r"bnext::|cuda::|\(anonymous namespace\)::", "", full)
+    found = re.search(r"(\w+)_kernel<(\w+)<(\w+), \(\w+\)(\d+), \d+ ?>(?:, (true|false))? ?>\(", full)
+    if found:
+        plan, op, dtype, variant, aligned = found.groups()
+        direction, variants = VARIANTS[op]
+        return " ".join([plan, direction, dtype, variants[int(variant)], *(["covering"] if aligned == "false" else [])])
+    found = re.search(r"cooperative_kernel<(\w+), (\w+)>\(", full)
+    return f"cooperative {found[2].lower()} {found[1]} general" if found else full.strip()
 
 
 # ---- registers
@@ -225,9 +245,11 @@ def test_no_local_memory_and_no_float_atomics(source, architecture):
 
 
 def exempt(kernel: str, architecture: str) -> bool:
-    """Kernels for data that does not come in whole units (ALIGNED = false), the cooperative plan's, which is about latency,
-    and float64 on 12.0, whose loads ptxas splits, and of which those GPUs compute next to none."""
-    return bool(re.search(r"^cooperative_|, false>$", kernel)) or ("<double" in kernel and architecture == "12.0")
+    """Kernels for planes that are not whole vectors, those that hold the code of all activations, the cooperative plan's,
+    which is about latency, and float64 on 12.0, whose loads ptxas splits, and of which those GPUs compute next to
+    none."""
+    slow_double = " double" in kernel and architecture == "12.0"
+    return kernel.startswith("cooperative") or kernel.endswith(("covering", "general")) or slow_double
 
 
 @each_compilation
@@ -247,27 +269,32 @@ def test_hot_loops_move_16_bytes_at_a_time(source, architecture):
         assert hot.atomics == 0, (kernel, hot)
 
 
-#: Tensors that a resident kernel loads, and stores, by its EPILOGUE or GATE (0 none, 1 relu, 2 add, 3 add and relu;
-#: 0 none, 1 relu, 2 mask). dresidual is stored under a condition, where it is wanted.
+#: Tensors that a resident kernel keeps, loads beside them, and stores. dresidual is stored under a condition.
 RESIDENT_BYTES = {
-    "forward": {0: (1, 0, 1), 1: (1, 0, 1), 2: (1, 1, 1), 3: (1, 1, 1)},
-    "backward": {0: (2, 0, 1), 1: (2, 0, 1), 2: (2, 0, 2)},
+    "forward none": (1, 0, 1),
+    "forward relu": (1, 0, 1),
+    "forward add": (1, 1, 1),
+    "forward add_relu": (1, 1, 1),
+    "backward none": (2, 0, 1),
+    "backward relu": (2, 0, 1),
+    "backward relu_mask": (2, 0, 2),
 }
+RESIDENT = ("planar", "packed", "interleaved")
 
 
-@pytest.mark.parametrize("direction", RESIDENT_BYTES)
+@pytest.mark.parametrize("plan", RESIDENT)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_resident_kernels_load_each_tensor_once(direction, architecture):
+def test_resident_kernels_load_each_tensor_once(plan, architecture):
     """The bytes that docs/kernels.md declares, counted in the loops. x, and backward dy, are loaded in loops that leave
     all of it in shared memory and store nothing; the loops that store take them from there, and load no more than
     the residual."""
-    source = CSRC / "cuda" / f"resident_{direction}.cu"
+    source = CSRC / "cuda" / "plans" / f"resident_{plan}.cu"
     seen = 0
     for kernel, found in loops(source, architecture).items():
-        if "<double" in kernel and architecture == "12.0":
+        if exempt(kernel, architecture):
             continue
-        choice = int(re.search(r"\)(\d)", kernel)[1])
-        kept, beside, stored = RESIDENT_BYTES[direction][choice]
+        _, direction, _, variant = kernel.split()
+        kept, beside, stored = RESIDENT_BYTES[f"{direction} {variant}"]
         taking = [loop for loop in found if loop.streamed and loop.kept]
         giving = [loop for loop in found if loop.given and loop.stores[16]]
         others = [loop for loop in found if loop not in taking and loop not in giving]
@@ -282,7 +309,7 @@ def test_resident_kernels_load_each_tensor_once(direction, architecture):
             assert loop.stores[16] == units * stored, (kernel, loop)
         assert not any(loop.streamed or loop.stores[16] for loop in others), kernel
         seen += 1
-    assert seen >= 9 * len(RESIDENT_BYTES[direction])
+    assert seen >= 3 * len(RESIDENT_BYTES)
 
 
 #: Instructions that may be spent on an element of 16 or 32 bits without falling behind the memory, in the loops that
@@ -293,55 +320,67 @@ STATISTICS, NORMALIZE = 8, 6
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "7.5"])
 def test_instructions_for_an_element(architecture):
     checked = collections.Counter()
-    for stem in ("stats", "normalize", "resident_forward"):
-        for kernel, found in loops(CSRC / "cuda" / f"{stem}.cu", architecture).items():
-            if exempt(kernel, architecture) or "<double" in kernel or re.search(r"\)[23]", kernel):
+    for stem in ("two_pass_reduce", "two_pass_apply", *(f"resident_{plan}" for plan in RESIDENT)):
+        for kernel, found in loops(CSRC / "cuda" / "plans" / f"{stem}.cu", architecture).items():
+            if exempt(kernel, architecture) or not re.search(r" forward (float|f16|bf16) (none|relu)$", kernel):
                 continue
-            elements = 4 if "<float" in kernel else 8  # of 16 bytes
-            # Whole chunks, which is what there is most of. In stats, the loop that merges comes after.
+            elements = 4 if " float" in kernel else 8  # of 16 bytes
+            # Whole chunks, which is what there is most of. In the reduction, the loop that merges comes after.
             walking = [loop for loop in found if loop.loads[16] >= 4 or loop.given >= 4]
             normalizing = [loop for loop in walking if loop.stores[16] >= 4]
-            summing = walking[:1] if stem == "stats" else [loop for loop in walking if loop.streamed and loop.kept]
+            summing = (
+                walking[:1] if stem == "two_pass_reduce" else [loop for loop in walking if loop.streamed and loop.kept]
+            )
             for loop in normalizing:
                 assert loop.instructions <= NORMALIZE * elements * loop.stores[16], (kernel, loop)
             for loop in summing:
                 assert loop.instructions <= STATISTICS * elements * loop.loads[16], (kernel, loop)
             checked["normalize"] += bool(normalizing)
             checked["statistics"] += bool(summing)
-    # stats and normalize in 2 layouts, resident_forward in 3 ways; the latter two without and with relu.
+    # The two passes in 2 layouts, resident in 3 ways; the latter and the second pass without and with relu.
     assert checked == {"statistics": 3 * (2 + 3 * 2), "normalize": 3 * (2 * 2 + 3 * 2)}
 
 
 def test_resident_blocks_fit_as_the_plan_counts_on():
-    """Static shared memory is at most what plan.cpp's overhead() sets aside, less 1 KB that the system takes."""
-    for direction, state in (("forward", 16), ("backward", 8)):
-        for architecture in ARCHITECTURES:
-            log = compiled(CSRC / "cuda" / f"resident_{direction}.cu", architecture).log
-            for name, shared in re.findall(r"entry function '(\S+)'.*?(\d+) bytes smem", log, re.DOTALL):
-                kernel = title(name)
-                size = state * (2 if "<double" in kernel else 1)
-                masked = int(re.search(r"\)(\d)", kernel)[1]) == (3 if direction == "forward" else 2)
-                unit = 8 if masked else {"double": 2, "float": 4}.get(re.search(r"<(\w+)", kernel)[1], 8)
-                merge = size * 128 * (1 if "planar" in kernel else unit + 1)
-                assert int(shared) <= merge + 1024, (kernel, architecture)
+    """Static shared memory is at most what plan.cpp's reserved_bytes() sets aside, less 1 KB that the system takes."""
+    for plan, architecture in itertools.product(RESIDENT, ARCHITECTURES):
+        log = compiled(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture).log
+        for name, shared in re.findall(r"entry function '(\S+)'.*?(\d+) bytes smem", log, re.DOTALL):
+            kernel = title(name)
+            _, direction, dtype, variant = kernel.split()
+            size = {"forward": 16, "backward": 8}[direction] * (2 if dtype == "double" else 1)
+            masked = variant in ("add_relu", "relu_mask", "general")
+            vec = 8 if masked else {"double": 2, "float": 4}.get(dtype, 8)
+            merge = size * 128 * (1 if plan == "planar" else vec + 1)
+            assert int(shared) <= merge + 1024, (kernel, architecture)
 
 
-@pytest.mark.parametrize(
-    "source", [CSRC / "cuda" / "normalize.cu", CSRC / "cuda" / "backward_input.cu"], ids=lambda p: p.name
-)
-def test_second_passes_wait_before_they_load(source):
+def test_second_passes_wait_before_they_load():
     """They are launched to overlap the first. ACQBULK is griddepcontrol.wait."""
-    for kernel, code in machine_code(source, "9.0").items():
+    for kernel, code in machine_code(CSRC / "cuda" / "plans" / "two_pass_apply.cu", "9.0").items():
         opcodes = [instruction.opcode for instruction in code]
         first = next(i for i, opcode in enumerate(opcodes) if re.match(r"(LDG|LD|STG|ST|ATOM|RED)\b", opcode))
         assert "ACQBULK" in opcodes[:first], kernel
 
 
-def test_there_is_a_kernel_for_every_stage_layout_and_type():
+def test_every_plan_has_a_kernel_of_every_operation_type_and_variant():
     """So that no kernel escapes the tests above by being somewhere else."""
-    kernels = [kernel for source in SOURCES for kernel in machine_code(source, "9.0")]
-    stages = ("stats", "normalize", "backward_reduce", "backward_input", r"\w+_forward", r"\w+_backward")
-    for stage in stages:
-        for dtype in ("float", "double", "f16", "bf16"):
-            layouts = {"planar" in k for k in kernels if re.match(rf"{stage}_[a-z]+_kernel<{dtype}\b", k)}
-            assert layouts == {True, False}, (stage, dtype)
+    kernels = {kernel for source in SOURCES for kernel in machine_code(source, "9.0")}
+    plans = (
+        *(f"resident_{plan}" for plan in RESIDENT),
+        "reduce_planar",
+        "reduce_columns",
+        "apply_planar",
+        "apply_columns",
+    )
+    for plan, (direction, variants), dtype in itertools.product(
+        plans, VARIANTS.values(), ("float", "double", "f16", "bf16")
+    ):
+        for variant in variants:
+            if plan.startswith("reduce") and direction == "forward" and variant != "none":
+                continue  # statistics do not depend on what follows
+            if plan.startswith("resident") and (dtype, variant) == ("double", "general"):
+                continue  # see kResident
+            assert f"{plan} {direction} {dtype} {variant}" in kernels
+    for direction, dtype in itertools.product(("forward", "backward"), ("float", "double", "f16", "bf16")):
+        assert f"cooperative {direction} {dtype} general" in kernels

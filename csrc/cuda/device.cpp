@@ -3,11 +3,9 @@
 #include <mutex>
 #include <utility>
 
-#include "launch.h"
+#include "plans/plans.h"
 
 namespace bnext::cuda {
-
-cudaError_t count_large_clusters(int64_t shared_per_block, int32_t* count);  // resident_forward.cu
 
 cudaError_t query_device(int device, DeviceProperties* properties) {
   int major = 0, minor = 0, multiprocessors = 0, shared_all = 0, shared = 0, l2 = 0;

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../core/params.h"
-#include "cuda_compat.h"
+#include "device/cuda_compat.h"
 #include "plan.h"
 
 namespace bnext::cuda {

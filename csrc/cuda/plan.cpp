@@ -357,8 +357,9 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
 }  // namespace
 
 Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const PlanOptions& options) {
-  // relu behind a residual: the kernels write a byte of mask for every 8 elements, if it is wanted.
-  const bool masked = p.residual != nullptr && p.activation != Activation::none;
+  // The kernels of relu behind a residual, and of all other activations, write a byte of mask for every 8 elements, if
+  // it is wanted.
+  const bool masked = p.activation == Activation::relu ? p.residual != nullptr : p.activation != Activation::none;
   Plan plan = make_plan({p.shape, p.dtype, masked, false, 1, 4 * acc_size_of(p.dtype)}, device, options);
   // One more, where a resident kernel has to know when all have read num_batches_tracked.
   if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident) ++plan.counters;
@@ -366,7 +367,7 @@ Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const 
 }
 
 Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, const PlanOptions& options) {
-  const bool masked = p.mask != nullptr && p.activation != Activation::none;
+  const bool masked = p.activation == Activation::relu ? p.mask != nullptr : p.activation != Activation::none;
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.kind = PlanKind::two_pass;  // or one pass of it
   return make_plan({p.shape, p.dtype, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, allowed);

@@ -2,50 +2,9 @@
 // whose loads are all in flight at once.
 #pragma once
 
-#include "cuda_compat.h"
-#include "plan.h"
-#include "vec.cuh"
+#include "loaders.cuh"
 
 namespace bnext::cuda {
-
-// Some of the tensor's vectors, by their number in memory. Unless WHOLE, only elements [lo, hi) of a vector are the
-// thread's.
-template <int COUNT, bool WHOLE>
-struct Chunk {
-  static constexpr int count = COUNT;
-  static constexpr bool whole = WHOLE;
-  uint32_t vec[COUNT];
-  int32_t lo[COUNT], hi[COUNT];
-  bool keep_in_l2;  // by the L2 cache, for the kernel that follows
-
-  __device__ __forceinline__ bool has(int k, int e) const { return WHOLE || (e >= lo[k] && e < hi[k]); }
-};
-
-// Element 0 of a tensor's vector: one instruction, of 32 bits times a constant.
-template <int N, class T>
-__device__ __forceinline__ T* vec_at(T* p, uint32_t vec) {
-  return p + uint64_t{vec} * N;
-}
-
-// Unit k of a chunk. Reading may take in what is not the thread's, as long as it is the tensor's.
-template <Reuse REUSE, int N, int COUNT, bool WHOLE, class T>
-__device__ __forceinline__ Vec<T, N> load_at(const T* p, const Chunk<COUNT, WHOLE>& chunk, int k, int64_t numel) {
-  if constexpr (WHOLE) return load_vec<REUSE, T, N>(vec_at<N>(p, chunk.vec[k]), chunk.keep_in_l2);
-  else return load_within<REUSE, N>(p, int64_t{chunk.vec[k]} * N, numel, chunk.keep_in_l2);
-}
-
-template <int N, int COUNT, bool WHOLE, class T>
-__device__ __forceinline__ void store_at(T* p, const Chunk<COUNT, WHOLE>& chunk, int k, const Vec<T, N>& vec) {
-  T* to = vec_at<N>(p, chunk.vec[k]);
-  if (WHOLE || (chunk.lo[k] == 0 && chunk.hi[k] == N)) {
-    store_vec<T, N>(to, vec);
-  } else {
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      if (chunk.has(k, e)) to[e] = narrow<T>(vec[e]);
-    }
-  }
-}
 
 // Which tile and split a block takes. A pass over data that the previous kernel has just read starts
 // at the end, which is still in the L2 cache.

@@ -1,9 +1,9 @@
 // The channels that a thread's columns belong to, and the loading of [c] vectors for all of them at once.
 #pragma once
 
-#include "../core/half.h"
+#include "../../core/half.h"
+#include "../plan.h"
 #include "cuda_compat.h"
-#include "plan.h"
 
 namespace bnext::cuda {
 

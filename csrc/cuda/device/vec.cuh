@@ -1,7 +1,7 @@
 // Units: what a thread moves at once. Every access of the kernels to a tensor goes through here.
 #pragma once
 
-#include "../core/half.h"
+#include "../../core/half.h"
 #include "cuda_compat.h"
 
 namespace bnext::cuda {
@@ -24,6 +24,7 @@ enum class Reuse { again, last };
 // widening and narrowing take an instruction an element.
 template <class T, int N>
 struct alignas(16) Vec {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "a new width needs operator[] and narrow_vec");
   static constexpr int words = N * static_cast<int>(sizeof(T)) / 4;
   uint32_t word[words];
 
@@ -43,18 +44,13 @@ struct alignas(16) Vec {
   }
 };
 
-template <Reuse REUSE>
-__device__ __forceinline__ uint4 load_word(const uint4* p, bool keep) {
-  if constexpr (REUSE == Reuse::last) return __ldcs(p);
-  else return load_evict_last_or_first(p, keep);
-}
-
 template <Reuse REUSE, class T, int N>
 __device__ __forceinline__ Vec<T, N> load_vec(const T* p, bool keep) {
   Vec<T, N> vec;
 #pragma unroll
   for (int i = 0; i < vec.words / 4; ++i) {
-    const uint4 w = load_word<REUSE>(reinterpret_cast<const uint4*>(p) + i, keep);
+    const uint4* at = reinterpret_cast<const uint4*>(p) + i;
+    const uint4 w = REUSE == Reuse::last ? __ldcs(at) : load_evict_last_or_first(at, keep);
     vec.word[4 * i] = w.x;
     vec.word[4 * i + 1] = w.y;
     vec.word[4 * i + 2] = w.z;

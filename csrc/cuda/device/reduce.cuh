@@ -2,14 +2,13 @@
 // blocks that share a tile. A State has merge(const State&) and is empty when zero-initialised.
 #pragma once
 
-#include "cuda_compat.h"
-#include "launch.h"
-#include "plan.h"
+#include "../launch.h"
+#include "barrier.cuh"
 #include "tile_iterator.cuh"
 
 namespace bnext::cuda {
 
-// Where the threads of a block put states for each other.
+// Where the threads of a block put states for each other: shared memory that all reductions of a kernel use in turn.
 template <int WIDTH, class State>
 __device__ __forceinline__ State* state_slots() {
   static_assert(sizeof(State) * WIDTH * kStateSlots <= 48 * 1024, "static shared memory");
@@ -17,8 +16,9 @@ __device__ __forceinline__ State* state_slots() {
   return slots;
 }
 
-// Threads are arranged as `rows` x `tile_vecs` (thread = row * tile_vecs + lane; threads past that have no
-// part in it but must call, for the barriers). Leaves in row 0 the merge of each lane's states.
+// Threads are arranged as `rows` x `cols` (thread = row * cols + col; threads past that contribute nothing but must
+// call, for the barriers). Leaves the merge of each column's states in row 0. A tree: at each level the upper half of
+// the rows hands its states to the lower half, so that the order depends on the number of rows alone.
 template <int WIDTH, class State>
 __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int col, int row, int cols, int rows) {
   State* slots = state_slots<WIDTH, State>();
@@ -39,67 +39,6 @@ __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int col, int 
   }
 }
 
-// Adds one to a counter, which wraps around to 0 after `limit`, for the whole block: what its threads wrote
-// before is visible to whoever sees the new value, and what was written before the old values is
-// visible to them. Returns the old value.
-__device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* counter, uint32_t limit) {
-  __shared__ uint32_t old;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    old = atomicInc(counter, limit);
-    __threadfence();
-  }
-  __syncthreads();
-  return old;
-}
-
-// True in the last of `blocks` blocks to call it; what the others wrote before is then visible.
-__device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) {
-  if (blocks == 1) {
-    __syncthreads();
-    return true;
-  }
-  return increment_acq_rel(counter, blocks - 1) == blocks - 1;
-}
-
-// Where blocks that are all on the device together wait for what the last of them to arrive does. Each block
-// arrives, the last one opens, and all pass; by then the counter is back at 0.
-class SplitBarrier {
- public:
-  __device__ __forceinline__ SplitBarrier(uint32_t* counter, uint32_t blocks) : counter_(counter), blocks_(blocks) {}
-
-  // True in the last block; what the others wrote before is then visible.
-  __device__ __forceinline__ bool arrive_is_last() const {
-    if (blocks_ == 1) return arrive_last(counter_, 1);
-    return increment_acq_rel(counter_, 2 * blocks_) == blocks_ - 1;
-  }
-  __device__ __forceinline__ void release() const {
-    if (blocks_ > 1) increment_acq_rel(counter_, 2 * blocks_);
-  }
-  // Returns once it is open; what was written before it was opened is then visible.
-  __device__ __forceinline__ void wait() const {
-    if (threadIdx.x == 0 && blocks_ > 1) {
-      // Above `blocks` from when it is opened until all have passed.
-      while (*static_cast<volatile uint32_t*>(counter_) <= blocks_) __nanosleep(32);
-      __threadfence();
-      atomicInc(counter_, 2 * blocks_);
-    }
-    __syncthreads();
-  }
-
- private:
-  uint32_t* counter_;
-  uint32_t blocks_;
-};
-
-// All blocks of a launch, which are on the device together, wait for each other.
-__device__ __forceinline__ void grid_sync(uint32_t* counter) {
-  const SplitBarrier barrier(counter, gridDim.x);
-  if (barrier.arrive_is_last()) barrier.release();
-  barrier.wait();
-}
-
 // The merge of states [BEGIN, BEGIN + N) of an array, in halves.
 template <int N, int BEGIN = 0, class State, int COUNT>
 __device__ __forceinline__ State merge_halves(const State (&states)[COUNT]) {
@@ -112,7 +51,7 @@ __device__ __forceinline__ State merge_halves(const State (&states)[COUNT]) {
   }
 }
 
-// The merge of `count` states, `stride` apart: many loads at a time, since each takes longer than a merge.
+// The merge of `count` states, `stride` apart: many loads in flight at a time, since a load takes longer than a merge.
 template <class State>
 __device__ __forceinline__ State merge_strided(const State* first, int64_t stride, int count) {
   constexpr int kBatch = 128 / sizeof(State);  // bytes of registers
@@ -172,9 +111,9 @@ struct Partials {
   }
 };
 
-// Hands in the states of WIDTH columns of a tile, from `col` on, in the threads that hold them. Where
-// arrive() is true, which it is in the last of the blocks that share the channels, calls finish(channel,
-// state) exactly once for each channel. Uniform control flow within a block. Returns whether it finished any.
+// Hands in the states of WIDTH columns of a tile, from `col` on, in the threads for which `holds`. The last of the
+// blocks that share the channels, in which arrive() returns true, calls finish(channel, state) exactly once for each
+// channel. Control flow is uniform within a block. Returns whether this block finished any.
 template <int WIDTH, class State, class Arrive, class Finish>
 __device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
                                              const Partition& partition, const Scratch& scratch, const WorkTile& work,

@@ -1,0 +1,149 @@
+// Where a block gets the vectors of its input tensors from, and how it stores its outputs: every access of a kernel to
+// a tensor's elements goes through this header and vec.cuh.
+#pragma once
+
+#include "../plan.h"
+#include "vec.cuh"
+
+namespace bnext::cuda {
+
+// Some of the tensor's vectors, by their number in memory. Unless WHOLE, only elements [lo, hi) of a vector are the
+// thread's: the others belong to a neighbouring plane, or lie past the end.
+template <int COUNT, bool WHOLE>
+struct Chunk {
+  static constexpr int count = COUNT;
+  static constexpr bool whole = WHOLE;
+  uint32_t vec[COUNT];
+  int32_t lo[COUNT], hi[COUNT];
+  bool keep_in_l2;  // for the kernel that follows
+
+  __device__ __forceinline__ bool has(int k, int e) const { return WHOLE || (e >= lo[k] && e < hi[k]); }
+};
+
+// Element 0 of a tensor's vector: one instruction, of 32 bits times a constant.
+template <int N, class T>
+__device__ __forceinline__ T* vec_at(T* p, uint32_t vec) {
+  return p + uint64_t{vec} * N;
+}
+
+// Vector k of a chunk. Reading may take in what is not the thread's, as long as it is the tensor's.
+template <Reuse REUSE, int N, int COUNT, bool WHOLE, class T>
+__device__ __forceinline__ Vec<T, N> load_at(const T* p, const Chunk<COUNT, WHOLE>& chunk, int k, int64_t numel) {
+  if constexpr (WHOLE) return load_vec<REUSE, T, N>(vec_at<N>(p, chunk.vec[k]), chunk.keep_in_l2);
+  else return load_within<REUSE, N>(p, int64_t{chunk.vec[k]} * N, numel, chunk.keep_in_l2);
+}
+
+// Writes the elements that are the thread's, and no other.
+template <int N, int COUNT, bool WHOLE, class T>
+__device__ __forceinline__ void store_at(T* p, const Chunk<COUNT, WHOLE>& chunk, int k, const Vec<T, N>& vec) {
+  T* to = vec_at<N>(p, chunk.vec[k]);
+  if (WHOLE || (chunk.lo[k] == 0 && chunk.hi[k] == N)) {
+    store_vec<T, N>(to, vec);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      if (chunk.has(k, e)) to[e] = narrow<T>(vec[e]);
+    }
+  }
+}
+
+// A loader of one tensor has load(chunk, vecs), which issues all loads of a chunk before the first is needed.
+
+template <class T, int N, Reuse REUSE>
+struct FromGlobal {
+  const T* data;
+  int64_t numel;
+
+  __device__ __forceinline__ FromGlobal(const void* tensor, const Shape& shape)
+      : data(static_cast<const T*>(tensor)), numel(shape.numel()) {}
+
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>& chunk, Vec<T, N> (&vecs)[COUNT]) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) vecs[k] = load_at<REUSE, N>(data, chunk, k, numel);
+  }
+};
+
+// Loads from global memory, and leaves a copy in the thread's next slots of shared memory.
+template <class T, int N>
+struct GlobalToShared {
+  FromGlobal<T, N, Reuse::last> global;
+  Vec<T, N>* slot;
+
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>& chunk, Vec<T, N> (&vecs)[COUNT]) {
+    global.load(chunk, vecs);
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k, slot += blockDim.x) *slot = vecs[k];
+  }
+};
+
+// Reads the copies back. A thread meets its vectors in the same order in every pass over a tile, and reads only what
+// it wrote itself: there is nothing to synchronise.
+template <class T, int N>
+struct FromShared {
+  const Vec<T, N>* slot;
+
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>&, Vec<T, N> (&vecs)[COUNT]) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k, slot += blockDim.x) vecs[k] = *slot;
+  }
+};
+
+// The loaders of an operation's INPUTS tensors, one chunk of each at a time.
+template <class Loader, int INPUTS>
+struct Loaders {
+  Loader each[INPUTS];
+
+  template <class T, int N, int COUNT, bool WHOLE>
+  __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>& chunk, Vec<T, N> (&vecs)[INPUTS][COUNT]) {
+#pragma unroll
+    for (int i = 0; i < INPUTS; ++i) each[i].load(chunk, vecs[i]);
+  }
+};
+
+template <class Op, Reuse REUSE>
+__device__ __forceinline__ auto from_global(const typename Op::Params& p) {
+  using Loader = FromGlobal<typename Op::T, Op::N, REUSE>;
+  if constexpr (Op::kInputs == 1) return Loaders<Loader, 1>{{Loader(Op::input(p, 0), p.shape)}};
+  else return Loaders<Loader, 2>{{Loader(Op::input(p, 0), p.shape), Loader(Op::input(p, 1), p.shape)}};
+}
+
+// A block's copies of one tile of the operation's inputs, in shared memory.
+template <class Op>
+class SharedTile {
+ public:
+  // Tile `index` of the `tiles` that the block's dynamic shared memory is divided into.
+  __device__ __forceinline__ SharedTile(const Partition& partition, int32_t index, int32_t tiles)
+      : first_(dynamic_shared() + index * (partition.resident_bytes / tiles)),
+        input_bytes_(partition.resident_bytes / tiles / Op::kInputs) {}
+
+  // Loads from global memory into the tile.
+  __device__ __forceinline__ auto fill(const typename Op::Params& p) const {
+    using Loader = GlobalToShared<T, N>;
+    using Global = FromGlobal<T, N, Reuse::last>;
+    if constexpr (Op::kInputs == 1) return Loaders<Loader, 1>{{{Global(Op::input(p, 0), p.shape), slots(0)}}};
+    else
+      return Loaders<Loader, 2>{
+          {{Global(Op::input(p, 0), p.shape), slots(0)}, {Global(Op::input(p, 1), p.shape), slots(1)}}};
+  }
+  __device__ __forceinline__ auto read() const {
+    using Loader = FromShared<T, N>;
+    if constexpr (Op::kInputs == 1) return Loaders<Loader, 1>{{{slots(0)}}};
+    else return Loaders<Loader, 2>{{{slots(0)}, {slots(1)}}};
+  }
+
+ private:
+  using T = typename Op::T;
+  static constexpr int N = Op::N;
+
+  __device__ __forceinline__ Vec<T, N>* slots(int32_t input) const {
+    return reinterpret_cast<Vec<T, N>*>(first_ + input * input_bytes_) + threadIdx.x;
+  }
+
+  unsigned char* first_;
+  int64_t input_bytes_;
+};
+
+}  // namespace bnext::cuda

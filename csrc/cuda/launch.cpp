@@ -1,0 +1,78 @@
+// The launchers: from a plan to the kernels that it names.
+#include "launch.h"
+
+#include "plans/plans.h"
+
+namespace bnext::cuda {
+namespace {
+
+template <class Params>
+cudaError_t launch_resident(const Params& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+  const Partition& partition = plan.resident;
+  if (!partition.columns) return launch_resident_planar(p, partition, scratch, stream);
+  if (partition.clustered) return launch_resident_packed(p, partition, scratch, stream);
+  return launch_resident_interleaved(p, partition, scratch, stream);
+}
+
+// An elementwise pass on its own does not overlap the kernel before, whatever that is.
+Partition alone(Partition partition) {
+  partition.pdl = false;
+  return partition;
+}
+
+cudaError_t launch_input_gradient(const BackwardParams& p, const Partition& partition, cudaStream_t stream) {
+  if (p.training || p.activation != Activation::none) return launch_apply(p, partition, stream);
+  if (!p.dx) return cudaSuccess;
+  // dy * weight * invstd is a normalization of dy without mean and bias; it does not read x.
+  ForwardParams scaling = {};
+  scaling.shape = p.shape;
+  scaling.dtype = p.dtype;
+  scaling.weight_dtype = p.weight_dtype;
+  scaling.x = p.dy;
+  scaling.weight = p.weight;
+  scaling.invstd = const_cast<void*>(p.invstd);
+  scaling.y = p.dx;
+  return launch_apply(scaling, partition, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_stats(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+  return launch_reduce(p, plan.reduce, scratch, stream);
+}
+
+cudaError_t launch_normalize(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
+  ForwardParams stage = p;
+  stage.num_batches_tracked = nullptr;
+  return launch_apply(stage, alone(plan.apply), stream);
+}
+
+cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+  if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
+  if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
+  const cudaError_t error = launch_reduce(p, plan.reduce, scratch, stream);
+  if (error != cudaSuccess) return error;
+  ForwardParams second = p;  // the running statistics are done; only the counter is left
+  second.running_mean = second.running_var = nullptr;
+  return launch_apply(second, plan.apply, stream);
+}
+
+cudaError_t launch_backward_reduce(const BackwardParams& p, const Plan& plan, const Scratch& scratch,
+                                   cudaStream_t stream) {
+  return launch_reduce(p, plan.reduce, scratch, stream);
+}
+
+cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
+  return launch_input_gradient(p, alone(plan.apply), stream);
+}
+
+cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+  if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
+  if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
+  if (!p.reduces()) return p.elementwise() ? launch_backward_input(p, plan, stream) : cudaSuccess;
+  const cudaError_t error = launch_reduce(p, plan.reduce, scratch, stream);
+  if (error != cudaSuccess || !p.elementwise()) return error;
+  return launch_input_gradient(p, plan.apply, stream);
+}
+
+}  // namespace bnext::cuda

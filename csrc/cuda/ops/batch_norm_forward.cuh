@@ -1,0 +1,292 @@
+// The forward of batch norm as an operation that every plan runs (see plans/block.cuh for what an operation has):
+// x -> (count, mean, variance) of each channel; then x, residual? -> y = act((x - mean) * scale + bias + residual),
+// mask?.
+#pragma once
+
+#include "../../core/epilogue.h"
+#include "../../core/welford.h"
+#include "../device/barrier.cuh"
+#include "../device/channels.cuh"
+#include "../device/loaders.cuh"
+#include "../launch.h"
+
+namespace bnext::cuda {
+
+// What follows the affine step. The common cases are template arguments and fold; `general` reads them from the
+// parameters, with uniform branches.
+enum class Epilogue { none, relu, add, add_relu, general };
+
+constexpr bool masks(Epilogue e) { return e == Epilogue::add_relu || e == Epilogue::general; }
+
+inline Epilogue epilogue_of(const ForwardParams& p) {
+  if (p.activation == Activation::none) return p.residual ? Epilogue::add : Epilogue::none;
+  if (p.activation == Activation::relu) return p.residual ? Epilogue::add_relu : Epilogue::relu;
+  return Epilogue::general;
+}
+
+// f(begin) + ... + f(begin + COUNT - 1) in halves: rounding errors and dependent additions grow with log2(COUNT), and
+// so do the registers that it takes.
+template <int COUNT, class F>
+__device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
+  if constexpr (COUNT == 1) {
+    return f(begin);
+  } else {
+    auto low = pairwise_sum<COUNT / 2>(f, begin);
+    return low + pairwise_sum<COUNT / 2>(f, begin + COUNT / 2);
+  }
+}
+
+template <class Element, Epilogue EPILOGUE, int VEC = kVec<Element, masks(EPILOGUE)>>
+struct BatchNormForward {
+  using Params = ForwardParams;
+  using T = Element;
+  using A = acc_t<T>;
+  static constexpr int N = VEC;
+  // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
+  static constexpr bool kResident = !(EPILOGUE == Epilogue::general && sizeof(T) == 8);
+  static constexpr int kInputs = 1;
+  __device__ __forceinline__ static const void* input(const ForwardParams& p, int) { return p.x; }
+
+  // ---- reduction
+
+  using State = Welford<A>;
+
+  // Vectors of a planar chunk: 32 elements, all of whose loads are in flight together, or what the registers of a full
+  // multiprocessor hold of wider elements, and of vectors with masked ends.
+  template <bool ALIGNED>
+  static constexpr int kPlanarReduceChunk = (sizeof(T) == 8 ? 8
+                                             : ALIGNED      ? 32
+                                                            : 16) /
+                                            N;
+  // Rows of a chunk of columns, next to the states of N columns.
+  static constexpr int kColumnReduceChunk = N * sizeof(A) > 32 ? 2 : N * sizeof(T) > 16 ? 4 : 8;
+
+  // One thread's part of a channel.
+  struct PlanarReducer {
+    State state = {};
+
+    __device__ __forceinline__ PlanarReducer(const ForwardParams&, int64_t) {}
+
+    // Takes the chunk's mean, then its squared deviations from that, from registers: two sums that do not cancel.
+    template <int COUNT, bool WHOLE>
+    __device__ __forceinline__ void add(const ForwardParams&, const Chunk<COUNT, WHOLE>& chunk,
+                                        const Vec<T, N> (&vecs)[1][COUNT]) {
+      A value[COUNT][N];
+      int n = 0;
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) {
+        widen_vec<T, N>(vecs[0][k], value[k]);
+        n += WHOLE ? N : max(chunk.hi[k] - chunk.lo[k], 0);
+      }
+      if (n == 0) return;
+
+      if (state.count == A(0)) {
+        // The shift is the first of the thread's elements, found from behind with constant register indices.
+#pragma unroll
+        for (int i = COUNT * N - 1; i >= 0; --i) {
+          if (chunk.has(i / N, i % N)) state.shift = value[i / N][i % N];
+        }
+      }
+
+      const A inverse = WHOLE ? A(1) / A(COUNT * N) : reciprocal(static_cast<A>(n));
+      const A mean = inverse * pairwise_sum<COUNT * N>([&](int i) {
+                       A& v = value[i / N][i % N];
+                       v = chunk.has(i / N, i % N) ? v - state.shift : A(0);
+                       return v;
+                     });
+      const A var = inverse * pairwise_sum<COUNT * N>([&](int i) {
+                      const A d = chunk.has(i / N, i % N) ? value[i / N][i % N] - mean : A(0);
+                      return d * d;
+                    });
+      state.add(static_cast<A>(n), mean, var);
+    }
+
+    __device__ __forceinline__ State result() const { return state; }
+  };
+
+  // One thread's N columns, all with the same count, so that they share the division of Welford::add.
+  struct ColumnReducer {
+    A count = A(0);
+    A shift[N] = {}, offset[N] = {}, var[N] = {};
+
+    __device__ __forceinline__ ColumnReducer(const ForwardParams&, const Partition&, int64_t, bool) {}
+
+    template <int COUNT>
+    __device__ __forceinline__ void add(const ForwardParams&, const Chunk<COUNT, true>&,
+                                        const Vec<T, N> (&vecs)[1][COUNT]) {
+      const Vec<T, N>(&x)[COUNT] = vecs[0];
+      if (count == A(0)) widen_vec<T, N>(x[0], shift);
+      const A total = count + A(COUNT);
+      const A f = A(COUNT) * reciprocal(total);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        constexpr A inverse = A(1) / A(COUNT);
+        const A mean = inverse * pairwise_sum<COUNT>([&](int k) { return x[k][e] - shift[e]; });
+        const A chunk_var = inverse * pairwise_sum<COUNT>([&](int k) {
+                              const A d = (x[k][e] - shift[e]) - mean;
+                              return d * d;
+                            });
+        const A delta = mean - offset[e];
+        offset[e] += delta * f;
+        var[e] += f * ((chunk_var - var[e]) + delta * delta * (A(1) - f));
+      }
+      count = total;
+    }
+
+    __device__ __forceinline__ void result(State (&state)[N]) const {
+#pragma unroll
+      for (int e = 0; e < N; ++e) state[e] = {count, shift[e], offset[e], var[e]};
+    }
+  };
+
+  // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
+  __device__ __forceinline__ static void add_tail(const ForwardParams& p, int64_t channel, State& whole) {
+    const int64_t numel = p.shape.numel();
+    for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
+      if (i % p.shape.c == channel) whole.merge({A(1), widen(static_cast<const T*>(p.x)[i]), A(0), A(0)});
+    }
+  }
+
+  // Writes a channel's statistics, and updates its running ones.
+  __device__ __forceinline__ static void finish(const ForwardParams& p, int64_t channel, const State& whole) {
+    const A mean = whole.mean();
+    if (p.mean) static_cast<A*>(p.mean)[channel] = mean;
+    if (p.var) static_cast<A*>(p.var)[channel] = whole.var;
+    if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(whole.var, p.eps);
+    if (!p.running_mean) return;
+    // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
+    const double factor = p.cumulative ? 1.0 / static_cast<double>(*p.num_batches_tracked + 1) : p.momentum;
+    const double m = static_cast<double>(p.shape.per_channel());
+    const RunningUpdate<A> update = {static_cast<A>(factor), static_cast<A>(m / (m - 1.0))};
+    const A running_mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
+    const A running_var = load_scalar<A>(p.running_var, p.running_dtype, channel, A(0));
+    store_scalar<A>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
+    store_scalar<A>(p.running_var, p.running_dtype, channel, update.var(running_var, whole.var));
+  }
+
+  // Adds one to num_batches_tracked, where it is given: by the first block of a pass that begins when every block of
+  // the reduction has read it.
+  __device__ __forceinline__ static void after_reduction(const ForwardParams& p) {
+    if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
+  }
+
+  // The same at the end of a kernel without such a point. A cumulative average reads it, so that the last
+  // block to finish must do it, which takes a counter: the one behind those of the tiles.
+  __device__ __forceinline__ static void end(const ForwardParams& p, const Scratch& scratch, int64_t counter) {
+    if (!p.num_batches_tracked) return;
+    const bool last = p.cumulative ? arrive_last(&scratch.counters[counter], gridDim.x) : blockIdx.x == 0;
+    if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
+  }
+
+  // ---- from a channel's statistics to its affine step
+
+  // What the elementwise pass needs of a channel's state.
+  struct Summary { A mean, invstd; };
+  __device__ __forceinline__ static Summary summary(const ForwardParams& p, const State& whole) {
+    return {whole.mean(), inverse_std(whole.var, p.eps)};
+  }
+
+  using Coefficients = Affine<A>;
+
+  template <int WIDTH>
+  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+                                                      const Channels<WIDTH>& channels, const A (&mean)[WIDTH],
+                                                      const A (&invstd)[WIDTH]) {
+    A weight[WIDTH], bias[WIDTH];
+    load_vector(weight, p.weight, p.weight_dtype, channels, A(1));
+    load_vector(bias, p.bias, p.weight_dtype, channels, A(0));
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
+  }
+
+  template <int WIDTH>
+  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+                                                      const Channels<WIDTH>& channels,
+                                                      const Summary (&summary)[WIDTH]) {
+    A mean[WIDTH], invstd[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) {
+      mean[e] = summary[e].mean;
+      invstd[e] = summary[e].invstd;
+    }
+    coefficients(affine, p, channels, mean, invstd);
+  }
+
+  // By what finish() wrote.
+  template <int WIDTH>
+  __device__ __forceinline__ static void load_coefficients(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+                                                           const Channels<WIDTH>& channels) {
+    A mean[WIDTH], invstd[WIDTH];
+    load_vector(mean, p.mean, dtype_of<A>::value, channels, A(0));
+    load_vector<A>(invstd, p.invstd, channels);
+    coefficients(affine, p, channels, mean, invstd);
+  }
+
+  // For an elementwise pass on its own: in evaluation mode by the running statistics, of which the threads that `save`
+  // write mean and invstd for the channels whose first column they have.
+  template <int WIDTH>
+  __device__ __forceinline__ static void load_coefficients_of_pass(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+                                                                   const Channels<WIDTH>& channels, bool save) {
+    if (p.running_mean == nullptr) return load_coefficients(affine, p, channels);
+    A mean[WIDTH], invstd[WIDTH];
+    load_vector(mean, p.running_mean, p.running_dtype, channels, A(0));
+    load_vector(invstd, p.running_var, p.running_dtype, channels, A(1));
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) {
+      invstd[e] = inverse_std(invstd[e], p.eps);
+      if (!save || !channels.first[e]) continue;
+      if (p.mean) static_cast<A*>(p.mean)[channels.at[e]] = mean[e];
+      if (p.invstd) static_cast<A*>(p.invstd)[channels.at[e]] = invstd[e];
+    }
+    coefficients(affine, p, channels, mean, invstd);
+  }
+
+  // ---- elementwise
+
+  // Vectors of each of x and residual that a thread has in flight.
+  template <bool COLUMNS>
+  static constexpr int kApplyChunk = vecs_in<T, N>(EPILOGUE == Epilogue::general ? 32 : 64);
+
+  // affine_at(e) is the affine step of element e of a vector.
+  template <int COUNT, bool WHOLE, class AffineAt>
+  __device__ __forceinline__ static void apply(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                               const Vec<T, N> (&vecs)[1][COUNT], const AffineAt& affine_at) {
+    constexpr bool kGeneral = EPILOGUE == Epilogue::general;
+    const bool adds = kGeneral ? p.residual != nullptr : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
+    Vec<T, N> added[COUNT];
+    if (adds) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
+    auto apply_as = [&](auto act) {
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) apply_vec<decltype(act)>(p, chunk, k, vecs[0][k], adds, added[k], affine_at);
+      return 0;
+    };
+    if constexpr (kGeneral) with_activation(p.activation, 0, apply_as);
+    else if constexpr (EPILOGUE == Epilogue::relu || EPILOGUE == Epilogue::add_relu) apply_as(Relu{});
+    else apply_as(Identity{});
+  }
+
+ private:
+  template <class Act, int COUNT, bool WHOLE, class AffineAt>
+  __device__ __forceinline__ static void apply_vec(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk, int k,
+                                                   const Vec<T, N>& x, bool adds, const Vec<T, N>& added,
+                                                   const AffineAt& affine_at) {
+    constexpr bool kMasks = masks(EPILOGUE) && N == 8 && Act::kept == Kept::bit;
+    const A param = static_cast<A>(p.activation_param);
+    A y[N];
+    uint32_t bits = 0;  // whether the derivative is 1, an element each
+    widen_vec<T, N>(x, y);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      A z = affine_at(e)(y[e]);
+      if (adds) z += added[e];
+      if constexpr (kMasks) bits |= static_cast<uint32_t>(chunk.has(k, e) && Act::grad(z, param) == A(1)) << e;
+      y[e] = Act::value(z, param);
+    }
+    store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(y));
+    if constexpr (kMasks) {
+      if (p.mask) p.mask[chunk.vec[k]] = static_cast<uint8_t>(bits);
+    }
+  }
+};
+
+}  // namespace bnext::cuda

@@ -1,0 +1,95 @@
+// From run-time values to an operation's template arguments, and how a partition is launched: for the plans' launchers.
+#pragma once
+
+#include <utility>
+
+#include "../device/cuda_compat.h"
+#include "../launch.h"
+#include "../ops/batch_norm_backward.cuh"
+#include "../ops/batch_norm_forward.cuh"
+#include "plans.h"
+
+namespace bnext::cuda {
+
+template <class F>
+cudaError_t with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::f16: return f(f16{});
+    case DType::bf16: return f(bf16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// f(BatchNormForward<...>{}) of the parameters' dtype and epilogue.
+template <class F>
+cudaError_t with_op(const ForwardParams& p, F&& f) {
+  return with_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (epilogue_of(p)) {
+      case Epilogue::none: return f(BatchNormForward<T, Epilogue::none>{});
+      case Epilogue::relu: return f(BatchNormForward<T, Epilogue::relu>{});
+      case Epilogue::add: return f(BatchNormForward<T, Epilogue::add>{});
+      case Epilogue::add_relu: return f(BatchNormForward<T, Epilogue::add_relu>{});
+      case Epilogue::general: return f(BatchNormForward<T, Epilogue::general>{});
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+template <class F>
+cudaError_t with_op(const BackwardParams& p, F&& f) {
+  return with_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (derivative_of(p)) {
+      case Derivative::none: return f(BatchNormBackward<T, Derivative::none>{});
+      case Derivative::relu: return f(BatchNormBackward<T, Derivative::relu>{});
+      case Derivative::relu_mask: return f(BatchNormBackward<T, Derivative::relu_mask>{});
+      case Derivative::general: return f(BatchNormBackward<T, Derivative::general>{});
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+// The same for the plan `resident`, of the operations that it is compiled for; plan.cpp asks for no others.
+template <class Params, class F>
+cudaError_t with_resident_op(const Params& p, F&& f) {
+  return with_op(p, [&](auto op) {
+    if constexpr (decltype(op)::kResident) return f(op);
+    else return cudaErrorInvalidValue;
+  });
+}
+
+// The reduction on its own: of the forward, it does not depend on the epilogue.
+template <class F>
+cudaError_t with_reduction(const ForwardParams& p, F&& f) {
+  return with_dtype(p.dtype, [&](auto element) { return f(BatchNormForward<decltype(element), Epilogue::none>{}); });
+}
+template <class F>
+cudaError_t with_reduction(const BackwardParams& p, F&& f) {
+  return with_op(p, std::forward<F>(f));
+}
+
+// Launches one pass; nothing where the grid is empty. Resident blocks exchange partial results: they are launched as
+// clusters, or cooperatively.
+template <class... Params, class... Args>
+cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partition, cudaStream_t stream,
+                             Args&&... args) {
+  if (partition.blocks() == 0) return cudaSuccess;
+  if (!partition.fits()) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<uint32_t>(partition.blocks())), block(partition.threads);
+  const auto shared = static_cast<size_t>(partition.resident_bytes);
+  if (partition.pdl) return launch_pdl(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (shared == 0) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  const auto cluster = static_cast<unsigned>(partition.clustered ? partition.splits : 1);
+  if (cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), shared, cluster);
+      error != cudaSuccess) {
+    return error;
+  }
+  if (partition.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (!partition.clustered) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  return launch_cluster(kernel, grid, block, cluster, shared, stream, std::forward<Args>(args)...);
+}
+
+}  // namespace bnext::cuda

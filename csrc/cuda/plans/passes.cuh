@@ -1,0 +1,60 @@
+// The two passes of the plans `two_pass` and `cooperative`, for the block that takes a work tile: both read global
+// memory.
+#pragma once
+
+#include "block.cuh"
+
+namespace bnext::cuda {
+
+template <class Op, bool ALIGNED>
+__device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p, const Partition& partition,
+                                                   const Scratch& scratch, const WorkTile& work) {
+  using State = typename Op::State;
+  const State state[1] = {reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p))};
+  merge_blocks(state, threadIdx.x == 0, work.tile, p.shape.c, partition, scratch, work,
+               [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
+}
+
+template <class Op>
+__device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p, const Partition& partition,
+                                                   const Scratch& scratch, const WorkTile& work) {
+  using State = typename Op::State;
+  const ColumnPlace<Op::N> place(partition, work);
+  State state[Op::N];
+  reduce_columns<Op>(state, p, partition, work, place, from_global<Op, Reuse::again>(p));
+  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, partition, scratch, work,
+               [&](int64_t channel, State whole) {
+                 Op::add_tail(p, channel, whole);
+                 Op::finish(p, channel, whole);
+               });
+}
+
+template <class Op, bool OF_PASS, int WIDTH>
+__device__ __forceinline__ void load_coefficients(typename Op::Coefficients (&coefficients)[WIDTH],
+                                                  const typename Op::Params& p, const Channels<WIDTH>& channels,
+                                                  bool save) {
+  if constexpr (OF_PASS) Op::load_coefficients_of_pass(coefficients, p, channels, save);
+  else Op::load_coefficients(coefficients, p, channels);
+}
+
+// OF_PASS: the launch does nothing else, and may be the only one.
+template <class Op, bool OF_PASS>
+__device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, const Partition& partition,
+                                                  const WorkTile& work) {
+  typename Op::Coefficients coefficients[1];
+  load_coefficients<Op, OF_PASS>(coefficients, p, Channels<1>(work.tile), work.split == 0 && threadIdx.x == 0);
+  apply_planar<Op>(p, partition, work, from_global<Op, Reuse::last>(p), coefficients[0]);
+}
+
+template <class Op, bool OF_PASS>
+__device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, const Partition& partition,
+                                                  const WorkTile& work) {
+  const ColumnPlace<Op::N> place(partition, work);
+  if (!place.active) return;
+  typename Op::Coefficients coefficients[Op::N];
+  load_coefficients<Op, OF_PASS>(coefficients, p, Channels<Op::N>(partition, p.shape, place.col),
+                                 work.split == 0 && place.row == 0);
+  apply_columns<Op, true>(p, partition, work, place, from_global<Op, Reuse::last>(p), coefficients);
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,65 @@
+// Plan `resident` of planar layouts: one launch that reads the inputs from memory once.
+//
+// A cluster of blocks owns a channel. A block loads its part in chunks, reduces each chunk from registers, and leaves
+// the vectors in shared memory. The blocks of the cluster read each other's states through distributed shared memory
+// and merge them in rank order, every block for itself; then each runs the elementwise pass on its copies. Blocks of at
+// most half a multiprocessor's shared memory run in pairs, of which one loads while the other stores.
+//
+// Forward: reads e bytes an element (2e with a residual), writes e (and 1/8 byte of mask): 2e, the floor.
+// Backward: reads 2e (and the mask twice, the second time from the L2 cache), writes e, and e for dresidual: 3e, the
+// floor.
+#include "block.cuh"
+#include "cluster.cuh"
+#include "launch_plan.cuh"
+
+namespace bnext::cuda {
+namespace {
+
+template <class Op>
+__global__ void __launch_bounds__(kMaxThreads, kWholeBlocksPerSM<typename Op::T>)
+    resident_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
+                           const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
+  const WorkTile work = cluster_work_tile(partition);
+  const SharedTile<Op> shared_tile(partition, 0, 1);
+
+  const auto mine = reduce_planar<Op, true>(p, partition, work, shared_tile.fill(p));
+  const auto whole = merge_cluster(mine, partition);
+  if (work.split == 0 && threadIdx.x == 0) Op::finish(p, work.tile, whole);
+
+  const typename Op::Summary summary[1] = {Op::summary(p, whole)};
+  typename Op::Coefficients coefficients[1];
+  Op::coefficients(coefficients, p, Channels<1>(work.tile), summary);
+  apply_planar<Op>(p, partition, work, shared_tile.read(), coefficients[0]);
+  Op::end(p, scratch, 0);
+  leave_cluster(partition);
+}
+
+template <class Params>
+cudaError_t launch_any(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
+  return with_resident_op(p, [&](auto op) {
+    return launch_partition(resident_planar_kernel<decltype(op)>, partition, stream, p, partition, scratch);
+  });
+}
+
+}  // namespace
+
+// The kernel of one type speaks for all: with that much shared memory to each block, a block takes a multiprocessor.
+cudaError_t count_large_clusters(int64_t shared_per_block, int32_t* count) {
+  constexpr int64_t kStatic = 4 * 1024;
+  const auto kernel = resident_planar_kernel<BatchNormForward<float, Epilogue::none>>;
+  const auto shared = static_cast<size_t>(shared_per_block - kStatic);
+  cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), shared, kLargeCluster);
+  if (error != cudaSuccess) return error;
+  return count_clusters(kernel, kMaxThreads, kLargeCluster, shared, count);
+}
+
+cudaError_t launch_resident_planar(const ForwardParams& p, const Partition& partition, const Scratch& scratch,
+                                   cudaStream_t stream) {
+  return launch_any(p, partition, scratch, stream);
+}
+cudaError_t launch_resident_planar(const BackwardParams& p, const Partition& partition, const Scratch& scratch,
+                                   cudaStream_t stream) {
+  return launch_any(p, partition, scratch, stream);
+}
+
+}  // namespace bnext::cuda
