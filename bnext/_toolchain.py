@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Compiled where no GPU says which one is wanted, as far as the compiler knows them.
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+#: Compiled where no GPU says which one is wanted, as far as the compiler knows them: each generation's machine
+#: code, which later ones cannot run (8.6 and 8.9 could run that of 8.0, but have another balance of registers).
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0")
 
 #: Where CUDA's own installers put it; the last place that torch looks in.
 CONVENTIONAL_PREFIX = Path("/usr/local/cuda")
@@ -115,15 +116,35 @@ def architectures_for(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]])
 
 def choose_architectures(known: Sequence[str], capabilities: Iterable[tuple[int, int]]) -> list[str]:
     """Those of the visible GPUs, or all of ARCHITECTURES that are known where none is visible. A GPU
-    that is newer than the compiler runs the PTX of the newest."""
-    newest = max(known, key=_number)
-    visible = {f"{major}.{minor}" for major, minor in capabilities}
-    chosen = {min(a, newest, key=_number) for a in visible} or set(ARCHITECTURES) & set(known)
+    that the compiler does not know runs the PTX of the newest that is older."""
+    older = [[a for a in known if _number(a) <= 10 * major + minor] for major, minor in capabilities]
+    chosen = {max(those, key=_number) for those in older if those} or set(ARCHITECTURES) & set(known)
     return sorted(chosen, key=_number)
 
 
 def _number(architecture: str) -> int:
     return int(architecture.replace(".", ""))
+
+
+def code_for(built_for: str, capability: tuple[int, int]) -> str | None:
+    """What a GPU runs of an extension that was built for these `gpus` (of `describe`, or as read from the file):
+    "machine code of 9.0"; "PTX of 8.0", which the driver compiles at first use, and in which nothing that came
+    after 8.0 is used; or None. Empty where the user named generations, which only torch understands."""
+    major, minor = capability
+    machine_code, ptx = [], []
+    for item in re.split("[;/]", built_for):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if found is None:
+            return ""
+        architecture, number = (int(found[1]), int(found[2])), f"{found[1]}.{found[2]}{found[3]}"
+        # Of one generation, an older member's code runs on a newer one; with "a", on none but that very one.
+        if architecture == capability or (found[3] != "a" and (major, 0) <= architecture < capability):
+            machine_code.append((architecture, number))
+        if found[4] and not found[3] and architecture <= capability:
+            ptx.append((architecture, number))
+    if machine_code:
+        return f"machine code of {max(machine_code)[1]}"
+    return f"PTX of {max(ptx)[1]}" if ptx else None
 
 
 def gencode(architectures: Sequence[str]) -> list[str]:

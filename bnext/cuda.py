@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
+
 from bnext import _extension
 
-__all__ = ["force_plan", "plans", "set_sm_margin"]
+__all__ = ["GPUS", "describe_plan", "force_plan", "plans", "set_sm_margin"]
+
+#: What plans look at of a device: ten times its compute capability, multiprocessors, bytes of shared memory of
+#: one, of a block, and of L2, and how many clusters of 16 run together, which only a device itself knows (0
+#: here). To a plan an H200 is an H100.
+GPUS = {
+    "H100": (90, 132, 233472, 232448, 52428800, 0),
+    "B200": (100, 148, 233472, 232448, 132644864, 0),
+    "A100": (80, 108, 167936, 166912, 41943040, 0),
+    "RTX4090": (89, 128, 102400, 101376, 75497472, 0),
+    "T4": (75, 40, 65536, 65536, 4194304, 0),
+}
 
 
 def _cuda_extension() -> ModuleType:
@@ -37,13 +50,19 @@ def force_plan(plan: str) -> Iterator[None]:
     environment variable ``BNEXT_PLAN`` does the same from the start.
 
     Args:
-        plan: one of :func:`plans`.
+        plan: one of :func:`plans`. ``"resident"`` also with details: ``"resident:cluster=4"`` says how
+            many blocks share a channel in a contiguous layout (1, 2, 4, 8 or 16); in channels_last
+            layouts, ``"resident:groups=2,splits=64,buffers=2,tile_vecs=8"``, or some of these, say how many
+            tiles of channels are worked on at a time, by how many blocks each, how many tiles a block
+            keeps (1 or 2), and how many units of 16 bytes a tile is wide (of 8 elements, where a sign
+            mask goes with them).
 
     Raises:
-        ValueError: there is no such plan.
+        ValueError: there is no such plan, or detail.
         NotImplementedError: where bnext was built without CUDA.
 
-    A call on a tensor whose shape the plan cannot take raises RuntimeError.
+    A call on a tensor whose shape the plan cannot take, as it is asked for, raises RuntimeError, which
+    says what the device would take.
     """
     extension = _cuda_extension()
     previous = extension.force_plan(plan)
@@ -73,3 +92,44 @@ def set_sm_margin(multiprocessors: int) -> int:
         NotImplementedError: where bnext was built without CUDA.
     """
     return _cuda_extension().set_sm_margin(multiprocessors)
+
+
+def describe_plan(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    backward: bool = False,
+    activation: str | None = None,
+    residual: bool = False,
+    gpu: str | int | None = None,
+    plan: str | None = None,
+) -> str:
+    """In words, the plan that a training forward or backward gets.
+
+    Args:
+        shape, dtype, memory_format: of the input.
+        backward: of the backward, rather than of the forward.
+        activation, residual: as the layer has them.
+        gpu: one of :data:`GPUS`, which need not be there; or a device's index, by default the current one.
+        plan: as for :func:`force_plan`, by default what holds.
+
+    Raises:
+        ValueError: there is no such plan, activation or GPU.
+        RuntimeError: the shape has no such plan.
+        NotImplementedError: where bnext was built without CUDA.
+
+    >>> bnext.cuda.describe_plan((32, 64, 56, 56), torch.bfloat16, gpu="H100")
+    'resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, in clusters; 52224 bytes of shared memory a block'
+    """
+    extension = _cuda_extension()
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation should be None or 'relu', not {activation!r}")
+    if isinstance(gpu, str):
+        if gpu not in GPUS:
+            raise ValueError(f"gpu should be one of {', '.join(GPUS)}, or a device's index, not {gpu!r}")
+        properties = GPUS[gpu]
+    else:
+        properties = extension.device_properties(torch.cuda.current_device() if gpu is None else gpu)
+    x = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format)
+    return extension.describe_plan(x, backward, activation == "relu", residual, list(properties), plan or "")

@@ -1,7 +1,10 @@
 // Prints the plan of each problem on standard input, one JSON object a line. A problem is
 //   cc multiprocessors shared shared_of_a_block l2 large_clusters  planar|interleaved dtype n c s
-//   forward|backward masked kind margin
+//   forward|backward masked plan margin
+// `plan_table choices` reads plans instead, and prints each again, or what is wrong with it.
+#include <cstring>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 
 #include "../csrc/cuda/plan.h"
@@ -9,30 +12,44 @@
 using namespace bnext;
 using namespace bnext::cuda;
 
-const char* const kKinds[] = {"automatic", "resident", "cooperative", "two_pass"};
-
 void print(const char* name, const Partition& p) {
   std::cout << ",\"" << name << "\":{\"columns\":" << p.columns << ",\"aligned\":" << p.aligned
             << ",\"vec\":" << p.vec << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles
             << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers
             << ",\"l2_steps\":" << p.l2_steps << ",\"pdl\":" << p.pdl
-            << ",\"tile_channels\":" << p.tile_channels << ",\"packs\":" << p.packs << ",\"clustered\":" << p.clustered
-            << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
-            << ",\"shared_bytes\":" << p.shared_bytes << ",\"resident_bytes\":" << p.resident_bytes
-            << ",\"plane_vecs\":" << p.plane_vecs << ",\"stride_planes\":" << p.stride_planes
-            << ",\"stride_vecs\":" << p.stride_vecs << ",\"cols\":" << p.cols << ",\"tile_vecs\":" << p.tile_vecs
-            << ",\"thread_rows\":" << p.thread_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
+            << ",\"starts_next\":" << p.starts_next << ",\"tile_channels\":" << p.tile_channels
+            << ",\"packs\":" << p.packs << ",\"clustered\":" << p.clustered << ",\"steps\":" << p.steps
+            << ",\"steps_per_split\":" << p.steps_per_split << ",\"shared_bytes\":" << p.shared_bytes
+            << ",\"resident_bytes\":" << p.resident_bytes << ",\"plane_vecs\":" << p.plane_vecs
+            << ",\"stride_planes\":" << p.stride_planes << ",\"stride_vecs\":" << p.stride_vecs
+            << ",\"cols\":" << p.cols << ",\"tile_vecs\":" << p.tile_vecs << ",\"thread_rows\":" << p.thread_rows
+            << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
 }
 
-int main() {
+void print_choices() {
+  for (std::string line; std::getline(std::cin, line);) {
+    try {
+      std::cout << to_string(parse_choice(line)) << "\n";
+    } catch (const std::invalid_argument& error) {
+      std::cout << "error: " << error.what() << "\n";
+    }
+  }
+}
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "choices") == 0) {
+    print_choices();
+    return 0;
+  }
   DeviceProperties device;
-  std::string layout, dtype, direction;
+  std::string layout, dtype, direction, wish, refusal;
   Shape shape;
-  int masked, kind, margin;
+  int masked, margin;
   while (std::cin >> device.compute_capability >> device.multiprocessors >> device.shared_per_multiprocessor >>
          device.shared_per_block >> device.l2_bytes >> device.large_clusters >> layout >> dtype >> shape.n >> shape.c >>
-         shape.s >> direction >> masked >> kind >> margin) {
-    const PlanOptions options = {static_cast<PlanKind>(kind), margin};
+         shape.s >> direction >> masked >> wish >> margin) {
+    const PlanOptions options = {parse_choice(wish), margin};
+    refusal.clear();
     shape.layout = layout == "planar" ? Layout::planar : Layout::interleaved;
     const DType type = dtype == "f32"   ? DType::f32
                        : dtype == "f64" ? DType::f64
@@ -47,7 +64,7 @@ int main() {
       p.activation = masked ? Activation::relu : Activation::none;
       p.residual = masked ? &present : nullptr;
       p.mask = masked ? &present : nullptr;
-      plan = plan_forward(p, device, options);
+      plan = plan_forward(p, device, options, &refusal);
     } else {
       BackwardParams p = {};
       p.shape = shape;
@@ -55,10 +72,11 @@ int main() {
       p.activation = masked ? Activation::relu : Activation::none;
       p.mask = masked ? &present : nullptr;
       p.dx = p.dweight = &present;
-      plan = plan_backward(p, device, options);
+      plan = plan_backward(p, device, options, &refusal);
     }
-    std::cout << "{\"kind\":\"" << kKinds[static_cast<int>(plan.kind)] << "\",\"blocks\":" << plan.blocks
-              << ",\"partial_bytes\":" << plan.partial_bytes << ",\"counters\":" << plan.counters;
+    std::cout << "{\"kind\":\"" << name_of(plan.kind) << "\",\"refusal\":\"" << refusal << "\",\"text\":\""
+              << describe(plan) << "\",\"blocks\":" << plan.blocks << ",\"partial_bytes\":" << plan.partial_bytes
+              << ",\"counters\":" << plan.counters;
     print("resident", plan.resident);
     print("reduce", plan.reduce);
     print("apply", plan.apply);

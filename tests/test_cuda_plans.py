@@ -20,7 +20,12 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 @pytest.mark.skipif(extension().with_cuda, reason="this build has CUDA code")
 @pytest.mark.parametrize(
     "call",
-    [bnext.cuda.plans, lambda: bnext.cuda.set_sm_margin(1), lambda: bnext.cuda.force_plan("cooperative").__enter__()],
+    [
+        bnext.cuda.plans,
+        lambda: bnext.cuda.set_sm_margin(1),
+        lambda: bnext.cuda.force_plan("cooperative").__enter__(),
+        lambda: bnext.cuda.describe_plan((2, 3), gpu="H100"),
+    ],
 )
 def test_a_build_without_cuda_says_so(call):
     with pytest.raises(NotImplementedError, match="without CUDA|no CUDA code"):
@@ -43,6 +48,54 @@ def test_force_plan_holds_within():
 
 
 @with_cuda
+def test_force_plan_takes_details():
+    force = extension().force_plan
+    with bnext.cuda.force_plan("resident:tile_vecs=8,groups=2"):
+        assert force("resident:cluster=4") == "resident:groups=2,tile_vecs=8"
+        with pytest.raises(ValueError, match="cluster of plan 'resident' should be 1, 2, 4, 8 or 16, not '5'"):
+            force("resident:cluster=5")
+        assert force("automatic") == "resident:cluster=4"
+
+
+@with_cuda
+def test_describe_plan_needs_no_gpu():
+    describe = bnext.cuda.describe_plan
+    shape, bf16 = (32, 64, 56, 56), torch.bfloat16
+    assert describe(shape, bf16, gpu="H100").startswith("resident: 1 launch of 64 tiles, 4 blocks of 256 threads each")
+    assert describe(shape, bf16, gpu="T4").startswith("two_pass: 2 launches, of 64 tiles, ")
+    assert "in clusters; 101376 bytes" in describe(shape, bf16, gpu="H100", backward=True)
+    assert ", 8 blocks of" in describe(shape, bf16, gpu="H100", plan="resident:cluster=8")
+    last = describe(shape, bf16, memory_format=torch.channels_last, gpu="H100")
+    assert last.startswith("resident: 1 launch of 2 tiles, ")
+    with bnext.cuda.force_plan("two_pass"):
+        assert describe(shape, bf16, gpu="H100").startswith("two_pass")
+    # A mask goes with the elementwise pass: vecs of 8 elements.
+    plain, masked = (describe((64, 64, 8, 8), gpu="A100", residual=r, activation="relu") for r in (False, True))
+    assert plain != masked
+    # The layout is that of the layer: (N, C) is interleaved, whatever the format.
+    assert describe((4096, 64), gpu="H100", plan="resident:tile_vecs=4").startswith("resident")
+
+
+@with_cuda
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (ValueError, "gpu should be one of H100, .*, or a device's index, not 'H900'", {"gpu": "H900"}),
+        (ValueError, "activation should be None or 'relu', not 'gelu'", {"gpu": "H100", "activation": "gelu"}),
+        (ValueError, "plan should be 'automatic', .*, not 'fast'", {"gpu": "H100", "plan": "fast"}),
+        (
+            RuntimeError,
+            "this shape has no plan 'resident:tile_vecs=2', which .* asks for: in a planar layout, the one detail is cluster",
+            {"gpu": "H100", "plan": "resident:tile_vecs=2"},
+        ),
+    ],
+)
+def test_describe_plan_refuses_what_force_plan_would(error, message, options):
+    with pytest.raises(error, match=message):
+        bnext.cuda.describe_plan((8, 16, 8, 8), **options)
+
+
+@with_cuda
 def test_set_sm_margin_returns_what_held_before():
     before = bnext.cuda.set_sm_margin(16)
     assert bnext.cuda.set_sm_margin(0) == 16
@@ -58,7 +111,8 @@ def test_set_sm_margin_returns_what_held_before():
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("BNEXT_PLAN", "fast", "plan should be"),
+        ("BNEXT_PLAN", "fast", "BNEXT_PLAN: plan should be"),
+        ("BNEXT_PLAN", "resident:cluster=7", "BNEXT_PLAN: cluster of plan 'resident' should be"),
         ("BNEXT_SM_MARGIN", "few", "BNEXT_SM_MARGIN should be a number of multiprocessors, not 'few'"),
         ("BNEXT_SM_MARGIN", "-3", "sm_margin should be"),
     ],
@@ -72,9 +126,10 @@ def test_environment_is_checked(name, value, message):
 @with_cuda
 def test_environment_sets_what_holds_at_first():
     code = "from bnext._extension import extension as e; print(e().force_plan('automatic'), e().set_sm_margin(0))"
-    env = os.environ | {"BNEXT_PLAN": "cooperative", "BNEXT_SM_MARGIN": "8"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["cooperative", "8"]
+    for plan in ("cooperative", "resident:groups=2,splits=64"):
+        env = os.environ | {"BNEXT_PLAN": plan, "BNEXT_SM_MARGIN": "8"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [plan, "8"]
 
 
 # ---- on a GPU

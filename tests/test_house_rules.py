@@ -73,6 +73,14 @@ def test_cuda_kernels_are_started_in_one_place():
     assert {shown(p) for p in cuda if "cudaLaunchKernel" in p.read_text()} <= {"csrc/cuda/device/cuda_compat.h"}
 
 
+def test_a_kernel_lets_the_next_begin_only_where_it_is_ours():
+    """Behind a stage on its own there may be a kernel of somebody else's that overlaps, and need not wait."""
+    says_so = [p for p in CPP if re.search(r"\bstarts_next = ", p.read_text())]
+    assert {shown(p) for p in says_so} == {"csrc/cuda/launch.cpp"}
+    calls = lines_that_match(r"launch_dependent_grids\(\);", [p for p in CPP if p.suffix == ".cu"])
+    assert len(calls) == 2 and all("if (partition.starts_next) launch_dependent_grids();" in line for line in calls)
+
+
 def test_macros_are_ours():
     ours = [p for p in CPP if "csrc" in p.parts]
     assert lines_that_match(r"#\s*define\s+(?!BNEXT_)", ours) == []

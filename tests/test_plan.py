@@ -19,18 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "plan_table.txt"
 sys.path.insert(0, str(ROOT))
 
+import bnext.cuda  # noqa: E402
 from bench.suites import NETWORKS  # noqa: E402
 
-# compute capability, multiprocessors, shared bytes of one, shared bytes of a block, bytes of L2, clusters of 16:
-# how many of those a device grants is only known to itself. To a plan an H200 is an H100.
-GPUS = {
-    "H100": "90 132 233472 232448 52428800 0",
-    "B200": "100 148 233472 232448 132644864 0",
-    "A100": "80 108 167936 166912 41943040 0",
-    "RTX4090": "89 128 102400 101376 75497472 0",
-    "T4": "75 40 65536 65536 4194304 0",
-}
-KINDS = {"automatic": 0, "resident": 1, "cooperative": 2, "two_pass": 3}
+GPUS = {name: " ".join(map(str, properties)) for name, properties in bnext.cuda.GPUS.items()}
+KINDS = ("automatic", "resident", "cooperative", "two_pass")
 BATCHES = (32, 64, 128, 256)
 
 
@@ -39,7 +32,10 @@ def compile_table(folder: Path) -> Path:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = folder / "plan_table"
-    sources = [ROOT / "tests" / "plan_table.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"]
+    sources = [
+        ROOT / "tests" / "plan_table.cpp",
+        *(ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("plan", "plan_choice", "describe_plan")),
+    ]
     command = [compiler, "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *map(str, sources)]
     subprocess.run([*command, "-o", str(program)], check=True)
     return program
@@ -72,7 +68,7 @@ def table(program: Path) -> str:
                            for layer in NETWORKS[name])  # fmt: skip
     rows = list(itertools.product(GPUS, ("planar", "interleaved"), ("bf16", "f32"), layers, ("forward", "backward")))
     problems = [
-        f"{GPUS[gpu]} {layout} {dtype} {n} {c} {size * size} {direction} 0 0 0"
+        f"{GPUS[gpu]} {layout} {dtype} {n} {c} {size * size} {direction} 0 automatic 0"
         for gpu, layout, dtype, (c, size), direction in rows
         for n in BATCHES
     ]
@@ -142,7 +138,7 @@ def check_scratch(plan: dict, p: dict, state: int) -> None:
         )
 
 
-def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int) -> None:
+def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int, asked: bool = False) -> None:
     capability, multiprocessors, shared, _, _, large_clusters = map(int, gpu.split())
     unit_bytes = p["vec"] * 16 // unit_size(dtype, 0) * tensors
     strides = -(-p["steps_per_split"] // p["thread_rows"]) if p["columns"] else None
@@ -151,7 +147,7 @@ def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int) -> 
     assert p["resident_bytes"] == shares * slots * unit_bytes, "a slot for each vec of a block's shares"
     if not p["clustered"]:
         assert p["repeat"] == 1, "a tile has whole channels"
-        assert p["tile_vecs"] * p["vec"] * 16 // unit_size(dtype, 0) <= 64
+        assert asked or p["tile_vecs"] * p["vec"] * 16 // unit_size(dtype, 0) <= 64
         assert p["buffers"] == 1 or rounds_of(p) > 1
         # Blocks that wait for each other are on the device together.
         per_sm = min(shared // (p["resident_bytes"] + p["shared_bytes"] + 1024), 1 if dtype == "f64" else 2)
@@ -160,7 +156,8 @@ def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int) -> 
         assert p["groups"] == p["tiles"] and p["buffers"] == 1
         assert p["columns"] == (p["tile_channels"] > 0), "planes that are not whole vecs are side by side"
         assert p["tile_channels"] <= 8 and p["splits"] <= p["steps"]
-        assert p["splits"] in (1, 2, 4, 8) or (p["splits"] == 16 and 16 * large_clusters >= 0.75 * multiprocessors)
+        pays = 16 * large_clusters >= 0.75 * multiprocessors
+        assert p["splits"] in (1, 2, 4, 8) or (p["splits"] == 16 and (pays or (asked and large_clusters > 0)))
         assert p["splits"] == 1 or capability >= 90, "clusters"
 
 
@@ -177,7 +174,7 @@ def test_every_plan_covers_its_tensor(program):
         shape = (pick.choice(sizes), pick.choice((*sizes[1:14], 512, 2048)), pick.choice(sizes))
         direction, masked, kind = pick.choice(("forward", "backward")), pick.randint(0, 1), pick.choice(list(KINDS))
         margin = pick.choice((0, 0, 16, 1000))
-        problems.append(" ".join(map(str, (gpu, layout, dtype, *shape, direction, masked, KINDS[kind], margin))))
+        problems.append(" ".join(map(str, (gpu, layout, dtype, *shape, direction, masked, kind, margin))))
         facts.append((gpu, layout, dtype, shape, direction, masked, kind, margin))
     for problem, fact, plan in zip(problems, facts, plans(program, problems), strict=True):
         gpu, layout, dtype, shape, direction, masked, kind, margin = fact
@@ -189,12 +186,14 @@ def test_every_plan_covers_its_tensor(program):
                 assert plan[name]["groups"] == plan[name]["tiles"] and plan[name]["resident_bytes"] == 0
             assert plan["apply"]["vec"] == vec
             assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole vecs"
-            assert plan["apply"]["pdl"] == (int(gpu.split()[0]) >= 90)
+            assert plan["apply"]["pdl"] == (int(gpu.split()[0]) >= 90) and not plan["reduce"]["pdl"]
+            assert not plan["reduce"]["starts_next"] and not plan["apply"]["starts_next"], "a stage may be on its own"
             assert plan["reduce"]["vec"] == (vec if direction == "backward" else unit_size(dtype, 0))
             assert plan["reduce"]["columns"] == (layout == "interleaved")
             state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
             check_scratch(plan, plan["resident" if plan["kind"] == "resident" else "reduce"], state)
             assert kind in ("automatic", plan["kind"]) or plan["kind"] == "two_pass"
+            assert bool(plan["refusal"]) == (kind not in ("automatic", plan["kind"])), "silence or a reason"
             if plan["kind"] == "cooperative":
                 assert plan["reduce"]["threads"] == plan["apply"]["threads"] == 256
                 assert 1 <= plan["blocks"] <= max(1, int(gpu.split()[1]) - margin)
@@ -212,6 +211,162 @@ def test_every_plan_covers_its_tensor(program):
             raise AssertionError(f"{problem}\n{plan}") from error
 
 
+# ---- plans that are asked for
+
+
+def choices(program: Path, texts: list[str]) -> list[str]:
+    run = subprocess.run(
+        [program, "choices"], input="".join(f"{text}\n" for text in texts), capture_output=True, text=True, check=True
+    )
+    return run.stdout.splitlines()
+
+
+def test_choices_are_read_as_they_are_written(program):
+    texts = ["automatic", "resident", "cooperative", "two_pass", "resident:cluster=16", "resident:splits=65535"]
+    texts += ["resident:groups=2,splits=33,buffers=2,tile_vecs=128"]
+    assert choices(program, texts) == texts
+    assert choices(program, ["resident:tile_vecs=8,groups=12"]) == ["resident:groups=12,tile_vecs=8"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("fast", "plan should be 'automatic', 'resident', 'cooperative' or 'two_pass', not 'fast'"),
+        ("", "plan should be 'automatic', 'resident', 'cooperative' or 'two_pass', not ''"),
+        ("cooperative:cluster=2", "only plan 'resident' has details, got 'cooperative:cluster=2'"),
+        (
+            "resident:",
+            "should be cluster=NUMBER, groups=NUMBER, splits=NUMBER, buffers=NUMBER or tile_vecs=NUMBER, not ''",
+        ),
+        ("resident:width=2", "or tile_vecs=NUMBER, not 'width=2'"),
+        ("resident:tile_vecs=8,", "or tile_vecs=NUMBER, not ''"),
+        ("resident:cluster=3", "cluster of plan 'resident' should be 1, 2, 4, 8 or 16, not '3'"),
+        ("resident:cluster=32", "should be 1, 2, 4, 8 or 16, not '32'"),
+        ("resident:cluster", "should be 1, 2, 4, 8 or 16, not ''"),
+        ("resident:buffers=0", "buffers of plan 'resident' should be 1 or 2, not '0'"),
+        ("resident:tile_vecs=129", "tile_vecs of plan 'resident' should be from 1 to 128, not '129'"),
+        ("resident:groups=65536", "groups of plan 'resident' should be from 1 to 65535, not '65536'"),
+        ("resident:splits=-1", "splits of plan 'resident' should be from 1 to 65535, not '-1'"),
+        ("resident:splits=99999999999999999999", "not '99999999999999999999'"),
+        ("resident:splits=2,splits=2", "splits of plan 'resident' is given twice"),
+        (
+            "resident:cluster=2,tile_vecs=4",
+            "cluster is of plan 'resident' in planar layouts, its other details are of inter",
+        ),
+    ],
+)
+def test_a_choice_that_is_none_is_explained(program, text, message):
+    (answer,) = choices(program, [text])
+    assert answer.startswith("error: ") and message in answer
+
+
+def detail(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in (item.split("=") for item in text.split(":")[1].split(","))}
+
+
+def test_details_are_taken_to_the_letter_or_refused(program):
+    """Random details on random shapes; a plan that has them is one that the kernels can run."""
+    pick = random.Random(1)
+    problems, facts = [], []
+    for _ in range(6000):
+        gpu = pick.choice(list(GPUS.values()))
+        if gpu.startswith("90"):
+            gpu = gpu.removesuffix("0") + str(pick.choice((0, 6)))
+        layout, dtype = pick.choice(("planar", "interleaved")), pick.choice(("f32", "f64", "f16", "bf16"))
+        shape = pick.choice((1, 8, 32, 64)), pick.choice((8, 64, 256, 2048)), pick.choice((2, 49, 196, 784, 3136))
+        direction, masked, margin = pick.choice(("forward", "backward")), pick.randint(0, 1), pick.choice((0, 0, 16))
+        if layout == "planar":
+            wish = f"resident:cluster={pick.choice((1, 2, 4, 8, 16))}"
+        else:
+            some = {
+                "groups": (1, 2, 3, 16),
+                "splits": (1, 2, 16, 33, 132),
+                "buffers": (1, 2),
+                "tile_vecs": (1, 4, 6, 8, 32),
+            }
+            names = pick.sample(list(some), pick.randint(1, 4))
+            wish = "resident:" + ",".join(f"{name}={pick.choice(some[name])}" for name in names)
+        problems.append(" ".join(map(str, (gpu, layout, dtype, *shape, direction, masked, wish, margin))))
+        facts.append((gpu, layout, dtype, shape, direction, wish, margin))
+    taken = {"planar": 0, "interleaved": 0}
+    for problem, fact, plan in zip(problems, facts, plans(program, problems), strict=True):
+        gpu, layout, dtype, shape, direction, wish, margin = fact
+        try:
+            assert plan["kind"] == ("two_pass" if plan["refusal"] else "resident")
+            if plan["refusal"]:
+                continue
+            taken[layout] += 1
+            resident = plan["resident"]
+            for name, value in detail(wish).items():
+                assert resident["splits" if name == "cluster" else name] == value
+            check_pass(resident, shape, gpu)
+            check_resident(resident, gpu, dtype, 1 if direction == "forward" else 2, margin, asked=True)
+            check_scratch(plan, resident, (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4))
+        except AssertionError as error:
+            raise AssertionError(f"{problem}\n{plan}") from error
+    assert min(taken.values()) > 500, taken
+
+
+def test_what_a_refusal_offers_is_taken(program):
+    H100 = GPUS["H100"]
+    asked = {
+        "planar bf16 64 64 3136 forward 0 resident:cluster=1 0": "resident:cluster=4",
+        "planar bf16 64 64 3136 forward 0 resident:cluster=16 0": "resident:cluster=4",
+        "interleaved bf16 64 256 3136 forward 0 resident:groups=9 0": "resident:groups=",
+        "interleaved bf16 64 256 3136 forward 0 resident:buffers=2,splits=400 0": "resident:groups=",
+        "interleaved bf16 16 65536 49 forward 0 resident:groups=3000 0": "resident:tile_vecs=4",
+    }
+    for problem, offer in asked.items():
+        (plan,) = plans(program, [f"{H100} {problem}"])
+        offered = plan["refusal"].split("'")[1]
+        assert "it does not fit 132 multiprocessors of 233472 bytes of shared memory" in plan["refusal"]
+        assert offered.startswith(offer)
+        head, _, tail = problem.rpartition("resident:")
+        (plan,) = plans(program, [f"{H100} {head}{offered} 0"])
+        assert plan["kind"] == "resident" and not plan["refusal"]
+
+
+@pytest.mark.parametrize(
+    "problem, reason",
+    [
+        ("planar bf16 64 64 3136 forward 0 resident:tile_vecs=4 0", "in a planar layout, the one detail is cluster"),
+        (
+            "interleaved bf16 64 64 3136 forward 0 resident:cluster=2 0",
+            "the details are groups, splits, buffers and tile_vecs",
+        ),
+        ("planar f64 64 2 50176 forward 0 resident:cluster=8 0", "nor does any other 'resident'"),
+        ("planar f64 64 2 50176 forward 0 resident 0", "its channels do not fit 132 multiprocessors of 233472 bytes"),
+        ("interleaved bf16 64 3 3136 forward 0 resident 0", "or make no whole vecs of 16 bytes"),
+        ("interleaved bf16 0 64 3136 forward 0 cooperative 0", "it is empty"),
+    ],
+)
+def test_refusals_say_why(program, problem, reason):
+    (plan,) = plans(program, [f"{GPUS['H100']} {problem}"])
+    assert plan["kind"] == "two_pass" and reason in plan["refusal"]
+
+
+def test_clusters_are_refused_below_9_0(program):
+    for cluster, kind in ((1, "resident"), (2, "two_pass")):
+        (plan,) = plans(program, [f"{GPUS['A100']} planar bf16 8 64 3136 forward 0 resident:cluster={cluster} 0"])
+        assert plan["kind"] == kind
+        assert plan["refusal"] == ("" if cluster == 1 else "clusters need compute capability 9.0")
+
+
+def test_plans_describe_themselves(program):
+    said = {
+        "planar bf16 32 64 3136 forward 0 automatic 0": "resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, "
+        "in clusters; 52224 bytes of shared memory a block",
+        "planar bf16 64 64 12544 backward 0 automatic 0": "two_pass: 2 launches, of 64 tiles, 6 blocks of 256 threads "
+        "each, and of 64 tiles, 49 blocks of 256 threads each; the second overlaps the first; partial results of 3072 "
+        "bytes",
+        "interleaved f32 8 3 361 forward 0 automatic 0": "cooperative: 1 launch of ",
+        "interleaved bf16 64 256 3136 forward 0 automatic 0": " at a time, the next loaded ahead; ",
+    }
+    for problem, text in said.items():
+        (plan,) = plans(program, [f"{GPUS['H100']} {problem}"])
+        assert text in plan["text"]
+
+
 def test_hoppers_and_blackwells_read_resnet50_once(program):
     """At batch 32, in bf16: all layers, in both layouts, with and without a mask to write or to read; but for the
     backward of the first in channels_last."""
@@ -220,7 +375,7 @@ def test_hoppers_and_blackwells_read_resnet50_once(program):
         itertools.product(("H100", "B200"), ("planar", "interleaved"), ("forward", "backward"), (0, 1), layers)
     )
     problems = [
-        f"{GPUS[gpu]} {layout} bf16 32 {c} {size * size} {direction} {masked} 0 0"
+        f"{GPUS[gpu]} {layout} bf16 32 {c} {size * size} {direction} {masked} automatic 0"
         for gpu, layout, direction, masked, (c, size) in cases
     ]
     found = zip(cases, plans(program, problems), strict=True)
@@ -230,7 +385,7 @@ def test_hoppers_and_blackwells_read_resnet50_once(program):
 
 def test_awkward_planes_do_not_take_long_to_plan(program):
     """Of a prime number of elements, and of as many divisors as there can be."""
-    problems = [f"{GPUS['H100']} planar bf16 2 8 {s} forward 0 0 0" for s in (2**31 - 1, 735134400)] * 1000
+    problems = [f"{GPUS['H100']} planar bf16 2 8 {s} forward 0 automatic 0" for s in (2**31 - 1, 735134400)] * 1000
     subprocess.run([program], input="\n".join(problems), text=True, check=True, timeout=10, capture_output=True)
 
 
@@ -238,13 +393,13 @@ def test_clusters_of_16_are_taken_where_enough_of_them_fit(program):
     """64x112x112 at batch 64, backward: 1.6 MB of x and as much of dy a channel."""
     for granted, kind in ((0, "two_pass"), (6, "two_pass"), (8, "resident")):
         gpu = GPUS["H100"].removesuffix("0") + str(granted)
-        (plan,) = plans(program, [f"{gpu} planar bf16 64 64 12544 backward 0 0 0"])
+        (plan,) = plans(program, [f"{gpu} planar bf16 64 64 12544 backward 0 automatic 0"])
         assert plan["kind"] == kind, granted
         assert kind == "two_pass" or plan["resident"]["splits"] == 16
 
 
 def test_the_second_pass_finds_half_an_l2_cache_of_the_first(program):
-    problem = f"{GPUS['H100']} planar f32 256 64 12544 forward 0 {KINDS['two_pass']} 0"
+    problem = f"{GPUS['H100']} planar f32 256 64 12544 forward 0 two_pass 0"
     (plan,) = plans(program, [problem])
     reduce = plan["reduce"]
     retained = reduce["tiles"] * reduce["splits"] * reduce["l2_steps"] * 16
@@ -254,7 +409,7 @@ def test_the_second_pass_finds_half_an_l2_cache_of_the_first(program):
 def test_sizes_beyond_32_bits(program):
     """2^33 elements: every count that a kernel keeps in 32 bits still fits."""
     problems = [
-        f"{GPUS['H100']} {layout} bf16 {n} {c} {s} {direction} 0 0 0"
+        f"{GPUS['H100']} {layout} bf16 {n} {c} {s} {direction} 0 automatic 0"
         for n, c, s in ((2**15, 64, 4096), (1, 1, 2**33), (2**33, 1, 1), (2**20, 2**13, 1), (8, 3, 2**28 + 1))
         for layout in ("planar", "interleaved")
         for direction in ("forward", "backward")
@@ -265,7 +420,7 @@ def test_sizes_beyond_32_bits(program):
 
 
 def test_a_problem_too_large_for_the_kernels_says_so(program):
-    (plan,) = plans(program, [f"{GPUS['H100']} planar f32 1 {2**32} 1 forward 0 3 0"])
+    (plan,) = plans(program, [f"{GPUS['H100']} planar f32 1 {2**32} 1 forward 0 two_pass 0"])
     assert not (plan["reduce"]["fits"] and plan["apply"]["fits"])
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from bnext import _toolchain
+from tests import ptx
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -355,12 +356,46 @@ def test_resident_blocks_fit_as_the_plan_counts_on():
             assert int(shared) <= merge + 1024, (kernel, architecture)
 
 
-def test_second_passes_wait_before_they_load():
-    """They are launched to overlap the first. ACQBULK is griddepcontrol.wait."""
-    for kernel, code in machine_code(CSRC / "cuda" / "plans" / "two_pass_apply.cu", "9.0").items():
+#: Kernels that may be launched to overlap the one before, and those that may be overlapped.
+SECOND_PASS, FIRST_PASS = "two_pass_apply", "two_pass_reduce"
+
+
+@functools.cache
+def ptx_kernels(source: Path, architecture: str) -> dict[str, ptx.Kernel]:
+    return {title(name): kernel for name, kernel in ptx.kernels(compiled(source, architecture).ptx).items()}
+
+
+@pytest.mark.parametrize("architecture", ["9.0", "12.0"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_second_passes_touch_nothing_before_they_wait(source, architecture):
+    """On no path from the entry; tests/test_ptx.py shows what would be found."""
+    for name, kernel in ptx_kernels(source, architecture).items():
+        if source.stem == SECOND_PASS:
+            assert kernel.touched_before("griddepcontrol.wait") == [], name
+        else:
+            assert "griddepcontrol.wait" not in kernel.opcodes(), f"{name} is not known to overlap another"
+
+
+def test_the_assembler_leaves_the_wait_where_it_is():
+    """ACQBULK, in machine code."""
+    for kernel, code in machine_code(CSRC / "cuda" / "plans" / f"{SECOND_PASS}.cu", "9.0").items():
         opcodes = [instruction.opcode for instruction in code]
         first = next(i for i, opcode in enumerate(opcodes) if re.match(r"(LDG|LD|STG|ST|ATOM|RED)\b", opcode))
         assert "ACQBULK" in opcodes[:first], kernel
+
+
+@pytest.mark.parametrize("architecture", ["9.0", "12.0"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_first_passes_let_the_next_begin_only_where_it_is_ours(source, architecture):
+    """Partition::starts_next says whether: there is a way to the tensor, and a way to the end, without."""
+    trigger = "griddepcontrol.launch_dependents"
+    for name, kernel in ptx_kernels(source, architecture).items():
+        if source.stem == FIRST_PASS:
+            without = kernel.before(trigger)
+            assert trigger in kernel.opcodes(), name
+            assert kernel.touched_before(trigger) and "ret" in [s.opcode for s in without], name
+        else:
+            assert trigger not in kernel.opcodes(), name
 
 
 def test_every_plan_has_a_kernel_of_every_operation_type_and_variant():

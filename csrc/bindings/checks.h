@@ -9,7 +9,7 @@
 #include <optional>
 #include <string_view>
 
-#include "../core/types.h"
+#include "../core/activation.h"
 
 namespace bnext {
 

@@ -5,88 +5,43 @@
 
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <utility>
+#include <stdexcept>
 
 #include "../cuda/launch.h"
+#include "counters.h"
+#include "cuda_error.h"
 #include "plans.h"
 
 namespace bnext {
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  TORCH_CHECK(error == cudaSuccess, "bnext::", what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
-}
-
-// What outlives a call, for one device or one stream of it. Never destroyed: at exit the CUDA
-// driver may be gone before static objects are.
-struct Cache {
-  std::mutex mutex;
-  std::map<c10::DeviceIndex, cuda::DeviceProperties> properties;
-  struct Counters {
-    uint32_t* data;
-    int64_t count;
-  };
-  std::map<std::pair<c10::DeviceIndex, cudaStream_t>, Counters> counters;
-
-  static Cache& instance() {
-    static Cache* cache = new Cache;
-    return *cache;
-  }
-};
-
 const cuda::DeviceProperties& properties_of(c10::DeviceIndex device) {
-  Cache& cache = Cache::instance();
-  const std::lock_guard<std::mutex> lock(cache.mutex);
-  auto found = cache.properties.find(device);
-  if (found == cache.properties.end()) {
+  // Never destroyed: at exit the CUDA driver may be gone before static objects are.
+  static std::mutex& mutex = *new std::mutex;
+  static auto& known = *new std::map<c10::DeviceIndex, cuda::DeviceProperties>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device);
+  if (found == known.end()) {
     cuda::DeviceProperties properties = {};
     check(cuda::query_device(device, &properties), "query_device");
-    found = cache.properties.emplace(device, properties).first;
+    found = known.emplace(device, properties).first;
   }
   return found->second;
 }
 
-// Counters that are zero now and that every call leaves at zero, so that one buffer serves all
-// calls of a stream, one after the other. It is no tensor, because it outlives the call: torch's
-// allocator may be drawing from the pool of a CUDA graph that is about to be captured. A buffer
-// that has become too small stays, since kernels may be using it; the sizes double.
-uint32_t* counters_of(c10::DeviceIndex device, cudaStream_t stream, int64_t count) {
-  Cache& cache = Cache::instance();
-  const std::lock_guard<std::mutex> lock(cache.mutex);
-  Cache::Counters& counters = cache.counters[{device, stream}];
-  if (counters.count < count) {
-    const int64_t size = std::max<int64_t>({count, 2 * counters.count, 4096});
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // another stream may be capturing
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    void* data = nullptr;
-    const cudaError_t error = cudaMalloc(&data, size * sizeof(uint32_t));
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    check(error, "cudaMalloc");
-    check(cudaMemsetAsync(data, 0, size * sizeof(uint32_t), stream), "cudaMemsetAsync");
-    counters = {static_cast<uint32_t*>(data), size};
+// ---- What holds for all plans
+
+// `source` says where the text came from, if not from the caller.
+cuda::PlanChoice parse_plan(const std::string& text, const char* source = "") {
+  try {
+    return cuda::parse_choice(text);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, source, error.what());
   }
-  return counters.data;
-}
-
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
-}
-
-// In the order of PlanKind.
-const std::vector<std::string> kPlans = {"automatic", "resident", "cooperative", "two_pass"};
-
-cuda::PlanKind parse_plan(const std::string& name) {
-  const auto found = std::find(kPlans.begin(), kPlans.end(), name);
-  TORCH_CHECK_VALUE(found != kPlans.end(), "plan should be 'automatic', 'resident', 'cooperative' or 'two_pass', not '",
-                    name, "'");
-  return static_cast<cuda::PlanKind>(found - kPlans.begin());
 }
 
 int parse_margin(int64_t multiprocessors) {
@@ -95,9 +50,9 @@ int parse_margin(int64_t multiprocessors) {
   return static_cast<int>(multiprocessors);
 }
 
-cuda::PlanKind plan_of_environment() {
-  const char* name = std::getenv("BNEXT_PLAN");
-  return name ? parse_plan(name) : cuda::PlanKind::automatic;
+cuda::PlanChoice plan_of_environment() {
+  const char* text = std::getenv("BNEXT_PLAN");
+  return text ? parse_plan(text, "BNEXT_PLAN: ") : cuda::PlanChoice{};
 }
 
 int margin_of_environment() {
@@ -111,103 +66,143 @@ int margin_of_environment() {
 
 // Of the process, not of a thread: autograd runs the backward on another one.
 struct Options {
-  std::atomic<cuda::PlanKind> kind;
+  std::atomic<cuda::PlanChoice> plan;
   std::atomic<int> sm_margin;
 
   static Options& instance() {
     static Options options = {{plan_of_environment()}, {margin_of_environment()}};
     return options;
   }
+  cuda::PlanOptions get() const { return {plan.load(), sm_margin.load()}; }
 };
+static_assert(std::atomic<cuda::PlanChoice>::is_always_lock_free);
 
-void check_kind(const cuda::Plan& plan, cuda::PlanKind wanted) {
-  TORCH_CHECK(wanted == cuda::PlanKind::automatic || wanted == plan.kind, "this shape has no plan '",
-              kPlans[static_cast<size_t>(wanted)], "', which force_plan or BNEXT_PLAN asks for");
+// ---- Running a plan
+
+cuda::Plan make_plan(const ForwardParams& p, const cuda::DeviceProperties& device, const cuda::PlanOptions& options,
+                     std::string* refusal) {
+  return cuda::plan_forward(p, device, options, refusal);
+}
+cuda::Plan make_plan(const BackwardParams& p, const cuda::DeviceProperties& device, const cuda::PlanOptions& options,
+                     std::string* refusal) {
+  return cuda::plan_backward(p, device, options, refusal);
 }
 
-// A plan with the memory and the stream that it runs on.
-struct Launch {
-  cudaStream_t stream;
-  cuda::Plan plan;
+// The plan that `options` ask for.
+template <class Params>
+cuda::Plan plan_of(const Params& p, const cuda::DeviceProperties& device, const cuda::PlanOptions& options) {
+  std::string refusal;
+  const cuda::Plan plan = make_plan(p, device, options, &refusal);
+  TORCH_CHECK(refusal.empty(), "this shape has no plan '", cuda::to_string(options.plan),
+              "', which force_plan or BNEXT_PLAN asks for: ", refusal);
+  return plan;
+}
+
+// What a launch needs beside its operands, for as long as it takes to launch: memory of torch's that is freed then is
+// not used by others before the launch is over, as it belongs to the stream.
+struct Workspace {
+  Tensor partials;
   cuda::Scratch scratch = {};
-  Tensor partials, captured_counters;
 
-  enum class Of { whole, reduction, elementwise };
-
-  template <class Params>
-  Launch(const Params& p, const Tensor& x, Of what) : stream(c10::cuda::getCurrentCUDAStream(x.device().index())) {
-    const Options& options = Options::instance();
-    const cuda::PlanKind kind = what == Of::whole ? options.kind.load() : cuda::PlanKind::two_pass;
-    plan = plan_of(p, properties_of(x.device().index()), {kind, options.sm_margin});
-    check_kind(plan, kind);
-    if (what != Of::elementwise) allocate(x);
-  }
-
- private:
-  static cuda::Plan plan_of(const ForwardParams& p, const cuda::DeviceProperties& d, const cuda::PlanOptions& options) {
-    return cuda::plan_forward(p, d, options);
-  }
-  static cuda::Plan plan_of(const BackwardParams& p, const cuda::DeviceProperties& d,
-                            const cuda::PlanOptions& options) {
-    return cuda::plan_backward(p, d, options);
-  }
-
-  void allocate(const Tensor& x) {
+  Workspace(const cuda::Plan& plan, const Tensor& x, cudaStream_t stream) {
     if (plan.partial_bytes != 0) {
       partials = at::empty({plan.partial_bytes}, x.options().dtype(at::kByte));
       scratch.partials = partials.data_ptr();
     }
-    if (plan.counters == 0) return;
-    if (is_capturing(stream)) {
-      // The graph may be replayed on another stream beside this one: it gets counters of its own.
-      captured_counters = at::zeros({plan.counters}, x.options().dtype(at::kInt));
-      scratch.counters = static_cast<uint32_t*>(captured_counters.data_ptr());
-    } else {
-      scratch.counters = counters_of(x.device().index(), stream, plan.counters);
-    }
+    if (plan.counters != 0) scratch.counters = counters_for(x.device().index(), stream, plan.counters);
   }
 };
+
+// What is run: the whole, for which there are several plans, or a stage.
+enum class Of { whole, reduction, elementwise };
+
+// Plans for the device of x, allocates what the plan needs, and launches it by launch(p, plan, scratch, stream).
+template <class Params, class Launch>
+void run(const char* name, Of what, const Params& p, const Tensor& x, Launch&& launch) {
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index());
+  cuda::PlanOptions options = Options::instance().get();
+  if (what != Of::whole) options.plan = {cuda::PlanKind::two_pass};
+  const cuda::Plan plan = plan_of(p, properties_of(x.device().index()), options);
+  const Workspace workspace = what == Of::elementwise ? Workspace({}, x, stream) : Workspace(plan, x, stream);
+  check(launch(p, plan, workspace.scratch, stream), name);
+}
+
+// An elementwise stage's launcher, which takes no scratch, as one that does.
+template <class Params>
+auto without_scratch(cudaError_t (*launch)(const Params&, const cuda::Plan&, cudaStream_t)) {
+  return [launch](const Params& p, const cuda::Plan& plan, const cuda::Scratch&, cudaStream_t stream) {
+    return launch(p, plan, stream);
+  };
+}
 
 struct Cuda {
   static constexpr bool executes = true;
   using Int = int64_t;
 
-  static void stats(const ForwardParams& p, const Tensor& x) {
-    const Launch l(p, x, Launch::Of::reduction);
-    check(cuda::launch_stats(p, l.plan, l.scratch, l.stream), "stats");
-  }
+  static void stats(const ForwardParams& p, const Tensor& x) { run("stats", Of::reduction, p, x, cuda::launch_stats); }
   static void normalize(const ForwardParams& p, const Tensor& x) {
-    const Launch l(p, x, Launch::Of::elementwise);
-    check(cuda::launch_normalize(p, l.plan, l.stream), "normalize");
+    run("normalize", Of::elementwise, p, x, without_scratch(cuda::launch_normalize));
   }
   static void forward(const ForwardParams& p, const Tensor& x) {
-    const Launch l(p, x, Launch::Of::whole);
-    check(cuda::launch_forward(p, l.plan, l.scratch, l.stream), "forward");
+    run("forward", Of::whole, p, x, cuda::launch_forward);
   }
   static void backward_reduce(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x, Launch::Of::reduction);
-    check(cuda::launch_backward_reduce(p, l.plan, l.scratch, l.stream), "backward_reduce");
+    run("backward_reduce", Of::reduction, p, x, cuda::launch_backward_reduce);
   }
   static void backward_input(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x, Launch::Of::elementwise);
-    check(cuda::launch_backward_input(p, l.plan, l.stream), "backward_input");
+    run("backward_input", Of::elementwise, p, x, without_scratch(cuda::launch_backward_input));
   }
   static void backward(const BackwardParams& p, const Tensor& x) {
-    const Launch l(p, x, p.elementwise() && p.reduces() ? Launch::Of::whole : Launch::Of::reduction);
-    check(cuda::launch_backward(p, l.plan, l.scratch, l.stream), "backward");
+    run("backward", p.elementwise() && p.reduces() ? Of::whole : Of::reduction, p, x, cuda::launch_backward);
   }
 };
 
 }  // namespace
 
-std::vector<std::string> plans() { return kPlans; }
+std::vector<std::string> plans() { return {cuda::kPlanNames.begin(), cuda::kPlanNames.end()}; }
 
-std::string force_plan(const std::string& name) {
-  return kPlans[static_cast<size_t>(Options::instance().kind.exchange(parse_plan(name)))];
+std::string force_plan(const std::string& plan) {
+  return cuda::to_string(Options::instance().plan.exchange(parse_plan(plan)));
 }
 
 int64_t set_sm_margin(int64_t multiprocessors) {
   return Options::instance().sm_margin.exchange(parse_margin(multiprocessors));
+}
+
+DeviceNumbers device_properties(int64_t device) {
+  const cuda::DeviceProperties& d = properties_of(static_cast<c10::DeviceIndex>(device));
+  return {d.compute_capability, d.multiprocessors, d.shared_per_multiprocessor,
+          d.shared_per_block,   d.l2_bytes,        d.large_clusters};
+}
+
+std::string describe_plan(const Tensor& x, bool backward, bool relu, bool residual, const DeviceNumbers& device,
+                          const std::string& plan) {
+  check_input(x);
+  const auto [capability, multiprocessors, shared, shared_per_block, l2, large_clusters] = device;
+  const cuda::DeviceProperties properties = {
+      static_cast<int32_t>(capability),    static_cast<int32_t>(multiprocessors), shared, shared_per_block, l2,
+      static_cast<int32_t>(large_clusters)};
+  cuda::PlanOptions options = Options::instance().get();
+  if (!plan.empty()) options.plan = parse_plan(plan);
+  // A plan looks at which operands there are, not at what is in them.
+  uint8_t present = 0;
+  const auto fill_in = [&](auto& p) {
+    p.shape = shape_of(x, format_of(x));
+    p.dtype = to_dtype(x.scalar_type());
+    p.activation = relu ? Activation::relu : Activation::none;
+  };
+  if (backward) {
+    BackwardParams p = {};
+    fill_in(p);
+    p.training = true;
+    p.mask = relu && residual ? &present : nullptr;
+    p.dx = p.dweight = &present;
+    return cuda::describe(plan_of(p, properties, options));
+  }
+  ForwardParams p = {};
+  fill_in(p);
+  p.residual = residual ? &present : nullptr;
+  return cuda::describe(plan_of(p, properties, options));
 }
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) { register_ops<Cuda>(m); }

@@ -2,6 +2,9 @@
 // each shape, and what to leave to kernels that run beside.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <array>
 #include <string>
 #include <vector>
 
@@ -10,12 +13,22 @@ namespace bnext {
 std::vector<std::string> plans();
 
 // Makes every training forward and backward of this process take this plan, or an error where the shape
-// has no such plan; "automatic" ends that. Returns what held before. BNEXT_PLAN sets what holds at first.
-std::string force_plan(const std::string& name);
+// has no such plan; "automatic" ends that. parse_choice() says how a plan is spelled. Returns what held before.
+// BNEXT_PLAN sets what holds at first.
+std::string force_plan(const std::string& plan);
 
 // Multiprocessors that kernels whose blocks wait for each other do not count on, since they cannot begin before
 // there is room for all of them: those of a library's communication kernels, which may be long. Returns what held
 // before. BNEXT_SM_MARGIN sets what holds at first.
 int64_t set_sm_margin(int64_t multiprocessors);
+
+// The members of cuda::DeviceProperties, in their order.
+using DeviceNumbers = std::array<int64_t, 6>;
+DeviceNumbers device_properties(int64_t device);
+
+// What a training forward or backward of a layer over x would get on such a device, in words. x may be a meta tensor.
+// By `plan`, or where that is empty by what holds.
+std::string describe_plan(const at::Tensor& x, bool backward, bool relu, bool residual, const DeviceNumbers& device,
+                          const std::string& plan);
 
 }  // namespace bnext

@@ -180,6 +180,11 @@ inline Kept kept_of(Activation activation) {
   return with_activation(activation, Kept::nothing, [](auto act) { return decltype(act)::kept; });
 }
 
+// CUDA kernels of the others share one instance of every plan, with uniform branches.
+constexpr bool is_general(Activation activation) {
+  return activation != Activation::none && activation != Activation::relu;
+}
+
 // dy * f'(z). Where the derivative is 0, so is the product, whatever dy is: as in torch's relu.
 template <class V>
 BNEXT_HD V through(const V& dy, const V& grad) {

@@ -14,6 +14,13 @@ cudaError_t launch_resident(const Params& p, const Plan& plan, const Scratch& sc
   return launch_resident_interleaved(p, partition, scratch, stream);
 }
 
+// The first pass lets the second begin early. A stage on its own must not: whoever comes next may be somebody else's.
+Partition first_of_two(const Plan& plan) {
+  Partition partition = plan.reduce;
+  partition.starts_next = plan.apply.pdl;
+  return partition;
+}
+
 // An elementwise pass on its own does not overlap the kernel before, whatever that is.
 Partition alone(Partition partition) {
   partition.pdl = false;
@@ -50,7 +57,7 @@ cudaError_t launch_normalize(const ForwardParams& p, const Plan& plan, cudaStrea
 cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
   if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
   if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
-  const cudaError_t error = launch_reduce(p, plan.reduce, scratch, stream);
+  const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
   if (error != cudaSuccess) return error;
   ForwardParams second = p;  // the running statistics are done; only the counter is left
   second.running_mean = second.running_var = nullptr;
@@ -70,8 +77,9 @@ cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Scr
   if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
   if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
   if (!p.reduces()) return p.elementwise() ? launch_backward_input(p, plan, stream) : cudaSuccess;
-  const cudaError_t error = launch_reduce(p, plan.reduce, scratch, stream);
-  if (error != cudaSuccess || !p.elementwise()) return error;
+  if (!p.elementwise()) return launch_backward_reduce(p, plan, scratch, stream);
+  const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
+  if (error != cudaSuccess) return error;
   return launch_input_gradient(p, plan.apply, stream);
 }
 

@@ -80,6 +80,15 @@ void set_planar_threads(Partition& partition, int32_t threads) {
   partition.stride_vecs = static_cast<int32_t>(threads - partition.stride_planes * partition.plane_vecs);
 }
 
+// Tiles of so many vectors of a row.
+void set_tile_vecs(Partition& partition, int64_t tile_vecs) {
+  partition.tiles = ceil_div(partition.cols / partition.vec, tile_vecs);
+  partition.tile_vecs = static_cast<int32_t>(tile_vecs);
+  partition.thread_rows =
+      static_cast<int32_t>(std::clamp<int64_t>(ceil_div(partition.steps, kVecsPerThread), 1, kMaxThreads / tile_vecs));
+  partition.threads = static_cast<int32_t>(ceil_div(tile_vecs * partition.thread_rows, 32) * 32);
+}
+
 // `period` is the number of elements after which channels recur: c, or c * s for planes.
 Partition columns(const Shape& shape, int32_t vec, int64_t period, int64_t channel_stride, int64_t tile_vecs) {
   Partition partition = {};
@@ -90,13 +99,8 @@ Partition columns(const Shape& shape, int32_t vec, int64_t period, int64_t chann
   partition.repeat = static_cast<int32_t>(vec / std::gcd(period, int64_t{vec}));
   partition.cols = partition.repeat * period;
   partition.steps = partition.cols > 0 ? ceil_div(shape.numel(), partition.cols) : 0;
-  int64_t vecs = partition.cols / vec;
-  partition.tiles = ceil_div(vecs, tile_vecs);
-  partition.tile_vecs =
-      static_cast<int32_t>(std::max<int64_t>(1, ceil_div(vecs, std::max<int64_t>(1, partition.tiles))));
-  partition.thread_rows = static_cast<int32_t>(
-      std::clamp<int64_t>(ceil_div(partition.steps, kVecsPerThread), 1, kMaxThreads / partition.tile_vecs));
-  partition.threads = static_cast<int32_t>(ceil_div(int64_t{partition.tile_vecs} * partition.thread_rows, 32) * 32);
+  const int64_t vecs = partition.cols / vec, tiles = ceil_div(vecs, tile_vecs);
+  set_tile_vecs(partition, std::max<int64_t>(1, ceil_div(vecs, std::max<int64_t>(1, tiles))));
   return partition;
 }
 
@@ -148,6 +152,7 @@ int64_t reserved_bytes(int64_t merge_bytes) { return merge_bytes + 2048; }
 struct Problem {
   Shape shape;
   DType dtype;
+  bool general;         // an activation without kernels of its own
   bool masked;          // the elementwise pass reads or writes a mask
   bool reduce_masked;   // the reduction reads it
   int64_t tensors;      // that the reduction reads
@@ -212,9 +217,9 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
 }
 
 // The least cluster whose blocks keep their shares in shared memory, two blocks to a multiprocessor, and
-// fill the device; or else the largest that still has work for every thread. kept_bytes is 0 where
-// nothing fits.
-Partition resident_planar(const Problem& problem, const DeviceProperties& device) {
+// fill the device; or else the largest that still has work for every thread; or the one that is asked for.
+// kept_bytes is 0 where nothing fits.
+Partition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
   const int32_t vec = problem.vec();
   const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
   auto fit = [&](const Partition& partition, int32_t per_sm) {
@@ -229,6 +234,12 @@ Partition resident_planar(const Problem& problem, const DeviceProperties& device
   Partition best = {};
   if (base.tiles == 0) return best;
   const int64_t most = device.compute_capability >= 90 ? std::min<int64_t>(kMaxCluster, base.steps) : 1;
+  if (wanted > 0) {
+    const bool granted =
+        wanted <= most || (wanted == kLargeCluster && device.large_clusters > 0 && base.steps >= wanted);
+    const Partition partition = clustered(base, wanted, problem.vec_bytes());
+    return granted && fit(partition, 1) ? partition : best;
+  }
   for (int32_t cluster = 1; cluster <= most; cluster *= 2) {
     const Partition partition = clustered(base, cluster, problem.vec_bytes());
     if (!fit(partition, 1)) continue;
@@ -271,6 +282,22 @@ Partition in_groups(Partition partition, int64_t slots, int32_t buffers, int64_t
   return best;
 }
 
+// The same, with as many groups, or blocks in each, as are asked for.
+Partition in_these_groups(Partition partition, int64_t slots, int32_t buffers, int64_t capacity, int64_t vec_bytes,
+                          const PlanChoice& wanted) {
+  const int64_t groups = wanted.groups ? wanted.groups : std::min(partition.tiles, slots / wanted.splits);
+  if (groups == 0 || groups > std::min(partition.tiles, slots) || ceil_div(partition.tiles, groups) < buffers)
+    return {};
+  const int64_t splits = wanted.splits ? wanted.splits : slots / groups;
+  set_splits(partition, splits, partition.thread_rows);
+  partition.groups = groups;
+  partition.buffers = buffers;
+  partition.resident_bytes =
+      buffers * (partition.steps_per_split / partition.thread_rows) * partition.threads * vec_bytes;
+  const bool fits = partition.blocks() <= slots && partition.resident_bytes <= capacity;
+  return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
+}
+
 // One block to a tile where that is small; else all blocks that the device holds at a time, in pairs on a
 // multiprocessor or, where that does not fit, one by one; rather one by one than without a second stage.
 Partition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
@@ -279,21 +306,28 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
   Partition partition =
       columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes));
   if (partition.repeat > 1) return {};
+  const PlanChoice& wanted = options.plan;
+  if (wanted.tile_vecs * partition.vec > partition.cols) return {};
+  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
-  if (partition.steps * partition.tile_vecs * vec_bytes <= kSmallTileBytes) {
+  const bool grouping_wanted = wanted.groups || wanted.splits;
+  if (partition.steps * partition.tile_vecs * vec_bytes <= kSmallTileBytes && !grouping_wanted && !wanted.buffers) {
     set_splits(partition, 1, partition.thread_rows);
     partition.buffers = 1;
     partition.resident_bytes = partition.steps_per_split / partition.thread_rows * partition.threads * vec_bytes;
     if (partition.resident_bytes + reserved <= device.shared_per_block) return partition;
   }
   // A second round of a small tensor would take longer than what it hides.
-  const bool double_buffered = problem.bytes() > kSmallBytes || options.kind == PlanKind::resident;
+  const bool double_buffered = problem.bytes() > kSmallBytes || wanted.kind == PlanKind::resident;
   for (int32_t buffers = double_buffered ? 2 : 1; buffers >= 1; --buffers) {
+    if (wanted.buffers > 0 && wanted.buffers != buffers) continue;
     for (int32_t per_sm = max_per_sm; per_sm >= 1; --per_sm) {
       const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
       const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
-      const Partition grouped = in_groups(partition, slots, buffers, capacity, vec_bytes);
+      const Partition grouped = grouping_wanted
+                                    ? in_these_groups(partition, slots, buffers, capacity, vec_bytes, wanted)
+                                    : in_groups(partition, slots, buffers, capacity, vec_bytes);
       if (grouped.resident_bytes > 0) return grouped;
     }
   }
@@ -314,19 +348,64 @@ void set_cooperative(Plan& plan, const DeviceProperties& device, const PlanOptio
                          std::max<int64_t>(1, device.multiprocessors - options.sm_margin));
 }
 
-Plan make_plan(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+Partition resident_partition(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+  const PlanChoice& wanted = options.plan;
+  if (problem.general && problem.dtype == DType::f64) return {};  // not compiled: see Op::kResident
+  if (problem.shape.layout == Layout::planar) {
+    return wanted.interleaved_details() ? Partition{} : resident_planar(problem, device, wanted.cluster);
+  }
+  return wanted.cluster ? Partition{} : resident_columns(problem, problem.dtype == DType::f64 ? 1 : 2, device, options);
+}
+
+// The wish that gives this pass.
+PlanChoice choice_of(const Partition& resident) {
+  PlanChoice choice = {};
+  choice.kind = PlanKind::resident;
+  if (resident.clustered) {
+    choice.cluster = static_cast<uint8_t>(resident.splits);
+  } else {
+    choice.tile_vecs = static_cast<uint8_t>(resident.tile_vecs);
+    if (resident.splits > 1 ||
+        resident.groups < resident.tiles) {  // else a block to a tile, of which there may be many
+      choice.groups = static_cast<uint16_t>(resident.groups);
+      choice.splits = static_cast<uint16_t>(resident.splits);
+      choice.buffers = static_cast<uint8_t>(resident.buffers);
+    }
+  }
+  return choice;
+}
+
+// Why there is no resident pass of the wanted details, and which one there is.
+std::string why_not_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+  const PlanChoice& wanted = options.plan;
+  const bool is_planar = problem.shape.layout == Layout::planar;
+  if (is_planar && wanted.interleaved_details()) return "in a planar layout, the one detail is cluster";
+  if (!is_planar && wanted.cluster)
+    return "in an interleaved layout, the details are groups, splits, buffers and tile_vecs";
+  if (wanted.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
+  const std::string capacity =
+      std::to_string(std::max<int64_t>(1, device.multiprocessors - (is_planar ? 0 : options.sm_margin))) +
+      " multiprocessors of " + std::to_string(device.shared_per_multiprocessor) + " bytes of shared memory";
+  if (!wanted.details()) return "its channels do not fit " + capacity + ", or make no whole vecs of 16 bytes";
+  PlanOptions open = options;
+  open.plan = {PlanKind::resident};
+  const Partition allowed = resident_partition(problem, device, open);
+  const std::string other =
+      allowed.resident_bytes > 0 ? "'" + to_string(choice_of(allowed)) + "' does" : "nor does any other 'resident'";
+  return "it does not fit " + capacity + "; " + other;
+}
+
+Plan make_plan(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
+               std::string* refusal) {
   const Shape& shape = problem.shape;
-  const bool is_planar = shape.layout == Layout::planar;
   Plan plan = {};
   plan.kind = PlanKind::two_pass;
   plan.reduce = reduce_partition(shape, problem.vec_of(problem.reduce_masked), device);
   plan.apply = apply_partition(shape, problem.vec(), device);
 
-  const PlanKind requested = options.kind;
+  const PlanKind requested = options.plan.kind;
   if (shape.numel() > 0 && (requested == PlanKind::automatic || requested == PlanKind::resident)) {
-    const Partition resident = is_planar
-                                   ? resident_planar(problem, device)
-                                   : resident_columns(problem, problem.dtype == DType::f64 ? 1 : 2, device, options);
+    const Partition resident = resident_partition(problem, device, options);
     const bool spreads = 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
     if (resident.resident_bytes > 0 && (spreads || requested == PlanKind::resident)) {
       plan.kind = PlanKind::resident;
@@ -336,6 +415,9 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
   if (shape.numel() > 0 && (requested == PlanKind::cooperative || (requested == PlanKind::automatic && fits_caches))) {
     set_cooperative(plan, device, options);
+  }
+  if (refusal && requested != PlanKind::automatic && requested != plan.kind) {
+    *refusal = shape.numel() == 0 ? "it is empty" : why_not_resident(problem, device, options);
   }
 
   // Of what the reduction reads, the second pass should find half an L2 cache full.
@@ -356,21 +438,24 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
 
 }  // namespace
 
-Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const PlanOptions& options) {
+Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const PlanOptions& options,
+                  std::string* refusal) {
   // The kernels of relu behind a residual, and of all other activations, write a byte of mask for every 8 elements, if
   // it is wanted.
-  const bool masked = p.activation == Activation::relu ? p.residual != nullptr : p.activation != Activation::none;
-  Plan plan = make_plan({p.shape, p.dtype, masked, false, 1, 4 * acc_size_of(p.dtype)}, device, options);
+  const bool general = is_general(p.activation), masked = general || (p.residual && p.activation != Activation::none);
+  Plan plan =
+      make_plan({p.shape, p.dtype, general, masked, false, 1, 4 * acc_size_of(p.dtype)}, device, options, refusal);
   // One more, where a resident kernel has to know when all have read num_batches_tracked.
   if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident) ++plan.counters;
   return plan;
 }
 
-Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, const PlanOptions& options) {
-  const bool masked = p.activation == Activation::relu ? p.mask != nullptr : p.activation != Activation::none;
+Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
+                   std::string* refusal) {
+  const bool general = is_general(p.activation), masked = general || (p.mask && p.activation != Activation::none);
   PlanOptions allowed = options;
-  if (!p.elementwise() || !p.reduces()) allowed.kind = PlanKind::two_pass;  // or one pass of it
-  return make_plan({p.shape, p.dtype, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, allowed);
+  if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
+  return make_plan({p.shape, p.dtype, general, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, allowed, refusal);
 }
 
 }  // namespace bnext::cuda

@@ -2,7 +2,10 @@
 // that a table test on any machine can check it. Nothing here touches CUDA.
 #pragma once
 
+#include <string>
+
 #include "../core/params.h"
+#include "plan_choice.h"
 
 namespace bnext::cuda {
 
@@ -69,7 +72,8 @@ struct Partition {
   int32_t buffers;          // so many of them: with 2, a block loads a tile while the one before is being merged
   int64_t l2_steps;         // of a split, its last: what the L2 cache should keep for the pass that follows
   bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
-  bool pdl;                 // the launch may begin while the kernel before, of the same plan, is ending
+  bool pdl;                 // the launch may begin while the kernel before, of the same plan, is running
+  bool starts_next;         // the next launch does so: only the caller of both knows that
 
   // planar
   int64_t plane_vecs;
@@ -95,14 +99,6 @@ struct Partition {
   constexpr int64_t tile_width() const { return columns ? int64_t{tile_vecs} * vec : 1; }
 };
 
-enum class PlanKind : int32_t {
-  automatic,    // only as a wish
-  resident,     // one launch: blocks keep their shares in shared memory between the two passes
-  cooperative,  // one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
-                // do not fit `resident` and are small enough to come from the caches the second time
-  two_pass,     // two launches: a split reduction with a fixed-order merge, then an elementwise pass
-};
-
 struct Plan {
   PlanKind kind;          // the stages on their own, and eval mode, take a plan of two_pass
   Partition resident;     // of that kind
@@ -115,14 +111,21 @@ struct Plan {
 
 // What a caller may ask for.
 struct PlanOptions {
-  PlanKind kind = PlanKind::automatic;  // where the shape does not allow it, the plan is two_pass
+  PlanChoice plan = {};
   int32_t sm_margin = 0;  // multiprocessors that kernels whose blocks all have to be there together leave to others
 };
 
 // The plans of a forward (with its stages stats and normalize) and of a backward. They look at shape,
 // dtype, activation, whether there are a residual (forward) or a mask (backward), whether the forward
 // averages cumulatively and counts, and which gradients are wanted: of those that one pass makes, the plan is two_pass.
-Plan plan_forward(const ForwardParams&, const DeviceProperties&, const PlanOptions& = {});
-Plan plan_backward(const BackwardParams&, const DeviceProperties&, const PlanOptions& = {});
+// It also is where the shape or the device does not allow what `options` ask for; *refusal then says why, and what
+// they would allow.
+Plan plan_forward(const ForwardParams&, const DeviceProperties&, const PlanOptions& = {},
+                  std::string* refusal = nullptr);
+Plan plan_backward(const BackwardParams&, const DeviceProperties&, const PlanOptions& = {},
+                   std::string* refusal = nullptr);
+
+// One line for people: launches, grids, shared memory, scratch.
+std::string describe(const Plan&);
 
 }  // namespace bnext::cuda

@@ -113,7 +113,7 @@ struct Case {
   bool dx = true, dweight = true, dbias = true, dresidual = true;
   bool x = true;                   // backward_eval: without x, where nothing needs it
   int64_t ranks = 1;               // backward: the statistics are of so many times as many elements
-  std::string plan = "automatic";  // cooperative resident two_pass
+  std::string plan = "automatic";  // as force_plan takes it
   std::string data = "normal";     // offset huge constant nan
   int sms = 0, cc = 0;             // multiprocessors and compute capability to plan for; 0: the device's
   int64_t shared = 0;              // likewise shared memory, of a multiprocessor and of a block
@@ -475,13 +475,9 @@ class Run {
   // The buffers on their own take a plan of two_pass.
   cuda::PlanOptions options() const {
     if (c_.op == "stats" || c_.op == "normalize" || c_.op == "backward_reduce" || c_.op == "backward_input") {
-      return {cuda::PlanKind::two_pass, 0};
+      return {{cuda::PlanKind::two_pass}, 0};
     }
-    return {pick<cuda::PlanKind>(c_.plan, {{"automatic", cuda::PlanKind::automatic},
-                                           {"cooperative", cuda::PlanKind::cooperative},
-                                           {"resident", cuda::PlanKind::resident},
-                                           {"two_pass", cuda::PlanKind::two_pass}}),
-            0};
+    return {cuda::parse_choice(c_.plan), 0};
   }
 
   const Case c_;

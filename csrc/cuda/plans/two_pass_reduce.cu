@@ -14,7 +14,7 @@ template <class Op, bool ALIGNED>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED && sizeof(typename Op::T) < 8))
     reduce_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p, const BNEXT_GRID_CONSTANT Partition partition,
                          const Scratch scratch) {
-  launch_dependent_grids();
+  if (partition.starts_next) launch_dependent_grids();
   planar_reduce_pass<Op, ALIGNED>(p, partition, scratch, WorkTile::forward(partition));
 }
 
@@ -22,7 +22,7 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
     reduce_columns_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                           const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
-  launch_dependent_grids();
+  if (partition.starts_next) launch_dependent_grids();
   column_reduce_pass<Op>(p, partition, scratch, WorkTile::forward(partition));
 }
 

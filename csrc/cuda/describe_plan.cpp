@@ -1,0 +1,42 @@
+#include "plan.h"
+
+namespace bnext::cuda {
+namespace {
+
+std::string counted(int64_t count, const std::string& what) {
+  return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+}
+
+std::string grid(const Partition& partition) {
+  return counted(partition.tiles, "tile") + ", " + counted(partition.splits, "block") + " of " +
+         std::to_string(partition.threads) + " threads each";
+}
+
+std::string resident(const Partition& partition) {
+  std::string out = grid(partition);
+  if (partition.clustered) {
+    out += partition.splits > 1 ? ", in clusters" : "";
+  } else if (partition.groups < partition.tiles) {
+    out += ", " + std::to_string(partition.groups) + " at a time, " +
+           (partition.buffers > 1 ? "the next loaded ahead" : "in turn");
+  }
+  return out + "; " + std::to_string(partition.shared_bytes + partition.resident_bytes) +
+         " bytes of shared memory a block";
+}
+
+}  // namespace
+
+std::string describe(const Plan& plan) {
+  std::string out = name_of(plan.kind);
+  switch (plan.kind) {
+    case PlanKind::resident: out += ": 1 launch of " + resident(plan.resident); break;
+    case PlanKind::cooperative: out += ": 1 launch of " + counted(plan.blocks, "block"); break;
+    default:
+      out += ": 2 launches, of " + grid(plan.reduce) + ", and of " + grid(plan.apply) +
+             (plan.apply.pdl ? "; the second overlaps the first" : "");
+  }
+  if (plan.partial_bytes > 0) out += "; partial results of " + std::to_string(plan.partial_bytes) + " bytes";
+  return out;
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,41 @@
+// The plans by name, and what a caller may ask one for: "resident", or "resident:cluster=4".
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace bnext::cuda {
+
+enum class PlanKind : uint8_t {
+  automatic,    // only as a wish
+  resident,     // one launch: blocks keep their shares in shared memory between the two passes
+  cooperative,  // one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
+                // do not fit `resident` and are small enough to come from the caches the second time
+  two_pass,     // two launches: a split reduction with a fixed-order merge, then an elementwise pass
+};
+
+// In the order of PlanKind.
+constexpr std::array<const char*, 4> kPlanNames = {"automatic", "resident", "cooperative", "two_pass"};
+constexpr const char* name_of(PlanKind kind) { return kPlanNames[static_cast<size_t>(kind)]; }
+
+// A plan, and details of `resident`, of which 0 leaves one to the plan. 8 bytes, so that an atomic holds it.
+struct PlanChoice {
+  PlanKind kind = PlanKind::automatic;
+  uint8_t cluster = 0;    // planar layouts: blocks of a cluster
+  uint8_t buffers = 0;    // interleaved layouts: tiles that a block keeps at a time,
+  uint8_t tile_vecs = 0;  // vectors of a tile's row,
+  uint16_t groups = 0;    // tiles that the device works on at a time,
+  uint16_t splits = 0;    // and blocks of each
+
+  constexpr bool interleaved_details() const { return buffers || tile_vecs || groups || splits; }
+  constexpr bool details() const { return cluster || interleaved_details(); }
+};
+
+// Reads what to_string writes: a name; or resident:NAME=NUMBER, more of them behind commas. Throws
+// std::invalid_argument, whose message says what is allowed and what came.
+PlanChoice parse_choice(const std::string& text);
+std::string to_string(const PlanChoice&);
+
+}  // namespace bnext::cuda
