@@ -18,9 +18,12 @@ TINY = (2, 8, 2, 2)
 EPS, MOMENTUM = 1e-5, 0.1
 
 
-def layouts(shape: tuple[int, ...]) -> list[str]:
-    """The memory layouts that torch has for a shape; (N, C) has only one, which is interleaved."""
-    return {2: ["interleaved"], 3: ["planar"]}.get(len(shape), ["planar", "interleaved"])
+LAYOUTS = ("contiguous", "channels_last")  # the latter stands for channels_last_3d, too
+
+
+def layouts(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The memory layouts that torch has for a shape."""
+    return LAYOUTS if len(shape) >= 4 else LAYOUTS[:1]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Problem:
 
     shape: tuple[int, ...]
     dtype: str = "float32"
-    layout: str = "planar"  # or interleaved, i.e. channels_last; one of layouts(shape)
+    layout: str = "contiguous"  # one of layouts(shape)
     epilogue: str = "none"  # act(bn(x) + residual): none, relu, add_relu
     parameters: str = "float32"  # dtype of weight, bias and running statistics of 16-bit inputs, or "same"
 
@@ -61,6 +64,7 @@ class Phase:
     training: bool = True
     records: bool = True  # with a graph for the backward
     frozen: bool = False  # weight and bias take no gradient
+    host: bool = False  # wall time of calls that have next to nothing to compute
 
 
 # The one place that says how many bytes a phase has to move, whoever does it: each tensor of the size
@@ -160,7 +164,17 @@ PHASES = {
         Phase(
             "host",
             f"wall time of a training forward on {'x'.join(map(str, TINY))}, the GPU not waited for",
-            dict.fromkeys(EPILOGUES, 0), _forward, ("y",),
+            dict.fromkeys(EPILOGUES, 0), _forward, ("y",), host=True,
+        ),
+        Phase(
+            "host_eval",
+            "the same of the forward by the running statistics",
+            dict.fromkeys(EPILOGUES, 0), _forward, ("y",), training=False, records=False, host=True,
+        ),
+        Phase(
+            "host_backward",
+            "the same of the backward",
+            dict.fromkeys(EPILOGUES, 0), _backward, _GRADIENTS, host=True,
         ),
     )
 }  # fmt: skip
@@ -182,7 +196,7 @@ def make_operands(problem: Problem, device: str, seed: int) -> Operands:
     generator = torch.Generator(device).manual_seed(seed)
     channels = (-1, *[1] * (len(problem.shape) - 2))
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats.get(len(problem.shape)) if problem.layout == "interleaved" else None
+    memory_format = formats.get(len(problem.shape)) if problem.layout == "channels_last" else None
 
     def normal() -> Tensor:
         values = torch.empty(problem.shape, dtype=DTYPES[problem.dtype], device=device, memory_format=memory_format or

@@ -12,7 +12,8 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.measure import Row
-from bench.report import describe, group_of, load
+from bench.report import describe, group_of, load, spread_of_runs
+from bench.run import checked
 
 
 def key(row: Row) -> tuple:
@@ -23,15 +24,16 @@ def changes(before: Iterable[Row], after: Iterable[Row], threshold: float) -> tu
     """(time after / time before, row after) of the cells that changed, most slowed down first; and how many
     cells both runs have.
 
-    A change counts where the middle halves of the samples do not overlap, and where it is more than
-    `threshold`: medians of two runs of the same code differ by a little more than one run's spread tells.
+    A change counts where the middle halves of the samples do not overlap, and where it is more than the spread
+    between runs of the same code: as the rows tell it, where a side was run several times, and at least `threshold`.
     """
     old = {key(row): row for row in before if row.ms}
     pairs = [(old[key(row)], row) for row in after if row.ms and key(row) in old]
     found = [
         (b.ms / a.ms, b)
         for a, b in pairs
-        if (b.low_ms > a.high_ms or b.high_ms < a.low_ms) and abs(b.ms / a.ms - 1) > threshold
+        if (b.low_ms > a.high_ms or b.high_ms < a.low_ms)
+        and max(b.ms / a.ms, a.ms / b.ms) - 1 > max(threshold, *(spread_of_runs(row) or 0 for row in (a, b)))
     ]
     return sorted(found, key=lambda change: -change[0]), len(pairs)
 
@@ -45,12 +47,12 @@ def drift(before: Iterable[Row], after: Iterable[Row]) -> float | None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=checked(load))
+    parser.add_argument("after", type=checked(load))
     parser.add_argument("--threshold", type=float, default=0.03, help="smallest change that counts")
     parser.add_argument("--provider", help="look at this one alone")
     args = parser.parse_args(argv)
-    (a, before), (b, after) = load(args.before), load(args.after)
+    (a, before), (b, after) = args.before, args.after
     for name in ("hardware", "torch", "cuda", "driver"):
         if a["environment"][name] != b["environment"][name]:
             print(f"another {name}: {a['environment'][name]}, then {b['environment'][name]}")
@@ -68,6 +70,12 @@ def main(argv: Sequence[str]) -> int:
     moved = drift(before, after)
     print(f"{compared} cells: {slower} slower, {len(found) - slower} faster, {compared - len(found)} the same", end="")
     print(f"; copies run at {moved:.2f}x the rate" if moved else "")
+    spreads = [s for row in (*before, *after) if row.ms and (s := spread_of_runs(row)) is not None]
+    if spreads:
+        typical, most = (100 * value for value in (statistics.median(spreads), max(spreads)))
+        print(f"the same: within the spread between runs of the same code, {typical:.1f} %, at most {most:.1f} %")
+    else:
+        print("each side was run once: the spread between two runs of the same code is unknown (bench/run.py --runs 3)")
     return 0
 
 

@@ -24,6 +24,7 @@ class Row:
     """One measured cell; README.md explains each field. Times are None where `error` says why."""
 
     suite: str
+    batch: int | None
     shape: tuple[int, ...]
     count: int
     dtype: str
@@ -44,12 +45,35 @@ class Row:
     copy_percent: float | None = None
     floor_ms: float | None = None
     ratio: float | None = None
+    after_ms: dict[str, float] = field(default_factory=dict)
+    runs_ms: list[float] = field(default_factory=list)
     speedup: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def blank(cls, problem: Problem, phase: Phase, threads: int | None, suite: str, count: int, provider: str) -> Row:
+    def blank(
+        cls,
+        problem: Problem,
+        phase: Phase,
+        threads: int | None,
+        suite: str,
+        batch: int | None,
+        count: int,
+        provider: str,
+    ) -> Row:
         p = problem
-        about = (suite, p.shape, count, p.dtype, p.layout, p.epilogue, p.parameters, phase.name, threads, provider)
+        about = (
+            suite,
+            batch,
+            p.shape,
+            count,
+            p.dtype,
+            p.layout,
+            p.epilogue,
+            p.parameters,
+            phase.name,
+            threads,
+            provider,
+        )
         return cls(*about, bytes=declared_bytes(problem, phase))
 
     @classmethod
@@ -68,13 +92,15 @@ def measure(
     device: Cpu | Cuda,
     seconds: float,
     suite: str = "",
+    batch: int | None = None,
     count: int = 1,
 ) -> Iterator[Row]:
     """The rows of one phase after the other. `seconds` is how long each provider is sampled in each."""
     bench = None
     with device.scope():
         for phase in phases:
-            rows = [Row.blank(problem, phase, device.threads, suite, count, provider.name) for provider in providers]
+            about = (problem, phase, device.threads, suite, batch, count)
+            rows = [Row.blank(*about, provider.name) for provider in providers]
             try:
                 bench = bench or _Bench(problem, providers, device)
                 bench.fill(rows, phase, seconds)
@@ -126,7 +152,7 @@ class _Bench:
             complaint = self.expected.complaint(phase, module, calls[0]())
             if complaint:
                 raise WrongNumbers(complaint)
-            if phase.name == "host":
+            if phase.host:
                 sampler = self.device.host_sampler(calls)
             else:
                 calls += [phase.call(module, operands) for operands in self.sets[1:]]
@@ -141,22 +167,28 @@ class _Bench:
 
 def _fill(rows: list[Row], outcomes: dict[str, Timing | Exception], copied_bytes: int) -> None:
     copy = outcomes["copy"]
-    times = {row.provider: outcomes[row.provider] for row in rows}
     for row in rows:
-        time = times[row.provider]
+        time = outcomes[row.provider]
         if isinstance(time, Exception):
             row.error = explain(time)
             continue
         row.ms, row.low_ms, row.high_ms = (1e3 * t for t in (time.median, time.low, time.high))
         row.samples = time.samples
-        row.speedup = {
-            name: other.median / time.median
-            for name, other in times.items()
-            if isinstance(other, Timing) and name != row.provider
-        }
+        row.after_ms = {name: 1e3 * median for name, median in time.after.items()}
         if row.bytes and isinstance(copy, Timing):
-            row.gbs = row.bytes / time.median * 1e-9
             row.copy_gbs = copied_bytes / copy.median * 1e-9
+    derive(rows)
+
+
+def derive(rows: Sequence[Row]) -> None:
+    """What follows from the times of one case's rows and the copy's rate."""
+    times = {row.provider: row.ms for row in rows if row.ms}
+    for row in rows:
+        if not row.ms:
+            continue
+        row.speedup = {name: ms / row.ms for name, ms in times.items() if name != row.provider}
+        if row.copy_gbs:
+            row.gbs = row.bytes / row.ms * 1e-6
             row.copy_percent = 100 * row.gbs / row.copy_gbs
             row.floor_ms = row.bytes / row.copy_gbs * 1e-6
             row.ratio = row.ms / row.floor_ms

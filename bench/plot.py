@@ -1,9 +1,15 @@
-"""A run at a glance: how near each provider comes to the copy rate, and how much faster it is than torch."""
+"""`python bench/plot.py RESULT.json PICTURE.png`: a run at a glance, how near each provider comes to the copy rate, and
+how much faster it is than torch. With --headline one panel: how much faster bnext is, for each dtype and layout."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib
 
@@ -12,7 +18,8 @@ from matplotlib import pyplot, ticker
 from matplotlib.axes import Axes
 
 from bench.measure import Row
-from bench.report import describe, grouped, summarize
+from bench.report import describe, grouped, load, summarize
+from bench.run import checked
 
 BASELINE = "eager"
 # bnext stands out; the others are told apart by lightness, so that grey print and any eye can read them.
@@ -93,3 +100,60 @@ def _bars(
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
+
+
+def headline(rows: Sequence[Row], environment: dict, path: Path) -> None:
+    """Sums over a network's layers: how many times as fast as eager bnext is, forward and backward, in float32 and
+    bfloat16, both layouts. On a CPU with all threads that were measured."""
+    phases = {"forward": "#d1495b", "backward": "#e8a0a8"}
+    threads = max((row.threads or 0 for row in rows), default=0) or None
+    plain = [row for row in rows if row.epilogue == "none" and row.threads == threads and row.phase in phases]
+    bars = {
+        (entry["dtype"], entry["layout"], entry["phase"]): entry["total_speedup"].get(BASELINE)
+        for entry in summarize(plain)
+        if entry["provider"] == "bnext" and entry["dtype"] in ("float32", "bfloat16")
+    }
+    bars = {key: value for key, value in bars.items() if value}
+    groups = list(dict.fromkeys(key[:2] for key in bars))
+    if not groups:
+        raise ValueError(f"no float32 or bfloat16 rows of bnext and {BASELINE}, forward or backward")
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for i, (phase, color) in enumerate(phases.items()):
+        xs = [x + (i - 0.5) * 0.38 for x, group in enumerate(groups) if (*group, phase) in bars]
+        heights = [bars[(*group, phase)] for group in groups if (*group, phase) in bars]
+        drawn = axes.bar(xs, heights, 0.36, color=color, label=f"training {phase}" if i == 0 else phase)
+        axes.bar_label(drawn, fmt="%.1f", fontsize=13, padding=2)
+    axes.axhline(1, color="black", linewidth=1.2)
+    axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=13)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylabel(f"times as fast as torch {BASELINE}", fontsize=13)
+    axes.set_ylim(0, 1.12 * max(*bars.values(), 1))
+    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="y", labelsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    suite, batch = plain[0].suite, plain[0].batch
+    what = [f"{suite}, N = {batch}" if batch else suite, environment["hardware"]]
+    what += [f"{threads} threads"] if threads else []
+    axes.set_title(", ".join([*what, f"torch {environment['torch'].split('+')[0]}"]), loc="left", fontsize=13)
+    axes.legend(frameon=False, fontsize=13, loc="upper right", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=checked(load), help="what bench/run.py --json wrote")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--headline", action="store_true", help="one panel, to be read at a width of 800 pixels")
+    args = parser.parse_args(argv)
+    content, rows = args.result
+    try:
+        (headline if args.headline else draw)(rows, content["environment"], args.picture)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

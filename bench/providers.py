@@ -86,7 +86,7 @@ class _ApexGroupNHWC(nn.Module):
 def _apex(problem: Problem, device: str) -> nn.Module:
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
-    if (problem.layout, problem.dtype, problem.parameters) != ("interleaved", "float16", "float32"):
+    if (problem.layout, problem.dtype, problem.parameters) != ("channels_last", "float16", "float32"):
         raise NotImplementedError("apex takes float16 channels_last with float32 parameters only")
     if len(problem.shape) != 4:
         raise NotImplementedError("apex takes 4-D input only")
@@ -119,9 +119,16 @@ def forced(plan: str) -> Provider:
 
 
 def parse_providers(text: str) -> list[Provider]:
-    """'bnext,bnext:two_pass,eager' -> providers."""
+    """'bnext,bnext:resident:cluster=4,stages=2,eager' -> three providers: what has a = and no provider in front
+    goes on with the plan before it."""
+    names: list[str] = []
+    for item in text.split(","):
+        if names and ":" in names[-1] and "=" in item and ":" not in item:
+            names[-1] += f",{item}"
+        else:
+            names.append(item)
     providers = []
-    for name in text.split(","):
+    for name in names:
         family, _, plan = name.partition(":")
         if plan and family == "bnext":
             providers.append(forced(plan))

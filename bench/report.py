@@ -66,7 +66,7 @@ def default_path(environment: dict, name: str) -> Path:
     return ROOT / "bench" / "results" / "-".join([*words, name])
 
 
-GROUP = ("suite", "dtype", "layout", "epilogue", "parameters", "phase", "threads")
+GROUP = ("suite", "batch", "dtype", "layout", "epilogue", "parameters", "phase", "threads")
 
 
 def group_of(row: Row) -> tuple:
@@ -128,18 +128,27 @@ def save(path: Path, rows: Sequence[Row], environment: dict, command: str, compl
     for key, lines in (("summary", summarize(rows)), ("rows", [asdict(row) for row in rows])):
         parts.append(f'"{key}": [\n' + ",\n".join(json.dumps(_rounded(line)) for line in lines) + "\n]")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    written = path.with_name(f"{path.name}.part")  # at no time is there half a file
+    written.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    written.replace(path)
 
 
 def _rounded(value):
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def load(path: Path) -> tuple[dict, list[Row]]:
-    content = json.loads(path.read_text())
-    return content, [Row.from_json(row) for row in content["rows"]]
+def load(path: str | Path) -> tuple[dict, list[Row]]:
+    try:
+        content = json.loads(Path(path).read_text())
+        return content, [Row.from_json(row) for row in content["rows"]]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of bench/run.py: {error}") from error
 
 
 def describe(group: tuple, without: str = "") -> str:
@@ -148,6 +157,7 @@ def describe(group: tuple, without: str = "") -> str:
     threads, epilogue = values["threads"], values["epilogue"]
     parts = [
         values["suite"],
+        f"N = {values['batch']}" if values["batch"] else None,
         values["dtype"],
         values["layout"],
         f"bn+{epilogue.replace('_', '+')}" if epilogue != "none" else None,
@@ -188,12 +198,53 @@ def table(rows: Sequence[Row]) -> str:
             blocks = [_worst(entry) for entry in entries]
             slowest = [min((r.speedup[n] for r in providers[first] if n in r.speedup), default=None) for n in others]
             lines.append(_line("worst", "", blocks, [_times(speedup) for speedup in slowest]))
-    lines.append("")
-    if spreads := sorted((row.high_ms - row.low_ms) / row.ms for row in rows if row.ms):
-        typical, widest = (f"{100 * spread:.1f} %" for spread in (statistics.median(spreads), spreads[-1]))
-        lines.append(f"between the quartiles of a row's samples lie {typical} of its median, at most {widest}")
-    lines += dict.fromkeys(f"{row.provider}: {row.error}" for row in rows if row.error)
     return "\n".join(lines).strip("\n")
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """What a run comes to: a line for each group and provider, how far results scatter, and what failed."""
+    heading = f"{'':>15} {'':>16} {'sum':>10} {'/floor':>7} {'worst /floor':>24}   first provider over this one"
+    lines = ["summary: sums and geometric means over layers", heading]
+    for group, providers in grouped(rows).items():
+        first = next(iter(providers))
+        lines.append(describe(group))
+        for entry in summarize(row for members in providers.values() for row in members):
+            name, worst = entry["provider"], entry["worst_shape"]
+            total = f"{1e3 * entry['total_ms']:.1f} us" if entry["total_ms"] else "-"
+            ratio = f"{entry['geomean_ratio']:.2f}" if entry["geomean_ratio"] else "-"
+            shape = f"{'x'.join(map(str, worst))} {entry['worst_ratio']:.2f}" if worst else "-"
+            over = sorted((r.speedup[name], r.shape) for r in providers[first] if name in r.speedup)
+            text = f"{'':>4}{name:<28} {total:>10} {ratio:>7} {shape:>24}"
+            if over:
+                (least, at), mean = over[0], _geomean((r.speedup[name], r.count) for r in providers[first] if name in
+                                                      r.speedup)  # fmt: skip
+                text += f"   {mean:.2f}x, least {least:.2f}x at {'x'.join(map(str, at))}"
+            failed = f"   {entry['failed']} of {entry['cells']} failed" if entry["failed"] else ""
+            lines.append(text + failed)
+    lines += ["", *scatter(rows)]
+    lines += dict.fromkeys(f"{row.provider}: {row.error}" for row in rows if row.error)
+    return "\n".join(lines)
+
+
+def spread_of_runs(row: Row) -> float | None:
+    """How much slower the slowest of several whole runs was than the fastest, as a part of it."""
+    return max(row.runs_ms) / min(row.runs_ms) - 1 if len(row.runs_ms) > 1 else None
+
+
+def scatter(rows: Sequence[Row]) -> list[str]:
+    """How far apart the figures lie that a row's median stands for."""
+    ran = [row for row in rows if row.ms]
+    after = [list(row.after_ms.values()) for row in ran if len(row.after_ms) > 1]
+    kinds = {
+        "between the quartiles of a row's samples lie": [(row.high_ms - row.low_ms) / row.ms for row in ran],
+        "between a row's medians after this and after that provider": [max(some) / min(some) - 1 for some in after],
+        "between a row's medians of several runs": [s for row in ran if (s := spread_of_runs(row)) is not None],
+    }
+    return [
+        f"{what} {100 * statistics.median(spreads):.1f} %, at most {100 * max(spreads):.1f} %"
+        for what, spreads in kinds.items()
+        if spreads
+    ]
 
 
 def _line(shape: str, count: object, blocks: Sequence[str], speedups: Sequence[str]) -> str:

@@ -16,12 +16,15 @@ if not __package__:  # run as a script: what is measured is this checkout
 import torch
 from tqdm import tqdm
 
-from bench import report
-from bench.cases import DTYPES, EPILOGUES, PHASES, TINY, Phase, Problem, layouts
+from bench import repeat, report
+from bench.cases import DTYPES, EPILOGUES, LAYOUTS, PHASES, TINY, Phase, Problem, layouts
 from bench.measure import Row, measure
 from bench.providers import PROVIDERS, Provider, parse_providers
-from bench.suites import SUITES, Workload, model_layers, parse_shapes, suite
+from bench.suites import NETWORKS, SHAPES, SUITES, Workload, model_layers, parse_shapes, suite
 from bench.timing import Cpu, Cuda, reuse_heap
+
+# By suite and, of networks, batch size.
+Workloads = dict[tuple[str, int | None], list[Workload]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Case:
     """A problem, and the phases that are timed on it."""
 
     suite: str
+    batch: int | None
     problem: Problem
     count: int
     phases: tuple[Phase, ...]
@@ -36,7 +40,7 @@ class Case:
 
 
 def cases(
-    workloads: dict[str, list[Workload]],
+    workloads: Workloads,
     dtypes: Sequence[str],
     wanted_layouts: Sequence[str],
     epilogues: Sequence[str],
@@ -45,9 +49,9 @@ def cases(
     devices: Sequence[Cpu | Cuda],
 ) -> Iterator[Case]:
     """Everything to measure, in order. Host overhead is no matter of shape: it is measured on a tiny one."""
-    host = tuple(phase for phase in phases if phase.name == "host")
-    others = tuple(phase for phase in phases if phase.name != "host")
-    for device, (name, members), dtype, epilogue, layout in itertools.product(
+    host = tuple(phase for phase in phases if phase.host)
+    others = tuple(phase for phase in phases if not phase.host)
+    for device, ((name, batch), members), dtype, epilogue, layout in itertools.product(
         devices, workloads.items(), dtypes, epilogues, wanted_layouts
     ):
         shapes = [(shape, count, others) for shape, count in members] if others else []
@@ -55,7 +59,7 @@ def cases(
             shapes.append((TINY, 1, host))
         for shape, count, wanted in shapes:
             if layout in layouts(shape):
-                yield Case(name, Problem(shape, dtype, layout, epilogue, parameters), count, wanted, device)
+                yield Case(name, batch, Problem(shape, dtype, layout, epilogue, parameters), count, wanted, device)
 
 
 def run(todo: Sequence[Case], providers: Sequence[Provider], seconds: float) -> Iterator[Row]:
@@ -64,21 +68,29 @@ def run(todo: Sequence[Case], providers: Sequence[Provider], seconds: float) -> 
         for case in todo:
             problem = case.problem
             bar.set_description(f"{'x'.join(map(str, problem.shape))} {problem.dtype} {problem.layout}")
-            rows = measure(problem, case.phases, providers, case.device, seconds, case.suite, case.count)
+            about = (case.suite, case.batch, case.count)
+            rows = measure(problem, case.phases, providers, case.device, seconds, *about)
             for _ in case.phases:
                 yield from itertools.islice(rows, len(providers))
                 bar.update()
 
 
-def devices(name: str, threads: str) -> list[Cpu | Cuda]:
-    """The GPU once, or the CPU once for each number of threads."""
+def devices(name: str, threads: Sequence[int | None]) -> list[Cpu | Cuda]:
+    """The GPU once, or the CPU once for each number of threads; None is all of them."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         return [Cuda()]
-    every = torch.get_num_threads()
-    numbers = dict.fromkeys(every if item == "all" else int(item) for item in threads.split(","))
-    return [Cpu(number) for number in numbers]
+    return [Cpu(number) for number in dict.fromkeys(number or torch.get_num_threads() for number in threads)]
+
+
+def estimate(todo: Sequence[Case], providers: Sequence[Provider], seconds: float) -> float:
+    """About how many seconds the cases take. Setting a provider up in a phase (operands, check, graph) and compiling
+    for a case are guesses."""
+    setup, compiling = 0.3, 8.0
+    phases = sum(len(case.phases) for case in todo)
+    compilations = len(todo) * sum(provider.name == "compile" for provider in providers)
+    return phases * (len(providers) * (seconds + setup) + seconds) + compiling * compilations
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -114,9 +126,31 @@ def checked(parse: Callable) -> Callable:
         try:
             return parse(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise argparse.ArgumentTypeError(" ".join(str(error).split())) from None
 
     return checked
+
+
+def numbers(text: str) -> list[int | None]:
+    """'1,all' -> [1, None]."""
+    found = [None if item == "all" else int(item) if item.isdecimal() else 0 for item in text.split(",")]
+    if 0 in found:
+        raise ValueError(f"{text!r} is no list of positive numbers, such as 1,2 or 1,all")
+    return found
+
+
+def batches(text: str) -> list[int]:
+    found = numbers(text)
+    if None in found:
+        raise ValueError(f"{text!r}: a batch size is a number")
+    return found
+
+
+def duration(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < 3600:
+        raise ValueError(f"{text!r} is no number of seconds from 0 to 3600")
+    return seconds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", type=checked(parse_shapes), metavar="LIST", help="instead: 64x256x56x56,64x64x112x112*3")
     add("--model", metavar="MODULE:FUNCTION", help="instead: the layers of the model that the function returns")
     add("--input", type=checked(parse_shapes), metavar="SHAPE", help="what --model takes; BATCHx3x224x224 if not given")
-    add("--batch", type=int, help="of networks; 64 on a GPU and 8 on a CPU if not given")
+    add("--batch", type=checked(batches), metavar="SIZES", help="of networks; 64 on a GPU and 8 on a CPU if not given")
     add(
         "--dtype",
         type=names_of(tuple(DTYPES)),
@@ -135,15 +169,18 @@ def parser() -> argparse.ArgumentParser:
         help="bfloat16 on a GPU, float32 on a CPU if not given",
     )
     add("--parameters", choices=("float32", "same"), default="float32", help="dtype of 16-bit layers' parameters")
-    add("--layout", type=names_of(("planar", "interleaved"), "both"), default="both", metavar="NAMES",
-        help="planar, interleaved (channels_last), both")  # fmt: skip
+    add("--layout", type=names_of(LAYOUTS, "both"), default="both", metavar="NAMES", help=", ".join(LAYOUTS) + ", both")
     add("--epilogue", type=names_of(EPILOGUES), default="none", metavar="NAMES", help=", ".join(EPILOGUES) + ", all")
     add("--phase", type=names_of(tuple(PHASES)), default="all", metavar="NAMES", help=", ".join(PHASES) + ", all")
     add("--providers", type=checked(parse_providers), default="bnext,eager,compile", metavar="NAMES",
         help="comma-separated: " + ", ".join(PROVIDERS) + ", bnext:PLAN")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", default="1,all", help="numbers of threads on the CPU")
-    add("--seconds", type=float, default=0.3, help="for which each provider is sampled in each case")
+    add("--threads", type=checked(numbers), default="1,all", metavar="NUMBERS", help="of threads on the CPU")
+    add("--seconds", type=checked(duration), default=0.3, help="for which each provider is sampled in each case")
+    add("--runs", type=int, choices=range(1, 10), default=1, metavar="NUMBER",
+        help="whole runs, each in a process of its own, to tell changes from the spread between runs")  # fmt: skip
+    add("--dry", action="store_true", help="only say how many cases there are, and about how long they take")
+    add("--child", type=Path, help=argparse.SUPPRESS)  # one of several runs, with its result in this file
     add(
         "--json",
         type=Path,
@@ -156,47 +193,84 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def workloads(args: argparse.Namespace, batch: int) -> dict[str, list[Workload]]:
+def workloads(args: argparse.Namespace, sizes: Sequence[int]) -> Workloads:
     if args.shapes:
-        return {"shapes": args.shapes}
+        return {("shapes", None): args.shapes}
+    if args.model and args.input:
+        return {("model", None): model_layers(args.model, args.input[0].shape)}
     if args.model:
-        return {"model": model_layers(args.model, args.input[0].shape if args.input else (batch, 3, 224, 224))}
-    return {name: suite(name, batch) for name in args.suite}
+        return {("model", size): model_layers(args.model, (size, 3, 224, 224)) for size in sizes}
+    networks = {(name, size): suite(name, size) for name in args.suite if name in NETWORKS for size in sizes}
+    return networks | {(name, None): suite(name, 0) for name in args.suite if name in SHAPES}
+
+
+def measured(args: argparse.Namespace, todo: Sequence[Case], environment: dict, save: Callable) -> tuple[list, bool]:
+    """The rows, and whether these are all. `save` gets them as they come."""
+    rows: list[Row] = []
+    try:
+        for row in run(todo, args.providers, args.seconds):
+            rows.append(row)
+            if len(rows) % len(args.providers) == 0:
+                save(rows, environment, False)
+    except KeyboardInterrupt:
+        print("interrupted: what follows is what was measured until then", file=sys.stderr)
+        return rows, False
+    return rows, True
 
 
 def main(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
+    options = parser()
+    args = options.parse_args(argv)
     if args.list:
         print(listing())
         return 0
-    heap = reuse_heap()
     where = devices(args.device, args.threads)
-    cuda = where[0].kind == "cuda"
-    environment = report.environment(where[0].kind) | {"heap": "reused" if heap else "default"}
-    what = workloads(args, args.batch or (64 if cuda else 8))
-    dtypes = args.dtype or (["bfloat16"] if cuda else ["float32"])
+    device = where[0].kind
+    try:
+        what = workloads(args, args.batch or ([64] if device == "cuda" else [8]))
+    except ValueError as error:
+        options.error(f"argument --model: {' '.join(str(error).split())}")
+    dtypes = args.dtype or (["bfloat16"] if device == "cuda" else ["float32"])
     phases = [PHASES[name] for name in args.phase]
     todo = list(cases(what, dtypes, args.layout, args.epilogue, args.parameters, phases, where))
+    if args.dry:
+        rows = args.runs * len(args.providers) * sum(len(case.phases) for case in todo)
+        seconds = args.runs * estimate(todo, args.providers, args.seconds)
+        print(f"{len(todo)} cases, {rows} rows, about {seconds:.0f} s")
+        return 0
+    if device == "cuda" and not torch.cuda.is_available():
+        options.error("argument --device: torch sees no CUDA GPU")
+    heap = reuse_heap()
+    environment = report.environment(device) | {"heap": "reused" if heap else "default"}
+    suites = [name for name, _ in what]
+    name = report.default_path(environment, "all" if set(SUITES) <= set(suites) else "-".join(dict.fromkeys(suites)))
+    json_path, plot_path = (
+        name.with_suffix(suffix) if path == Path() else path
+        for path, suffix in ((args.child or args.json, ".json"), (None if args.child else args.plot, ".png"))
+    )
+    for path in filter(None, (json_path, plot_path)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            options.error(f"{path.parent}: {error.strerror}")
 
-    rows: list[Row] = []
-    complete = False
-    try:
-        rows.extend(run(todo, args.providers, args.seconds))
-        complete = True
-    except KeyboardInterrupt:
-        print("interrupted: what follows is what was measured until then", file=sys.stderr)
+    def save(rows: Sequence[Row], environment: dict, complete: bool) -> None:
+        if json_path is not None:
+            report.save(json_path, rows, environment, command_line(argv), complete)
 
-    print(report.table(rows))
-    name = report.default_path(environment, "all" if list(what) == SUITES else "-".join(what))
-    if args.json is not None:
-        path = name.with_suffix(".json") if args.json == Path() else args.json
-        report.save(path, rows, environment, command_line(argv), complete)
-        print(f"wrote {path}")
-    if args.plot is not None:
+    if args.runs > 1 and not args.child:
+        rows, complete = repeat.runs(argv, args.runs)
+    else:
+        rows, complete = measured(args, todo, environment, save)
+    save(rows, environment, complete)
+    if args.child:
+        return 1 if any(row.is_wrong for row in rows) else 0
+    print(report.table(rows), report.overview(rows), sep="\n\n")
+    if plot_path is not None:
         from bench import plot
 
-        path = name.with_suffix(".png") if args.plot == Path() else args.plot
-        plot.draw(rows, environment, path)
+        plot.draw(rows, environment, plot_path)
+    for path in filter(None, (json_path, plot_path)):
         print(f"wrote {path}")
     return 1 if any(row.is_wrong for row in rows) else 0
 

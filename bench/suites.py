@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -166,14 +168,31 @@ def model_layers(spec: str, input_shape: tuple[int, ...]) -> list[Workload]:
     a model alone gets one tensor of `input_shape`. It is run on meta tensors, which cost nothing,
     and once more on the CPU if that fails.
     """
-    module, _, function = spec.partition(":")
-    if not function:
-        raise ValueError(f"--model takes module:function, not {spec!r}")
-    build = getattr(importlib.import_module(module), function)
+    build = _named(spec)
     try:
         return _collect(build, input_shape, "meta")
     except Exception:  # data-dependent models, and operators without a meta kernel
-        return _collect(build, input_shape, "cpu")
+        try:
+            return _collect(build, input_shape, "cpu")
+        except Exception as error:
+            shape = "x".join(map(str, input_shape))
+            raise ValueError(f"{spec} does not run on {shape}: {type(error).__name__}: {error}") from error
+
+
+def _named(spec: str) -> Callable:
+    """The function that module:function names, in the working directory or installed."""
+    module, _, function = spec.partition(":")
+    if not module or not function:
+        raise ValueError(f"{spec!r} is not of the form module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function, None)
+    except Exception as error:
+        raise ValueError(f"importing {module} raised {type(error).__name__}: {error}") from error
+    if not callable(build):
+        raise ValueError(f"module {module} has no function {function!r}")
+    return build
 
 
 def _collect(build, input_shape: tuple[int, ...], device: str) -> list[Workload]:
@@ -181,6 +200,8 @@ def _collect(build, input_shape: tuple[int, ...], device: str) -> list[Workload]
     with torch.device(device), torch.no_grad():
         model = build()
         model, inputs = model if isinstance(model, tuple) else (model, (torch.zeros(input_shape),))
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"the function returned {type(model).__name__}, no torch.nn.Module")
         for module in model.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.register_forward_pre_hook(lambda _, args: seen.update([tuple(args[0].shape)]))

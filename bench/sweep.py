@@ -20,11 +20,11 @@ from pathlib import Path
 if not __package__:  # run as a script: what is measured is this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.cases import DTYPES, EPILOGUES, PHASES
+from bench.cases import DTYPES, EPILOGUES, LAYOUTS, PHASES
 from bench.measure import Row
 from bench.providers import parse_providers
 from bench.report import describe, group_of
-from bench.run import Case, cases, checked, devices, names_of, run
+from bench.run import Case, cases, checked, devices, names_of, numbers, run
 from bench.suites import NETWORKS, SHAPES, Workload, suite
 from bench.timing import reuse_heap
 
@@ -49,7 +49,7 @@ def remaining(todo: Sequence[Case], done: set[tuple]) -> list[Case]:
     """The cases, each without the phases that have been measured."""
     left = []
     for case in todo:
-        blank = [Row.blank(case.problem, phase, case.device.threads, case.suite, 1, "") for phase in case.phases]
+        blank = [Row.blank(case.problem, phase, case.device.threads, case.suite, None, 1, "") for phase in case.phases]
         phases = tuple(phase for phase, row in zip(case.phases, blank, strict=True) if identity(row) not in done)
         if phases:
             left.append(replace(case, phases=phases))
@@ -92,16 +92,16 @@ def main(argv: Sequence[str]) -> int:
     add("--phase", type=names_of(tuple(PHASES)), default="forward,eval,backward")
     add("--providers", type=checked(parse_providers), default="bnext,eager")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", default="all")
+    add("--threads", type=checked(numbers), default="all")
     add("--most", type=int, default=1 << 26, help="elements of a shape")
     add("--seconds", type=float, default=0.03, help="for which each provider is sampled in each case")
     add("--worst", type=int, default=10, help="how many cells to show")
     args = p.parse_args(argv)
     reuse_heap()
-    workloads = {"sweep": [Workload(shape, 1) for shape in shapes(args.most)]}
+    workloads = {("sweep", None): [Workload(shape, 1) for shape in shapes(args.most)]}
     phases = [PHASES[name] for name in args.phase]
     where = devices(args.device, args.threads)
-    todo = list(cases(workloads, args.dtype, ("planar", "interleaved"), args.epilogue, "float32", phases, where))
+    todo = list(cases(workloads, args.dtype, LAYOUTS, args.epilogue, "float32", phases, where))
     random.Random(0).shuffle(todo)
 
     rows = read(args.file)

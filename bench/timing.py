@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -26,14 +27,29 @@ class Timing:
     low: float
     high: float
     samples: int
+    after: dict[str, float] = field(default_factory=dict)  # medians of the samples that followed each contender
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Timing:
+    def of(cls, samples: Sequence[float], followed: Sequence[str] = ()) -> Timing:
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, low, high, len(samples))
+        by_previous: dict[str, list[float]] = {}
+        for previous, sample in zip(followed, samples, strict=False):
+            by_previous.setdefault(previous, []).append(sample)
+        after = {name: statistics.median(some) for name, some in by_previous.items() if len(some) >= FEWEST}
+        return cls(median, low, high, len(samples), after)
 
 
 FEWEST, MOST = 7, 200  # samples of each contender
+
+
+def order(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round: rows of a Williams square, every other square reversed, so that each contender
+    follows each other one equally often."""
+    count = len(names)
+    square, shift = divmod(number, count)
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, ...
+    row = [names[(place + shift) % count] for place in zigzag]
+    return row[::-1] if square % 2 else row
 
 
 def interleave(
@@ -41,23 +57,27 @@ def interleave(
 ) -> dict[str, Timing | Exception]:
     """Samples all contenders in turn, for about `seconds` each.
 
-    They take turns one sample at a time, every other round in reverse, so that whatever drifts
-    (clocks, temperature, other users) hits all alike and none always follows the same other. One
+    They take turns one sample at a time, in the order of `order`: whatever drifts (clocks, temperature,
+    other users) hits all alike, and so does what a contender leaves in the caches for the next. One
     that raises drops out.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
+    followed: dict[str, list[str]] = {name: [] for name in samplers}
+    previous = ""
     failed: dict[str, Exception] = {}
     end = clock() + seconds * len(samplers)
     for number in range(MOST):
         if number >= FEWEST and clock() >= end:
             break
-        for name in list(samplers) if number % 2 == 0 else reversed(samplers):
+        for name in order(list(samplers), number):
             if name not in failed:
                 try:
                     samples[name].append(samplers[name]())
+                    followed[name].append(previous)
+                    previous = name
                 except Exception as error:
                     failed[name] = error
-    return {name: failed.get(name) or Timing.of(samples[name]) for name in samplers}
+    return {name: failed.get(name) or Timing.of(samples[name], followed[name]) for name in samplers}
 
 
 def wall_sampler(
@@ -140,13 +160,16 @@ class Cuda:
     threads = None
     COLD = 4
     MOST_SETS = 256
-    FEWEST_CALLS = 8  # in a graph: what a replay costs by itself is shared by so many
+    FEWEST_CALLS = 32  # in a graph: what a replay costs by itself, about 10 us, is shared by so many
     COPY = 256 << 20
 
-    def __init__(self):
-        self.stream = torch.cuda.Stream()
-        self.l2_bytes = torch.cuda.get_device_properties().L2_cache_size
-        self._copies: Sampler | None = None
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    @cached_property
+    def l2_bytes(self) -> int:
+        return torch.cuda.get_device_properties().L2_cache_size
 
     def scope(self) -> AbstractContextManager:
         # Autograd runs a backward on the stream of its forward: all of it on the one that captures.
@@ -181,12 +204,14 @@ class Cuda:
     def host_sampler(self, calls: Sequence[Call]) -> Sampler:
         return wall_sampler(calls[0], settle=torch.cuda.synchronize)
 
+    @cached_property
+    def _copies(self) -> Sampler:
+        source = torch.empty(self.COPY, dtype=torch.uint8, device="cuda").random_()  # zeros may copy faster
+        target = torch.empty_like(source)
+        return self.sampler([lambda: target.copy_(source)])
+
     def copy(self, x: torch.Tensor) -> tuple[float, Sampler]:
         """The same for all tensors: a copy from device memory to device memory, far larger than the L2."""
-        if self._copies is None:
-            source = torch.zeros(self.COPY, dtype=torch.uint8, device="cuda")
-            target = torch.empty_like(source)
-            self._copies = self.sampler([lambda: target.copy_(source)])
         return 2 * self.COPY, self._copies
 
     def release(self) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from bench import compare, plot, report, run, sweep, traffic
-from bench.cases import DTYPES, EPILOGUES, PHASES, Problem, declared_bytes, layouts, make_operands
+from bench import compare, plot, repeat, report, run, sweep, traffic
+from bench.cases import DTYPES, EPILOGUES, LAYOUTS, PHASES, Problem, declared_bytes, layouts, make_operands
 from bench.measure import Row, measure
 from bench.providers import PROVIDERS, Provider, forced, parse_providers
 from bench.suites import NETWORKS, SUITES, is_legal, model_layers, parse_shapes, suite
-from bench.timing import FEWEST, Cpu, Cuda, Timing, interleave, wall_sampler
+from bench.timing import FEWEST, Cpu, Cuda, Timing, interleave, order, wall_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Problem((4, 6, 5, 3))
@@ -67,7 +69,7 @@ def rows_of(providers, phases=("forward",), problem=SMALL, seconds=0.0, **option
 
 
 def row(provider="bnext", shape=(64, 256, 56, 56), phase="forward", ms=1.0, **more) -> Row:
-    about = Row("resnet50", shape, 1, "bfloat16", "planar", "none", "float32", phase, None, provider)
+    about = Row("resnet50", 64, shape, 1, "bfloat16", "contiguous", "none", "float32", phase, None, provider)
     measured = {"ms": ms, "low_ms": 0.98 * ms, "high_ms": 1.02 * ms, "bytes": 1e6, "samples": 9}
     measured |= {"copy_gbs": 2.0, "floor_ms": 0.5, "ratio": 2 * ms, "copy_percent": 50 / ms, "gbs": 1 / ms}
     return dataclasses.replace(about, **measured | more)
@@ -98,6 +100,8 @@ def _threads():
         ("frozen", "relu", 1440, 720),  # dy, x for the sign, dx
         ("frozen", "add_relu", 1455, 735),  # dy, mask, dx, dresidual
         ("host", "none", 0, 0),
+        ("host_eval", "none", 0, 0),
+        ("host_backward", "none", 0, 0),
     ],
 )
 def test_declared_bytes_are_those_counted_by_hand(phase, epilogue, float32, bfloat16):
@@ -106,15 +110,41 @@ def test_declared_bytes_are_those_counted_by_hand(phase, epilogue, float32, bflo
 
 
 def test_contenders_take_turns():
-    order = []
+    taken = []
 
     def sampler(name, seconds):
-        return lambda: (order.append(name), seconds)[1]
+        return lambda: (taken.append(name), seconds)[1]
 
     times = interleave({name: sampler(name, t) for name, t in (("a", 1), ("b", 2), ("c", 3))}, 0, FakeClock())
-    assert order[:9] == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+    assert all(sorted(taken[i : i + 3]) == ["a", "b", "c"] for i in range(0, len(taken), 3))
     assert {name: time.median for name, time in times.items()} == {"a": 1, "b": 2, "c": 3}
     assert all(time.samples == FEWEST for time in times.values())
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_nobody_always_follows_the_same_one(count):
+    names = "abcdefg"[:count]
+    rounds = [order(names, number) for number in range(2 * count)]
+    assert all(sorted(once) == list(names) for once in rounds)
+    pairs = Counter(pair for once in rounds for pair in itertools.pairwise(once))
+    assert len(pairs) == count * (count - 1) and len(set(pairs.values())) <= 1, "each pair equally often"
+
+
+def test_what_follows_whom_is_seen():
+    """A contender that leaves the caches cold slows down the one after it, whose row tells."""
+    last = [""]
+
+    def sampler(name):
+        def sample():
+            before, last[0] = last[0], name
+            return 2.0 if before == "streaming" else 1.0
+
+        return sample
+
+    times = interleave({name: sampler(name) for name in ("streaming", "a", "b")}, 60, FakeClock())
+    assert times["a"].after == {"streaming": 2, "b": 1, "a": 1}
+    slowed = row(after_ms=times["a"].after)
+    assert "after this and after that provider 100.0 %" in report.overview([slowed])
 
 
 def test_sampling_lasts_as_long_as_it_should():
@@ -130,7 +160,7 @@ def test_drift_and_outliers_do_not_decide():
     def sampler(factor):  # a machine that slows down by a tenth each second, and hiccups at times
         def sample():
             clock.now += 1
-            return factor * (1 + clock.now / 10) * (50 if clock.now % 13 == 0 else 1)
+            return factor * (1 + clock.now / 20) * (50 if clock.now % 13 == 0 else 1)
 
         return sample
 
@@ -166,13 +196,13 @@ def test_rows_are_the_arithmetic_of_their_times():
         return Provider(name, "", lambda problem, device: layer(problem.shape[1]))
 
     providers = [provider("quick", 2e-3), provider("slow", 6e-3)]
-    quick, slow = measure(SMALL, [PHASES["forward"]], providers, FakeDevice(), 0, "suite", 3)
+    quick, slow = measure(SMALL, [PHASES["forward"]], providers, FakeDevice(), 0, "suite", 64, 3)
     assert (quick.ms, slow.ms) == pytest.approx((2, 6))
     assert quick.bytes == 4 * 6 * 5 * 3 * 4 * 2 and quick.gbs == pytest.approx(quick.bytes / 2e-3 * 1e-9)
     assert quick.copy_gbs == pytest.approx(quick.bytes / 1e-3 * 1e-9), "a copy reads x and writes as much"
     assert (quick.floor_ms, quick.ratio, quick.copy_percent) == pytest.approx((1, 2, 50))
     assert quick.speedup == pytest.approx({"slow": 3}) and slow.speedup == pytest.approx({"quick": 1 / 3})
-    assert (quick.suite, quick.count, quick.threads) == ("suite", 3, 1)
+    assert (quick.suite, quick.batch, quick.count, quick.threads) == ("suite", 64, 3, 1)
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -239,11 +269,11 @@ def test_layers_of_a_users_model(function, layers):
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_passes_the_check_everywhere(dtype, epilogue):
-    for layout in ("planar", "interleaved"):
+    for layout in LAYOUTS:
         for parameters in ("float32", "same") if DTYPES[dtype].itemsize == 2 else ("same",):
             problem = Problem((8, 6, 5, 3), dtype, layout, epilogue, parameters)
             x = make_operands(problem, "cpu", 0).x
-            assert x.is_contiguous(memory_format=torch.channels_last) == (layout == "interleaved")
+            assert x.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
             for cell in rows_of([EAGER], PHASES, problem):
                 assert cell.error is None and cell.ms > 0, cell
 
@@ -258,10 +288,10 @@ def test_gpu_cuda_harness():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     for epilogue in EPILOGUES:
-        problem = Problem((8, 64, 14, 14), "bfloat16", "interleaved", epilogue)
+        problem = Problem((8, 64, 14, 14), "bfloat16", "channels_last", epilogue)
         for cell in measure(problem, list(PHASES.values()), [EAGER, PROVIDERS["native"]], Cuda(), 0.01):
             assert cell.error is None and cell.ms > 0, cell
-            assert cell.phase == "host" or cell.copy_gbs > 0
+            assert PHASES[cell.phase].host or cell.copy_gbs > 0
 
 
 class Off(nn.BatchNorm2d):
@@ -307,6 +337,8 @@ class WrongGradient(nn.BatchNorm2d):
         (Off, "forward", "y"),
         (Off, "eval", "y"),
         (Off, "host", "y"),
+        (Off, "host_eval", "y"),
+        (WrongGradient, "host_backward", "dx"),
         (OffInOnePlace, "forward", "y"),
         (Nan, "forward", "y"),
         (Biased, "forward", "running_var"),
@@ -351,7 +383,7 @@ def test_a_provider_that_fails_is_a_row_that_says_why(monkeypatch):
         "NotImplementedError: cuDNN takes no part on the CPU: the same as eager",
         None,
     ]
-    assert "absent: ImportError" in report.table(rows)
+    assert "absent: ImportError" in report.overview(rows)
 
 
 def test_a_problem_too_large_is_a_row_that_says_why(monkeypatch):
@@ -404,8 +436,12 @@ def test_a_slower_provider_comes_out_slower():
 
 
 def test_parsing_providers():
-    assert [p.name for p in parse_providers("bnext,bnext:two_pass,apex")] == ["bnext", "bnext:two_pass", "apex"]
-    for wrong in ("nothing", "eager:cooperative"):
+    for names in (
+        ["bnext", "bnext:two_pass", "apex"],
+        ["bnext:resident:cluster=4,stages=2", "eager", "bnext:resident:groups=3", "bnext:cooperative"],
+    ):
+        assert [p.name for p in parse_providers(",".join(names))] == names
+    for wrong in ("nothing", "eager:cooperative", "bnext,stages=2", "bnext:", ""):
         with pytest.raises(ValueError, match="no provider"):
             parse_providers(wrong)
 
@@ -430,16 +466,17 @@ def test_summary_weighs_layers_by_how_often_they_occur():
 
 
 def test_cases_measure_host_overhead_once_and_each_layout_that_there_is():
-    phases = [PHASES["forward"], PHASES["host"]]
+    phases = [PHASES["forward"], PHASES["host"], PHASES["host_backward"]]
     todo = list(
-        run.cases({"mine": parse_shapes("8x4,8x4x3,8x4x3x3")}, ["float32"], ["planar", "interleaved"], ["none"], "float32",
+        run.cases({("mine", None): parse_shapes("8x4,8x4x3,8x4x3x3")}, ["float32"], LAYOUTS, ["none"], "float32",
                   phases, [Cpu(1)])
     )  # fmt: skip
     seen = [(case.problem.shape, case.problem.layout, [phase.name for phase in case.phases]) for case in todo]
     tiny = (2, 8, 2, 2)
     assert seen == [
-        ((8, 4, 3), "planar", ["forward"]), ((8, 4, 3, 3), "planar", ["forward"]), (tiny, "planar", ["host"]),
-        ((8, 4), "interleaved", ["forward"]), ((8, 4, 3, 3), "interleaved", ["forward"]), (tiny, "interleaved", ["host"]),
+        ((8, 4), "contiguous", ["forward"]), ((8, 4, 3), "contiguous", ["forward"]),
+        ((8, 4, 3, 3), "contiguous", ["forward"]), (tiny, "contiguous", ["host", "host_backward"]),
+        ((8, 4, 3, 3), "channels_last", ["forward"]), (tiny, "channels_last", ["host", "host_backward"]),
     ]  # fmt: skip
 
 
@@ -482,12 +519,95 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "argv",
-    ["--suite nothing", "--phase sideways", "--shapes 3", "--providers nobody", "--dtype int8", "--layout round"],
-)
+    [
+        "--suite nothing", "--phase sideways", "--shapes 3", "--providers nobody", "--dtype int8", "--layout round",
+        "--batch 0", "--batch all", "--threads few", "--threads 0", "--seconds -1", "--seconds nan", "--runs 0",
+        "--model torch", "--model :f", "--model no_such_module:f", "--model torch:no_such_function", "--model json:dumps",
+        "--model torch.nn:Identity", "--model builtins:list", "--input 3 --model torch:nn",
+    ],
+)  # fmt: skip
 def test_arguments_that_make_no_sense(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(argv.split())
-    assert stop.value.code == 2 and argv.split()[0] in capsys.readouterr().err
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert argv.split()[0] in message, message
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("argument --device: torch sees no CUDA GPU")
+
+
+def test_a_model_in_the_working_directory(tmp_path):
+    (tmp_path / "my_model.py").write_text("from torch import nn\n\ndef build():\n    return nn.BatchNorm2d(3)\n")
+    command = [sys.executable, ROOT / "bench" / "run.py", "--model", "my_model:build", "--input", "2x3x4x4", "--dry"]
+    command += ["--device", "cpu", "--threads", "1", "--phase", "forward", "--providers", "eager"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("2 cases, 2 rows, about "), done.stdout
+
+
+def test_a_dry_run_counts_and_touches_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("measured"))
+    argv = "--device cuda --suite lenet,tiny --batch 8,32 --phase forward,host --providers bnext,eager --dry --runs 2"
+    assert run.main(argv.split()) == 0
+    # lenet has 2 shapes of 2 layouts and 2 of one, tiny 8 and 3; a host case for each layout
+    cases, rows = 2 * (6 + 2) + (19 + 2), 2 * 2
+    assert capsys.readouterr().out.startswith(f"{cases} cases, {rows * cases} rows, about ")
+
+
+def test_whole_runs_are_repeated_in_processes_of_their_own(tmp_path, capsys):
+    argv = "--shapes 4x6,9x4 --phase forward --providers eager,native --device cpu --threads 1 --seconds 0 --runs 2"
+    assert run.main([*argv.split(), "--json", str(tmp_path / "r.json")]) == 0
+    content, rows = report.load(tmp_path / "r.json")
+    assert content["complete"] and len(rows) == 4
+    for cell in rows:
+        assert len(cell.runs_ms) == (0 if cell.error else 2) and (cell.provider == "native") == bool(cell.error)
+        assert cell.error or cell.low_ms <= min(cell.runs_ms) <= cell.ms <= max(cell.runs_ms) <= cell.high_ms
+    assert "between a row's medians of several runs" in capsys.readouterr().out
+
+
+def test_runs_are_merged():
+    def one(ours, theirs, **more):
+        return [row(ms=ours, copy_gbs=2.0, **more), row("eager", ms=theirs)]
+
+    ours, theirs = repeat.merge([one(1.0, 3.0), one(1.2, 3.0), one(1.1, 3.3)])
+    assert (ours.ms, ours.low_ms, ours.high_ms) == (1.1, 0.98, 1.02 * 1.2) and ours.runs_ms == [1.0, 1.2, 1.1]
+    assert ours.speedup["eager"] == pytest.approx(3 / 1.1) and ours.ratio == pytest.approx(1.1 / ours.floor_ms)
+    assert ours.samples == 27 and theirs.speedup["bnext"] == pytest.approx(1.1 / 3)
+    failed, theirs = repeat.merge([one(1.0, 3.0), one(1.0, 3.0, error="broke")])
+    assert failed.error == "broke" and theirs.ms == 3
+
+
+def test_a_result_is_saved_while_it_grows(monkeypatch, tmp_path):
+    def growing(todo, providers, seconds):
+        for i, name in enumerate(("bnext", "eager") * 2):
+            if i == 2:
+                content, rows = report.load(tmp_path / "r.json")
+                assert len(rows) == 2 and not content["complete"]
+            yield row(name, (8, 1 + i // 2))
+
+    monkeypatch.setattr(run, "run", growing)
+    argv = ["--device", "cpu", "--providers", "bnext,eager", "--json", str(tmp_path / "r.json")]
+    assert run.main(argv) == 0
+    content, rows = report.load(tmp_path / "r.json")
+    assert len(rows) == 4 and content["complete"] and [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_run_ends_in_a_summary():
+    rows = [
+        row("bnext", (8, 2), ms=1, count=3, ratio=2.0, speedup={"eager": 4.0}),
+        row("bnext", (8, 4), ms=5, count=1, ratio=32.0, speedup={"eager": 0.9}),
+        row("eager", (8, 2), ms=4, count=3, ratio=8.0, speedup={"bnext": 0.25}),
+        row("eager", (8, 4), ms=4.5, count=1, error="RuntimeError: full"),
+    ]
+    lines = report.overview(rows).splitlines()
+    assert lines[2] == "resnet50, N = 64, bfloat16, contiguous, forward"
+    assert re.fullmatch(r" +bnext +8000.0 us +4.00 +8x4 32.00", lines[3]), lines[3]
+    assert re.fullmatch(r" +eager +- +8.00 +8x2 8.00   2.75x, least 0.90x at 8x4   1 of 2 failed", lines[4]), lines[4]
+    assert lines[-1] == "eager: RuntimeError: full" and any("quartiles" in line for line in lines)
 
 
 def test_scripts_run_from_anywhere(tmp_path):
@@ -523,6 +643,25 @@ def test_plot_of_every_kind_of_group(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
+def test_headline_is_one_panel(tmp_path, monkeypatch, capsys):
+    result = ROOT / "bench" / "results" / "amd-epyc-resnet50.json"
+    figures = []
+    monkeypatch.setattr(plot.pyplot, "close", figures.append)
+    assert plot.main([str(result), str(tmp_path / "p.png"), "--headline"]) == 0
+    (axes,) = figures[0].axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == [f"{d}\n{l}" for d in ("float32", "bfloat16") for l in ("contiguous", "channels_last")]  # noqa: E741
+    assert len(axes.patches) == 8 and "N = 8" in axes.get_title(loc="left")
+    summary = report.summarize(report.load(result)[1])
+    expected = [e["total_speedup"]["eager"] for e in summary if (e["provider"], e["phase"], e["threads"]) ==
+                ("bnext", "forward", 2)]  # fmt: skip
+    assert [bar.get_height() for bar in axes.patches[:4]] == pytest.approx(expected)
+    for wrong in ("nothing.json", __file__):
+        with pytest.raises(SystemExit):
+            plot.main([wrong, str(tmp_path / "p.png")])
+        assert wrong in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_compare_tells_changes_from_noise(tmp_path, capsys):
     before = [row(shape=(8, c), ms=1.0) for c in range(1, 6)]
     after = [
@@ -538,7 +677,20 @@ def test_compare_tells_changes_from_noise(tmp_path, capsys):
     assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r" +1.50x slower +bnext +8x1 ", lines[0]) and re.match(r" +2.00x faster +bnext +8x2 ", lines[1])
-    assert lines[2:] == ["4 cells: 1 slower, 1 faster, 2 the same; copies run at 1.50x the rate"]
+    assert lines[2] == "4 cells: 1 slower, 1 faster, 2 the same; copies run at 1.50x the rate"
+    assert lines[3].startswith("each side was run once")
+
+
+def test_compare_knows_the_spread_between_runs(tmp_path, capsys):
+    """A tenth slower is nothing where two runs of the same code differ by a fifth."""
+    for name, ms in (("a", 1.0), ("b", 1.1)):
+        rows = [row(shape=(8, 1), ms=ms, runs_ms=[ms, ms]), row(shape=(8, 2), ms=ms, runs_ms=[ms, 1.2 * ms])]
+        report.save(tmp_path / f"{name}.json", rows, report.environment("cpu"), "", complete=True)
+    compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r" +1.10x slower +bnext +8x1 ", lines[0])
+    assert lines[1].startswith("2 cells: 1 slower, 0 faster, 1 the same")
+    assert lines[2] == "the same: within the spread between runs of the same code, 10.0 %, at most 20.0 %"
 
 
 def test_sweep_is_large_and_legal():
@@ -585,8 +737,36 @@ NCU = """\
 
 
 def test_ncus_table_is_read():
-    assert traffic.parse_ncu(NCU) == [("stats_kernel", 1000192, 64), ("void apply<float, 4>(int)", 512, 1024)]
+    read, written = traffic.BYTES
+    assert traffic.parse_ncu(NCU) == [
+        ("stats_kernel", {read: 1000192, written: 64}),
+        ("void apply<float, 4>(int)", {read: 512, written: 1024}),
+    ]
     assert traffic.parse_ncu("==ERROR== no permission") == []
+
+
+def test_ncu_is_asked_twice_and_may_refuse_the_details(monkeypatch, capsys):
+    """Bytes in one pass over a cold call, all else in as many passes as it takes, each with caches flushed."""
+    asked = []
+
+    def ncu(command, **_):
+        asked.append(command)
+        metrics = command[command.index("--metrics") + 1].split(",")
+        if len(metrics) > 2 and refuses:
+            return subprocess.CompletedProcess(command, 1, "", "==ERROR== Failed to find metric membar")
+        table = "".join(f'"0","kernel","{metric}","2,000.5"\n' for metric in metrics)
+        return subprocess.CompletedProcess(command, 0, f'"ID","Kernel Name","Metric Name","Metric Value"\n{table}', "")
+
+    monkeypatch.setattr(traffic.subprocess, "run", ncu)
+    monkeypatch.setattr(traffic.shutil, "which", lambda name: name)
+    for refuses in (False, True):
+        argv = ["--shapes", "64x8x4x4", "--layout", "channels_last", "--phase", "forward", "--providers", "bnext"]
+        assert traffic.main(argv) == refuses
+        out = capsys.readouterr().out
+        assert "0.0 MB, 0.12x, 1 kernels" in out
+        assert ("Failed to find metric membar" in out) == refuses and ("stall_membar 2000.5" in out) != refuses
+    caches = [command[command.index("--cache-control") + 1] for command in asked]
+    assert caches == ["none", "all"] * 2
 
 
 def test_freed_memory_is_used_again():
