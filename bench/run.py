@@ -218,32 +218,45 @@ def measured(args: argparse.Namespace, todo: Sequence[Case], environment: dict, 
     return rows, True
 
 
+def wanted(args: argparse.Namespace, options: argparse.ArgumentParser) -> list[Case]:
+    """The cases that the arguments ask for. Touches no GPU."""
+    where = devices(args.device, args.threads)
+    cuda = where[0].kind == "cuda"
+    try:
+        what = workloads(args, args.batch or ([64] if cuda else [8]))
+    except ValueError as error:
+        options.error(f"argument --model: {' '.join(str(error).split())}")
+    dtypes = args.dtype or (["bfloat16"] if cuda else ["float32"])
+    phases = [PHASES[name] for name in args.phase]
+    return list(cases(what, dtypes, args.layout, args.epilogue, args.parameters, phases, where))
+
+
+def amount(argv: Sequence[str]) -> tuple[int, int, float]:
+    """How many cases and rows a command line has, and about how many seconds it takes."""
+    options = parser()
+    args = options.parse_args(argv)
+    todo = wanted(args, options)
+    rows = args.runs * len(args.providers) * sum(len(case.phases) for case in todo)
+    return len(todo), rows, args.runs * estimate(todo, args.providers, args.seconds)
+
+
 def main(argv: Sequence[str]) -> int:
     options = parser()
     args = options.parse_args(argv)
     if args.list:
         print(listing())
         return 0
-    where = devices(args.device, args.threads)
-    device = where[0].kind
-    try:
-        what = workloads(args, args.batch or ([64] if device == "cuda" else [8]))
-    except ValueError as error:
-        options.error(f"argument --model: {' '.join(str(error).split())}")
-    dtypes = args.dtype or (["bfloat16"] if device == "cuda" else ["float32"])
-    phases = [PHASES[name] for name in args.phase]
-    todo = list(cases(what, dtypes, args.layout, args.epilogue, args.parameters, phases, where))
     if args.dry:
-        rows = args.runs * len(args.providers) * sum(len(case.phases) for case in todo)
-        seconds = args.runs * estimate(todo, args.providers, args.seconds)
-        print(f"{len(todo)} cases, {rows} rows, about {seconds:.0f} s")
+        print("{} cases, {} rows, about {:.0f} s".format(*amount(argv)))
         return 0
+    todo = wanted(args, options)
+    device = todo[0].device.kind
     if device == "cuda" and not torch.cuda.is_available():
         options.error("argument --device: torch sees no CUDA GPU")
     heap = reuse_heap()
     environment = report.environment(device) | {"heap": "reused" if heap else "default"}
-    suites = [name for name, _ in what]
-    name = report.default_path(environment, "all" if set(SUITES) <= set(suites) else "-".join(dict.fromkeys(suites)))
+    suites = list(dict.fromkeys(case.suite for case in todo))
+    name = report.default_path(environment, "all" if set(SUITES) <= set(suites) else "-".join(suites))
     json_path, plot_path = (
         name.with_suffix(suffix) if path == Path() else path
         for path, suffix in ((args.child or args.json, ".json"), (None if args.child else args.plot, ".png"))

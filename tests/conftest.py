@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 import torch
 
@@ -19,3 +22,24 @@ def _same_start():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def gpu_is_broken() -> bool:
+    """Whether a kernel of this process did what no call after it recovers from."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In a worker of pytest-xdist, a test that broke the GPU ends the process, and the next tests get another one."""
+    report = yield
+    if report.failed and hasattr(item.config, "workerinput") and gpu_is_broken():
+        print(f"\n{item.nodeid} broke the GPU of its process:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+        os._exit(1)
+    return report
