@@ -92,8 +92,8 @@ STEPS: dict[str, list[list[Command]]] = {
         [Command(("python", "-m", "bnext.doctor"), 10)],
     ],
     "smoke": [
-        [tests("cuda or streams", "tests/test_reduced.py", "tests/test_repeatability.py", workers=8, seconds=60,
-               time_limit=60)],
+        [tests("test_reduced and cuda or test_repeatability and (cuda or streams) or test_cuda_runtime", "tests",
+               workers=8, seconds=80, time_limit=60)],
     ],
     "table": [
         [bench("gpu-table", "--phase forward,backward", "bnext,bnext:two_pass,eager,native", "0.3")],
