@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import math
 import os
 import re
 import shlex
@@ -133,7 +134,8 @@ class Running:
         environment |= {k: v for k, v in command.environment.items() if v is not None} | {"PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = str(ROOT)
         environment["PATH"] += os.pathsep + str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
-        self.name, self.log, self.last, self.start = command.shown(results), log, "", time.monotonic()
+        self.name, self.log, self.last = command.shown(results), log, ""
+        self.start, self.end = time.monotonic(), math.nan
         self.say(f"$ {self.name}")
         argv = command.argv(results)
         if shutil.which(argv[0], path=environment["PATH"]) is None:
@@ -153,6 +155,7 @@ class Running:
         for line in self.process.stdout:
             self.say(line.rstrip("\n"))
             self.last = line.strip() or self.last
+        self.end = time.monotonic()
 
     def signal(self, number: int) -> None:
         if self.process.poll() is None:
@@ -201,8 +204,10 @@ def take(step: str, results: Path, limit: float) -> bool:
                 good = False
                 continue
             for one, outcome in finish([Running(command, results, log) for command in commands], end):
-                seconds = time.monotonic() - one.start
-                lines += [f"gpu-{step}  {outcome:8} {seconds:6.0f} s  {one.name}", f"{'':12}{one.last[:160]}"]
+                lines += [
+                    f"gpu-{step}  {outcome:8} {one.end - one.start:6.0f} s  {one.name}",
+                    f"{'':12}{one.last[:160]}",
+                ]
                 good &= outcome == "ok"
     with (folder / "gpu-summary.txt").open("a") as summary:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), *lines, sep="\n", file=summary)
