@@ -1,6 +1,11 @@
 """What bad input gets: an error of torch.nn's type that names the argument, says what was expected
 and what came, and leaves every buffer as it was."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -180,3 +185,32 @@ def test_residual_of_a_layer(device):
     x = torch.randn(2, 3, 4, 4, device=device)
     for m in (bnext.BatchNorm2d(3, device=device), bnext.BatchNorm2d(3, device=device).eval()):
         assert_refused(m, RuntimeError, "residual should have the shape of input", x, x[:1])
+
+
+RUN_ONE_LAYER = """
+import torch, bnext
+layer = bnext.BatchNorm2d(3)
+for attempt in range(2):
+    try:
+        layer(torch.randn(2, 3, 4, 4))
+    except Exception as error:
+        print(error, layer.num_batches_tracked.item())
+"""
+
+
+@pytest.mark.parametrize("choice", ["nonsense"])
+def test_unknown_instruction_set(choice):
+    """BNEXT_CPU is read once in a process, at the first call; each call fails, and changes nothing."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "BNEXT_CPU": choice, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", RUN_ONE_LAYER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 2 * f"BNEXT_CPU should be 'portable', 'avx2' or 'avx512', not '{choice}' 0\n"
+
+
+@pytest.mark.parametrize("choice", ["", "portable"])
+def test_known_instruction_set(choice):
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "BNEXT_CPU": choice, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", RUN_ONE_LAYER], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -1,6 +1,7 @@
 // Picks the kernels that this machine runs best, once.
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "isa.h"
 
@@ -40,12 +41,22 @@ Isa detect() {
 Isa detect() { return Isa::portable; }
 #endif
 
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};  // by Isa
+
+// BNEXT_CPU chooses less than the processor has.
+Isa requested(const char* name, Isa most) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (std::string(name) != kIsaNames[static_cast<int>(isa)]) continue;
+    if (isa <= most) return isa;
+    throw std::invalid_argument("BNEXT_CPU is " + std::string(name) + ", and this processor has no more than " +
+                                kIsaNames[static_cast<int>(most)]);
+  }
+  throw std::invalid_argument("BNEXT_CPU should be 'portable', 'avx2' or 'avx512', not '" + std::string(name) + "'");
+}
+
 const KernelSet& choose() {
   Isa isa = detect();
-  if (const char* wish = std::getenv("BNEXT_CPU")) {
-    if (std::strcmp(wish, "portable") == 0) isa = Isa::portable;
-    if (std::strcmp(wish, "avx2") == 0 && isa == Isa::avx512) isa = Isa::avx2;
-  }
+  if (const char* name = std::getenv("BNEXT_CPU"); name && *name) isa = requested(name, isa);
 #if BNEXT_X86
   if (isa == Isa::avx512) return avx512_kernels();
   if (isa == Isa::avx2) return avx2_kernels();

@@ -88,7 +88,7 @@ struct KernelSet {
 };
 
 // The best that this machine can run, chosen once. BNEXT_CPU=portable, avx2 or avx512 in the
-// environment lowers the choice; it never raises it above what the machine has.
+// environment lowers the choice. Throws std::invalid_argument where it names none, or one that this machine lacks.
 const KernelSet& kernel_set();
 
 template <class A> const Kernels<A>& kernels(DType);
