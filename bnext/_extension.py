@@ -1,7 +1,7 @@
 """Loads the compiled module bnext._C: the one compiled ahead of time where it matches the running
-torch, one compiled now otherwise.
+torch, one compiled at first use otherwise.
 
-BNEXT_BUILD=jit always compiles at first use; BNEXT_BUILD=aot never does.
+BNEXT_BUILD=jit always takes the latter; BNEXT_BUILD=aot never does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -28,16 +29,27 @@ from . import _toolchain
 
 PACKAGE = Path(__file__).parent
 MODULE = "bnext._C"
+#: Ends the errors that the doctor knows more about.
+HINT = "; `python -m bnext.doctor` says how to repair it"
 
 
 @dataclass(frozen=True)
 class Build:
     """A compiled extension: where it is, or is going to be, and what it is for."""
 
-    how: str  # "ahead of time" or "just in time"
+    kind: Literal["aot", "jit"]  # compiled ahead of time, or just in time
     path: Path
     info: dict[str, str]  # as in _toolchain.describe
     why: str = ""  # why it is compiled just in time
+
+    @property
+    def done(self) -> Path:
+        """Written last, when compiled just in time: a linker that was killed may leave a file at `path`."""
+        return self.path.with_suffix(".done")
+
+    @property
+    def compiled(self) -> bool:
+        return self.kind == "aot" or self.done.exists()
 
 
 def sources_folder() -> Path:
@@ -55,13 +67,21 @@ def extension() -> ModuleType:
     with _loading:
         if MODULE in sys.modules:
             return sys.modules[MODULE]
-        build = find()
-        if build.how == "ahead of time":
-            try:
-                return _import(build.path)
-            except ImportError as error:
-                build = just_in_time(f"{build.path} does not load ({error})")
-        return _import(_compiled(build))
+        build, module = load()
+        return module or _import(_compiled(build))
+
+
+def load() -> tuple[Build, ModuleType | None]:
+    """What the first use gets: loaded, or None where it has to be compiled first."""
+    build = find()
+    if build.kind == "aot":
+        try:
+            return build, _import(build.path)
+        except ImportError as error:
+            build = just_in_time(f"{build.path} does not load ({error})")
+    if os.environ.get("BNEXT_BUILD") == "aot":
+        raise ImportError(f"bnext: {build.why}, and BNEXT_BUILD=aot forbids compiling one now{HINT}")
+    return build, _import(build.path) if build.compiled else None
 
 
 def find() -> Build:
@@ -79,7 +99,7 @@ def find() -> Build:
         built_for = f"torch {info['torch']} (CUDA {info['torch_cuda']})" if info else "an unknown torch"
         running = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
         return just_in_time(f"the extension compiled ahead of time is for {built_for}, and this is {running}")
-    return Build("ahead of time", path, info)
+    return Build("aot", path, info)
 
 
 def matches(info: dict[str, str], torch_version: str, torch_cuda: str | None) -> bool:
@@ -103,10 +123,10 @@ def just_in_time(why: str) -> Build:
     toolkit, architectures = _cuda_target()
     info = _toolchain.describe(torch.__version__, torch.version.cuda, toolkit, architectures)
     digest = hashlib.sha256(repr(info).encode())
-    for path in sorted(path for path in sources_folder().glob("**/*") if path.is_file()):
+    for path in sorted(path for path in sources_folder().rglob("*") if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     folder = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{digest.hexdigest()[:16]}"
-    return Build("just in time", _cache() / folder / "_C.so", info, why)
+    return Build("jit", _cache() / folder / "_C.so", info, why)
 
 
 def _cuda_target() -> tuple[_toolchain.Toolkit | None, list[str]]:
@@ -127,28 +147,47 @@ def _cache() -> Path:
 
 def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec is not None and spec.loader is not None  # it has an extension module's suffix
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[MODULE] = module
     return module
 
 
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be compiled into `folder`, which need not exist yet; None where it can. Makes nothing."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} is not writable for this user{_owner(existing)}"
+    return None
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return "" if folder.stat().st_uid == os.getuid() else f", and belongs to {folder.owner()}"
+    except (OSError, KeyError):  # KeyError: a user without a name
+        return ""
+
+
 def _compiled(build: Build) -> Path:
     """Compiles `build` unless that was done before, in this process or another."""
-    if os.environ.get("BNEXT_BUILD") == "aot":
-        raise ImportError(f"bnext: {build.why}, and BNEXT_BUILD=aot forbids compiling one now{_advice()}")
-    done = build.path.with_suffix(".done")  # a linker that was killed may leave a file of its name
-    if done.exists():
+    if build.compiled:
         return build.path
+    folder = build.path.parent
     try:
-        build.path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if not build.compiled:
+                _compile(build)
+                build.done.touch()
     except OSError as error:
-        where = f"{build.path.parent} ({error})"
-        raise ImportError(f"bnext: cannot compile into {where}; set TORCH_EXTENSIONS_DIR") from error
-    with _locked(build.path.parent):
-        if not done.exists():
-            _compile(build)
-            done.touch()
+        reason = unwritable(folder) or error
+        raise ImportError(
+            f"bnext: {build.why}, and one cannot be compiled into {folder}: {reason}; "
+            "set TORCH_EXTENSIONS_DIR to a folder of yours"
+        ) from error
     return build.path
 
 
@@ -160,7 +199,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"waiting for another process that compiles into {folder}")
+            _log(f"waiting for another process that compiles into {folder}")
             fcntl.flock(handle, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         yield
@@ -173,11 +212,11 @@ def _compile(build: Build) -> None:
     _toolchain.put_ninja_on_path()
     for tool in ("ninja", os.environ.get("CXX", "c++").split()[0]):
         if shutil.which(tool) is None:
-            raise ImportError(f"bnext: {build.why}, and to compile one now {tool} is missing{_advice()}")
+            raise ImportError(f"bnext: {build.why}, and to compile one now {tool} is missing{HINT}")
     what, how_long = ("C++ and CUDA sources", "some minutes") if toolkit else ("C++ sources", "a minute or two")
-    _say(f"{build.why}: compiling {what} for torch {torch.__version__}, once; takes {how_long} ({build.path.parent})")
+    _log(f"{build.why}: compiling {what} for torch {torch.__version__}, once; takes {how_long} ({build.path.parent})")
     if torch.cuda.is_available() and toolkit is None:
-        _say("no CUDA compiler was found: tensors on the GPU will be refused; see `python -m bnext.doctor`")
+        _log("no CUDA compiler was found: tensors on the GPU will be refused; see `python -m bnext.doctor`")
 
     folder = build.path.parent
     recipe = _toolchain.recipe(sources_folder(), build.info, toolkit, architectures)
@@ -185,31 +224,47 @@ def _compile(build: Build) -> None:
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own guess may hold no headers
         library_dirs = [f"-L{_toolchain.link_folder(toolkit, folder)}"]
+    stubs = [str(_stub(source, folder)) for source in recipe.sources]
     try:
-        cpp_extension.load(
-            name=build.path.stem,
-            sources=[str(_stub(source, folder)) for source in recipe.sources],
-            extra_cflags=recipe.cxx,
-            extra_cuda_cflags=recipe.nvcc,
-            extra_ldflags=library_dirs + recipe.link,
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        with _progress(folder, len(stubs)):
+            cpp_extension.load(
+                name=build.path.stem,
+                sources=stubs,
+                extra_cflags=recipe.cxx,
+                extra_cuda_cflags=recipe.nvcc,
+                extra_ldflags=library_dirs + recipe.link,
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except Exception as error:
-        raise ImportError(f"bnext: {build.why}, and compiling one now failed{_advice()}\n{error}") from error
+        raise ImportError(f"bnext: {build.why}, and compiling one now failed{HINT}\n{error}") from error
 
 
 def _stub(source: Path, folder: Path) -> Path:
     """A file that includes `source`: torch names an object after its source's stem alone, and
     several of ours share one."""
-    stub = folder / f"{source.parent.name}_{source.name}"
+    stub = folder / "_".join(source.relative_to(sources_folder()).parts)
     stub.write_text(f'#include "{source.resolve()}"\n')
     return stub
 
 
-def _advice() -> str:
-    return "; `python -m bnext.doctor` says how to repair it"
+@contextlib.contextmanager
+def _progress(folder: Path, files: int, seconds: float = 10) -> Iterator[None]:
+    """Says every so often how many of the files are compiled: minutes of silence look like a hang."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(seconds):
+            _log(f"{len(list(folder.glob('*.o')))} of {files} files are compiled")
+
+    thread = threading.Thread(target=watch, name="bnext-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"bnext: {line}", file=sys.stderr, flush=True)
