@@ -49,7 +49,7 @@ def find_toolkit(
     `torch_cuda` is `torch.version.cuda`: a toolkit of another major version is no use to that
     torch. None accepts any. `search` defaults to `sys.path`.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for origin, home in _candidates(environ, prefix, sys.path if search is None else search):
         fault, version = _inspect(home, torch_cuda)
         if fault is None:

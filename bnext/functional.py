@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from bnext._activation import Activation, operator_name
 from bnext._extension import extension
 
-_ACTIVATIONS = {None: "none", "relu": "relu"}
+__all__ = ["Activation", "batch_norm"]
 
 
 def batch_norm(
@@ -23,7 +25,7 @@ def batch_norm(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
-    activation: str | None = None,
+    activation: Activation = None,
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
@@ -89,19 +91,13 @@ def batch_norm(
         training,
         momentum,
         eps,
-        check_activation(activation),
+        operator_name(activation),
     )
 
 
-def check_activation(activation: str | None) -> str:
-    """The operators' name for it."""
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation should be None or 'relu', not {activation!r}")
-    return _ACTIVATIONS[activation]
-
-
 @functools.cache
-def _direct():
+def _direct() -> Callable[..., Tensor]:
+    """The operator past the dispatcher's boxing."""
     return extension().batch_norm
 
 
@@ -111,4 +107,4 @@ def _loaded() -> bool:
 
 # What torch.compiler.assume_constant_result does, without importing the compiler for it: a graph
 # may be the first to need the operators, and they are loaded while it is traced.
-_loaded._dynamo_marked_constant = True
+_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,8 +1,11 @@
 """Drop-in layers: `torch.nn`'s own classes with a faster forward, a fused activation and a fused sum.
 
-    bnext.BatchNorm2d(64)                                  torch.nn.BatchNorm2d(64)
-    bnext.BatchNorm2d(64, activation="relu")(x)            relu(bn(x))
-    bnext.BatchNorm2d(64, activation="relu")(x, residual)  relu(bn(x) + residual)
+    >>> import torch, bnext
+    >>> x, residual = torch.randn(2, 8, 64, 4, 4)
+    >>> norm, fused = bnext.BatchNorm2d(64), bnext.BatchNorm2d(64, activation="relu")
+    >>> torch.testing.assert_close(norm(x), torch.nn.BatchNorm2d(64)(x))
+    >>> torch.testing.assert_close(fused(x), norm(x).relu())
+    >>> torch.testing.assert_close(fused(x, residual), (norm(x) + residual).relu())
 
 Constructor arguments are those of the installed torch, plus the keyword `activation`. Attributes,
 buffers, state dicts and pickles are those of `torch.nn`, in both directions.
@@ -10,38 +13,54 @@ buffers, state dicts and pickles are those of `torch.nn`, in both directions.
 
 from __future__ import annotations
 
-import inspect
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bnext._activation import Activation, operator_name
 from bnext._extension import extension
-from bnext.functional import batch_norm, check_activation
+from bnext.functional import batch_norm
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
-
-
-def _follow_torch(init):
-    """Gives `init` the signature of the installed torch's constructor, plus the keyword `activation`."""
-    theirs = inspect.signature(torch.nn.modules.batchnorm._BatchNorm.__init__)
-    ours = inspect.signature(init).parameters["activation"]
-    init.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), ours])
-    return init
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """The forward of all layers here; `torch.nn`'s class after it says what shapes it takes."""
 
-    activation: str | None = None
+    activation: Activation = None
 
-    @_follow_torch
-    def __init__(self, *args, activation: str | None = None, **kwargs) -> None:
-        check_activation(activation)
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: Activation = None,
+    ) -> None:
+        operator_name(activation)  # raises before anything is made
+        # Older torch has no `bias`: its own TypeError answers whoever asks for a layer without one.
+        without_bias = {} if bias else {"bias": False}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
         self.activation = activation
-        extension()  # a missing compiler is news for now, not for the middle of training
+        extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training
+
+    if TYPE_CHECKING:  # torch types the call of every module as Any
+
+        def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(bn(input) + residual), in the shape, dtype and memory format of `input`.
+
+        Call the layer, not this: `layer(input)` or `layer(input, residual)` runs its hooks too. In
+        training mode it updates the running statistics. `residual` has the shape, dtype and device
+        of `input`; it is not broadcast.
+        """
         self._check_input_dim(input)
         training = self.training
         mean = var = counter = None

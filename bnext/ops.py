@@ -1,6 +1,9 @@
 """The operators `torch.ops.bnext.*`, as attributes of this module; the first use loads them.
 
-    mean, var = bnext.ops.stats(x)
+    >>> import torch, bnext
+    >>> mean, var = bnext.ops.stats(torch.ones(4, 3))
+    >>> var.tolist()
+    [0.0, 0.0, 0.0]
 
 The stages, of which synchronised and other statistics can be composed:
 
@@ -28,9 +31,25 @@ import torch
 
 from bnext._extension import extension
 
+#: Their names. ops.pyi has their signatures, for type checkers and editors.
+OPERATORS = [
+    "backward",
+    "backward_input",
+    "backward_reduce",
+    "batch_norm",
+    "forward",
+    "forward_eval",
+    "normalize",
+    "stats",
+]
+
 
 def __getattr__(name: str):
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name not in OPERATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(OPERATORS)}")
     extension()
     return getattr(torch.ops.bnext, name)
+
+
+def __dir__() -> list[str]:
+    return OPERATORS

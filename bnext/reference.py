@@ -52,9 +52,11 @@ def forward(
     if training:
         mean = x.mean(axes)
         var = (x - _channel(mean, x)).square().mean(axes)
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             running_mean = (1 - momentum) * running_mean + momentum * mean
             running_var = (1 - momentum) * running_var + momentum * var * m / (m - 1)
+    elif running_mean is None or running_var is None:
+        raise ValueError("evaluation needs running_mean and running_var")
     else:
         mean, var = running_mean, running_var
     invstd = 1 / (var + eps).sqrt()

@@ -12,15 +12,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def is_ours(path: Path) -> bool:
-    """Not what was built, installed or cached here."""
-    folders = path.relative_to(ROOT).parts[:-1]
-    made = {"build", "dist", "__pycache__"} & set(folders) or any(f.endswith(".egg-info") for f in folders)
-    hidden = any(f.startswith(".") and f != ".ci" for f in folders)
-    return path.is_file() and not made and not hidden and path.suffix not in (".so", ".png")
+def our_files(root: Path) -> list[Path]:
+    """The text files of the project: those that git knows, so that what else lies in a clone is nobody's
+    matter; where git knows nothing, as in an unpacked sdist, all but what was built, installed or cached."""
+    command = ["git", "-C", str(root), "ls-files", "-z"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    paths = [root / name for name in names if name]
+    if not paths:
+        environments = [found.parent for found in root.rglob("pyvenv.cfg")]
+        made = {"build", "dist", "__pycache__"}
+        paths = [
+            path
+            for path in root.rglob("*")
+            if not any(environment in path.parents for environment in environments)
+            and not any(f in made or f.startswith(".") or f.endswith(".egg-info") for f in path.relative_to(root).parts)
+        ]
+    return sorted(path for path in paths if path.is_file() and not is_binary(path))
 
 
-TEXT = sorted(path for path in ROOT.rglob("*") if is_ours(path))
+def is_binary(path: Path) -> bool:
+    """As git tells: by a zero byte near the beginning."""
+    with open(path, "rb") as file:
+        return b"\0" in file.read(8000)
+
+
+TEXT = our_files(ROOT)
 CPP = [path for path in TEXT if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
 #: What a dependency may point to: bindings -> {cuda, cpu} -> core, and never cuda <-> cpu.
 MAY_INCLUDE = {"core": {"core"}, "cpu": {"cpu", "core"}, "cuda": {"cuda", "core"}}
@@ -48,18 +67,19 @@ def test_torch_is_included_by_bindings_alone():
 
 @pytest.mark.parametrize("folder", MAY_INCLUDE)
 def test_dependencies_point_one_way(folder):
-    for path in (p for p in (ROOT / "csrc" / folder).rglob("*") if p.is_file()):
+    csrc = ROOT / "csrc"
+    paths = [path for path in CPP if csrc / folder in path.parents]
+    assert paths
+    for path in paths:
         for included in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text()):
             target = (path.parent / included).resolve()
-            if target.exists():
-                assert target.relative_to(ROOT / "csrc").parts[0] in MAY_INCLUDE[folder], (
-                    f"{shown(path)} includes {included}"
-                )
+            if csrc in target.parents and target.exists():
+                assert target.relative_to(csrc).parts[0] in MAY_INCLUDE[folder], f"{shown(path)} includes {included}"
 
 
 def test_python_does_not_import_upward():
     """bnext.nn -> bnext.functional -> bnext.ops -> the extension."""
-    order = ["_toolchain", "_extension", "ops", "functional", "nn"]
+    order = ["_toolchain", "_activation", "_extension", "ops", "functional", "nn"]
     for i, name in enumerate(order):
         above = "|".join(order[i + 1 :])
         if above:
@@ -111,7 +131,45 @@ def test_importing_compiles_and_loads_nothing():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
-def test_python_is_clean():
-    pytest.importorskip("ruff")
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def test_the_doctor_imports_nothing_but_the_standard_library():
+    """At its top: it has to run where torch, or what is built on it, does not import."""
+    program = (
+        "import sys; sys.orig_argv[1:] = ['-m', 'bnext.doctor']; import bnext.doctor; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_formatters_have_one_version():
+    """Of `make lint` and of the hooks: each version formats a little differently."""
+    pins = dict(
+        re.findall(r"^([\w-]+)(?:\[\w+\])?==([\d.]+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    )
+    hooks = re.findall(
+        r"additional_dependencies: \[([\w-]+)==([\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text()
+    )
+    assert {name for name, _ in hooks} == {"ruff", "clang-format"}
+    assert all(pins[name] == version for name, version in hooks)
+
+
+def test_everything_is_gated():
+    """`make test`, which is all that CI runs, runs each checker."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^test:.*\blint\b", makefile, re.MULTILINE)
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    for checker in ("ruff check .", "ruff format --check .", "clang-format --dry-run -Werror", "mypy"):
+        assert f"/{checker}" in lint
+
+
+@pytest.mark.parametrize("known_to_git", [True, False])
+def test_what_lies_about_in_a_clone_is_not_ours(tmp_path, known_to_git):
+    (tmp_path / "ours.py").write_text("")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    if known_to_git:
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+        (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "venv" / "lib").mkdir(parents=True)
+    (tmp_path / "venv" / "pyvenv.cfg").write_text("")
+    (tmp_path / "venv" / "lib" / "theirs.py").write_text("")
+    (tmp_path / "core.1").write_bytes(b"ELF\0\xff")
+    assert our_files(tmp_path) == [tmp_path / "ours.py"]

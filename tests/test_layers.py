@@ -30,9 +30,16 @@ def test_are_torchs_own_classes(ours, theirs):
 
 @pairs
 def test_constructor_is_that_of_the_installed_torch(ours, theirs):
-    parameters = dict(inspect.signature(ours).parameters)
-    assert parameters.pop("activation").kind is inspect.Parameter.KEYWORD_ONLY
-    assert list(parameters.values()) == list(inspect.signature(nn.modules.batchnorm._BatchNorm).parameters.values())
+    def parameters_of(kind):
+        return {name: (p.kind, p.default) for name, p in inspect.signature(kind).parameters.items()}
+
+    parameters, expected = parameters_of(ours), parameters_of(nn.modules.batchnorm._BatchNorm)
+    assert parameters.pop("activation") == (inspect.Parameter.KEYWORD_ONLY, None)
+    if "bias" not in expected:  # as in older torch
+        assert parameters.pop("bias") == (inspect.Parameter.KEYWORD_ONLY, True)
+        with pytest.raises(TypeError, match="bias"):
+            ours(3, bias=False)
+    assert list(parameters.items()) == list(expected.items())
     m = ours(3, 1e-3, 0.2, False, True, None, torch.float64)
     assert (m.eps, m.momentum, m.affine, m.track_running_stats) == (1e-3, 0.2, False, True)
     assert m.running_mean.dtype == torch.float64
@@ -128,9 +135,17 @@ def test_tensor_subclasses_and_modes_see_the_call(device):
             return super().__torch_function__(f, types, args, kwargs or {})
 
     x = torch.randn(2, 3, 4, 4, device=device)
-    m = bnext.BatchNorm2d(3, device=device)
-    y = m(x.as_subclass(Logged))
+    m = bnext.BatchNorm2d(3, activation="relu", device=device)
+    twin = copy.deepcopy(m)
+    y = m(x.as_subclass(Logged), x)
     assert bnext.functional.batch_norm in calls and type(y) is Logged
+    assert torch.equal(y.as_subclass(torch.Tensor), twin(x, x))  # nothing is lost on the way
+    assert all(torch.equal(a, b) for a, b in zip(m.buffers(), twin.buffers(), strict=True))
+    calls.clear()
+    y = m.eval()(x, x.as_subclass(Logged))  # the residual alone says so
+    assert bnext.functional.batch_norm in calls and type(y) is Logged
+    assert torch.equal(y.as_subclass(torch.Tensor), twin.eval()(x, x))
+    m.train(), twin.train()
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kwargs=None):

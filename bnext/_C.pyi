@@ -1,0 +1,24 @@
+# The compiled module: csrc/bindings/module.cpp. bnext._extension loads it.
+
+from torch import Tensor
+
+#: Whether it was built with CUDA; without, it has batch_norm alone.
+with_cuda: bool
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    /,
+) -> Tensor: ...
+def plans() -> list[str]: ...
+def force_plan(plan: str, /) -> str: ...
+def set_sm_margin(multiprocessors: int, /) -> int: ...

@@ -1,0 +1,90 @@
+# What torch.ops.bnext.* take: the schemas in csrc/bindings/library.cpp, as Python. A test compares them.
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str = "none",
+) -> Tensor: ...
+def stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str = "none",
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def forward_eval(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: str = "none",
+    save: bool = False,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    count: int,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor]: ...
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    training: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...

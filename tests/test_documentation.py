@@ -1,0 +1,84 @@
+"""The examples in README, docs and docstrings are executed; the commands in them exist."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnext
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "bench" / "README.md",
+]
+MODULES = sorted(f"bnext.{m.name}" for m in pkgutil.iter_modules(bnext.__path__) if m.name != "_C")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line, text) of the fenced blocks in a language."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    text = page.read_text()
+    return [(text[: m.start(1)].count("\n") + 1, m[1]) for m in found]
+
+
+@pages
+def test_python_examples_run(page):
+    """Those of a page one after the other, in one namespace, as a reader would type them."""
+    namespace: dict[str, object] = {}
+    for line, text in blocks(page, "python"):
+        program = compile("\n" * (line - 1) + text, str(page), "exec")
+        exec(program, namespace)
+
+
+def test_readme_has_examples():
+    assert len(blocks(ROOT / "README.md", "python")) >= 2
+
+
+@pytest.mark.parametrize("name", ["bnext", *MODULES])
+def test_docstring_examples_run(name):
+    outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert outcome.failed == 0
+    assert outcome.attempted > 0 or name not in ("bnext", "bnext.nn", "bnext.ops", "bnext.functional")
+
+
+@pages
+def test_commands_exist(page):
+    """make TARGET, python FILE, python -m MODULE, and links to files."""
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make (?:\w+=\S+ )*([a-z-]+)", text, re.MULTILINE)) <= targets
+    for file in re.findall(r"\bpython (\w[\w/]*\.py)", text):
+        assert (ROOT / file).is_file(), file
+    for module in re.findall(r"\bpython -m ((?:bnext|bench|examples)[\w.]*)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+def test_the_equivalent_expression_is_equivalent():
+    """Of README: what a fused layer computes."""
+    from torch.nn import functional as F
+
+    namespace = {"F": F, "training": True, "momentum": 0.1, "eps": 1e-5, "weight": torch.rand(3), "bias": torch.rand(3)}
+    namespace |= {"x": torch.randn(2, 3, 4, 4), "residual": torch.randn(2, 3, 4, 4)}
+    namespace |= {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    (expression,) = [
+        text for _, text in blocks(ROOT / "README.md", "python") if text.startswith("y = F.relu(F.batch_norm(")
+    ]
+    layer = bnext.BatchNorm2d(3, activation="relu")
+    layer.load_state_dict(layer.state_dict() | {k: namespace[k].clone() for k in ("weight", "bias")})
+    exec(expression, namespace)
+    torch.testing.assert_close(layer(namespace["x"], namespace["residual"]), namespace["y"])
+    torch.testing.assert_close(layer.running_var, namespace["running_var"])

@@ -1,0 +1,19 @@
+"""Calls that type checkers have to reject: each line marked `# wrong`, and no other."""
+
+from __future__ import annotations
+
+import torch
+
+import bnext
+from bnext.functional import batch_norm
+
+x = torch.randn(2, 3, 4, 4)
+layer = bnext.BatchNorm2d(3)
+
+bnext.BatchNorm2d(3, activation="rleu")  # wrong: no such activation
+bnext.BatchNorm2d(3, momentun=0.2)  # wrong: no such argument
+bnext.BatchNorm2d(3, 1e-5, 0.1, True, True, None, None, "relu")  # wrong: activation is a keyword
+layer(x, residual=True)  # wrong: the residual is a tensor
+batch_norm(x, None, None, activation=True)  # wrong: an activation is a name
+bnext.ops.stats(x, x)  # wrong: one tensor
+y: int = layer(x)  # wrong: a tensor
