@@ -37,6 +37,11 @@ def batch_norm(
 
     and, in training with `num_batches_tracked` given, `num_batches_tracked += 1`.
 
+    >>> import torch
+    >>> x, residual = torch.randn(2, 8, 64, 4, 4)
+    >>> batch_norm(x, None, None, training=True, activation="relu", residual=residual).shape
+    torch.Size([8, 64, 4, 4])
+
     Args:
         input: (N, C) or (N, C, *); float32, float64, float16 or bfloat16; any strides. N or any
             other size may be 0.

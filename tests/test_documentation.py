@@ -67,6 +67,22 @@ def test_commands_exist(page):
             assert (page.parent / link).exists(), link
 
 
+@pages
+def test_files_that_are_named_exist(page):
+    """`csrc/core/types.h`, also where it is no link."""
+    for path in re.findall(r"`((?:csrc|bnext|bench|tests|docs|examples)/[\w./-]*)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_life_of_x_names_what_there_is():
+    """CONTRIBUTING's tables of hops: | `file` | `name` | why |"""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    hops = re.findall(r"^\| `([\w/.]+)` \| `(\w+)` \|", text, re.MULTILINE)
+    assert len(hops) > 20
+    for path, name in hops:
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"no {name} in {path}"
+
+
 def test_the_equivalent_expression_is_equivalent():
     """Of README: what a fused layer computes."""
     from torch.nn import functional as F
@@ -74,9 +90,7 @@ def test_the_equivalent_expression_is_equivalent():
     namespace = {"F": F, "training": True, "momentum": 0.1, "eps": 1e-5, "weight": torch.rand(3), "bias": torch.rand(3)}
     namespace |= {"x": torch.randn(2, 3, 4, 4), "residual": torch.randn(2, 3, 4, 4)}
     namespace |= {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
-    (expression,) = [
-        text for _, text in blocks(ROOT / "README.md", "python") if text.startswith("y = F.relu(F.batch_norm(")
-    ]
+    ((_, expression),) = blocks(ROOT / "README.md", "py")
     layer = bnext.BatchNorm2d(3, activation="relu")
     layer.load_state_dict(layer.state_dict() | {k: namespace[k].clone() for k in ("weight", "bias")})
     exec(expression, namespace)

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import bnext
+from examples import accuracy
 from examples.networks import DenseBlock, DenseNet, FusedResidualBlock, LeNet, ResidualBlock, ResNet18, transition
 
 LAYERS = pytest.mark.parametrize("layers", [nn, bnext], ids=["torch.nn", "bnext"])
@@ -111,3 +113,28 @@ def test_demo_without_torchvision_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(SystemExit, match="--data fashion-mnist needs torchvision: pip install torchvision"):
         lenet.main(["--data", "fashion-mnist", "--root", "nowhere"])
+
+
+@pytest.mark.parametrize("layout", accuracy.LAYOUTS)
+def test_accuracy_is_within_the_contract(layout):
+    for ratio in accuracy.RATIOS:
+        mean, var = accuracy.errors(bnext, accuracy.data(ratio, layout), "cpu")
+        assert mean <= 4 and var <= 8 + 1  # one more for the factor of the unbiased variance
+    assert accuracy.same_bits(bnext, layout)
+
+
+def test_accuracy_shows_what_torch_loses():
+    """The figures that README compares with: else the comparison would be with nothing."""
+    assert accuracy.errors(nn, accuracy.data(1e4, "channels_last"), "cpu")[1] > 100
+
+
+def test_errors_are_counted_in_units_in_the_last_place():
+    assert accuracy.ulps(torch.ones(2), np.array([1, 1 + 2.0**-20])) == 8
+
+
+def test_accuracy_prints_a_row_for_each_case(monkeypatch):
+    monkeypatch.setattr(accuracy, "SHAPE", (2, 3, 4, 4))
+    lines = accuracy.table().splitlines()
+    rows = [line for line in lines if line.startswith(("cpu", "cuda"))]
+    assert len(rows) == len(accuracy.LAYOUTS) * len(accuracy.RATIOS) * (2 if torch.cuda.is_available() else 1)
+    assert lines[-1] == "bnext     contiguous: yes, channels_last: yes"
