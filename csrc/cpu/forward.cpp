@@ -34,8 +34,7 @@ void forward(const ForwardParams& p, const ParallelFor& parallel) {
       const A invstd = inverse_std(var, p.eps);
       static_cast<A*>(p.mean)[ch] = mean;
       static_cast<A*>(p.invstd)[ch] = invstd;
-      // An empty batch has no statistics to learn from.
-      if (p.shape.per_channel() > 0) update_running(p, update, ch, mean, var);
+      update_running(p, update, ch, mean, var);
       normalizer.set(ch, mean, invstd);
     };
 
