@@ -43,11 +43,11 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 demo: $(BUILT)
-	$(SAY) "Training three times 20 epochs of LeNet on scikit-learn's digits: no download, about a minute."
+	$(SAY) "Training LeNet three times on scikit-learn's digits: nothing to download, a minute or two."
 	$(VENV)/bin/python -m examples.lenet
 
 test: lint $(BUILT)
-	$(SAY) "Running the whole suite with $(JOBS) processes: about 20 minutes on 2 cores, with nvcc twice that."
+	$(SAY) "Running the whole suite with $(JOBS) processes: 20 minutes to an hour on 2 cores, the longer with nvcc."
 	$(VENV)/bin/python -m pytest -q -m "" -n $(JOBS) --dist worksteal
 
 bench: $(BUILT)
@@ -76,7 +76,7 @@ $(INSTALLED): requirements-dev.txt
 $(BUILT): $(INSTALLED) $(SOURCES)
 	$(SAY) "Compiling for the torch in $(VENV): the CPU kernels take a minute on 2 cores," \
 	  "those for all CUDA architectures 5 minutes more."
-	$(VENV)/bin/python $(BUILD)
+	@$(VENV)/bin/python $(BUILD)
 	touch $@
 
 # Each step runs even if one before it failed: time on such a machine is dear.

@@ -56,7 +56,10 @@ def main() -> int:
     report.add("system", f"{platform.system()} {platform.release()} {platform.machine()}")
     report.add("python", f"{platform.python_version()} ({sys.executable})")
     describe_package(report, sys.path)
-    verdict = examine(report)
+    try:
+        verdict = examine(report)
+    except Exception as error:
+        verdict = Verdict(False, f"The doctor failed, which is a bug of bnext: {_one_line(error)}.")
     print(report)
     print(f"\n{verdict.text}")
     print("".join(f"  - {remedy}\n" for remedy in verdict.remedies), end="")

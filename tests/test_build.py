@@ -509,6 +509,16 @@ def test_the_doctors_exit_status_is_the_verdict(monkeypatch, capsys, works):
     assert capsys.readouterr().out.endswith("\nso it is\n  - do this\n")
 
 
+def test_a_doctor_that_fails_still_reports(monkeypatch, capsys):
+    def fail(problems):
+        raise OSError("out of order")
+
+    monkeypatch.setattr(doctor, "_cxx", fail)
+    assert doctor.main() == 1
+    said = capsys.readouterr().out
+    assert torch.__version__ in said and "a bug of bnext: OSError: out of order" in said
+
+
 @pytest.mark.parametrize(
     "missing, remedy", [("ninja", "pip install ninja"), ("c++", "install a C++ compiler"), (None, None)]
 )
