@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bnext
+from bnext._extension import extension
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -21,6 +22,8 @@ PAGES = [
     ROOT / "bench" / "README.md",
 ]
 MODULES = sorted(f"bnext.{m.name}" for m in pkgutil.iter_modules(bnext.__path__) if m.name != "_C")
+#: Their examples are of plans.
+NEED_CUDA = ("kernels.md", "bnext.cuda")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 
@@ -32,13 +35,23 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     return [(text[: m.start(1)].count("\n") + 1, m[1]) for m in found]
 
 
+def skip_where_it_needs_cuda(name: str) -> None:
+    if name in NEED_CUDA and not extension().with_cuda:
+        pytest.skip("needs a build with CUDA")
+
+
 @pages
 def test_python_examples_run(page):
-    """Those of a page one after the other, in one namespace, as a reader would type them."""
+    """Those of a page one after the other, in one namespace, as a reader would type them; with prompts, or without."""
+    skip_where_it_needs_cuda(page.name)
     namespace: dict[str, object] = {}
     for line, text in blocks(page, "python"):
-        program = compile("\n" * (line - 1) + text, str(page), "exec")
-        exec(program, namespace)
+        if ">>> " in text:
+            test = doctest.DocTestParser().get_doctest(text, namespace, page.name, str(page), line - 1)
+            assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, clear_globs=False).failed == 0
+            namespace |= test.globs
+        else:
+            exec(compile("\n" * (line - 1) + text, str(page), "exec"), namespace)
 
 
 def test_readme_has_examples():
@@ -47,6 +60,7 @@ def test_readme_has_examples():
 
 @pytest.mark.parametrize("name", ["bnext", *MODULES])
 def test_docstring_examples_run(name):
+    skip_where_it_needs_cuda(name)
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert outcome.failed == 0
     assert outcome.attempted > 0 or name not in ("bnext", "bnext.nn", "bnext.ops", "bnext.functional")
