@@ -9,12 +9,15 @@
 ## The first of these sets up .venv, which downloads TORCH (default: torch, several GB where it comes
 ## with CUDA) and compiles. Another torch:   make TORCH="torch==2.13.0" test
 ##
-##   make gpu      on a machine with a GPU: builds for it, tests, sanitizes, times. Uses PYTHON and the
-##                 torch that it has, without .venv or network:   make gpu PYTHON=python3
+##   make gpu      on a machine with a GPU, in steps of less than nine minutes that are targets of their
+##                 own: gpu-build, gpu-smoke, gpu-table, gpu-probe, gpu-tables, gpu-test, gpu-sanitize.
+##                 Uses PYTHON and the torch that it has, without .venv or network, and writes to RESULTS:
+##                 make gpu PYTHON=python3 RESULTS=out   With DRY=1 it only shows what it would do.
 
 PYTHON ?= python3
 TORCH  ?= torch
 JOBS   ?= $(shell nproc)
+RESULTS ?= bench/results
 
 # A failing compiler has to fail the rule, although its output goes through a filter.
 SHELL       := bash
@@ -37,7 +40,7 @@ BUILD := setup.py -q build_ext --inplace 2>&1 | sed -u -E 's,^(\[[0-9]+/[0-9]+\]
 
 SAY := @printf '==> %s\n'
 
-.PHONY: help demo test bench lint clean gpu gpu-build gpu-test gpu-sanitize gpu-table
+.PHONY: help demo test bench lint clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -79,18 +82,12 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	@$(VENV)/bin/python $(BUILD)
 	touch $@
 
-# Each step runs even if one before it failed: time on such a machine is dear.
-gpu: gpu-build
-	$(MAKE) --keep-going gpu-test gpu-sanitize gpu-table
+# Steps of less than nine minutes, each by itself or all in order: build smoke table probe tables test sanitize.
+GPU_STEPS := $(addprefix gpu-,build smoke table probe tables test sanitize)
+.PHONY: gpu $(GPU_STEPS)
 
-gpu-build:
-	$(PYTHON) $(BUILD)
+gpu:
+	$(PYTHON) bench/gpu.py all --results '$(RESULTS)' $(if $(DRY),--dry)
 
-gpu-test:
-	$(PYTHON) -m pytest -q -m "" -k cuda
-
-gpu-sanitize:
-	PYTHON=$(PYTHON) bench/sanitize.sh
-
-gpu-table:
-	$(PYTHON) bench/run.py $(BENCH) --phase forward,backward --dtype bfloat16,float32 --json --plot
+$(GPU_STEPS): gpu-%:
+	$(PYTHON) bench/gpu.py $* --results '$(RESULTS)' $(if $(DRY),--dry)

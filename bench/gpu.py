@@ -179,7 +179,8 @@ def finish(running: Sequence[Running], end: float) -> list[tuple[Running, str]]:
         for one in running:
             one.signal(signal.SIGINT)
         for one in running:
-            one.wait(time.monotonic() + GRACE) or one.signal(signal.SIGKILL)
+            if not one.wait(time.monotonic() + GRACE):
+                one.signal(signal.SIGKILL)
         raise
     for one in late:
         one.signal(signal.SIGINT)

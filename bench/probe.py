@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: what is measured is this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -128,7 +128,7 @@ def compile_probe(architecture: str, target: Path) -> None:
     if toolkit is None:
         raise RuntimeError("no CUDA compiler: " + "; ".join(passed_over))
     number = architecture.removeprefix("sm_")
-    command = [toolkit.nvcc, "-O3", "-std=c++17", "-lineinfo", "-Werror", "all-warnings"]
+    command: list[str | Path] = [toolkit.nvcc, "-O3", "-std=c++17", "-lineinfo", "-Werror", "all-warnings"]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", SOURCE, "-o", target]
     libraries = [f"-L{folder}" for folder in (toolkit.home / "lib64", toolkit.home / "lib") if folder.is_dir()]
     done = subprocess.run([*command, *libraries], capture_output=True, text=True)
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         p.error("torch sees no CUDA GPU")
     major, minor = torch.cuda.get_device_capability()
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": report.environment("cuda"), "sections": {}}
+    content: dict[str, Any] = {"environment": report.environment("cuda"), "sections": {}}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "probe")
         try:

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Compiled where no GPU says which one is wanted, as far as the compiler knows them: each generation's machine
-#: code, which later ones cannot run (8.6 and 8.9 could run that of 8.0, but have another balance of registers).
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0")
+#: Compiled where no GPU says which one is wanted, as far as the compiler knows them: the first of
+#: each generation, whose machine code all of it runs. Where a GPU is visible, its own is compiled.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 
 #: Where CUDA's own installers put it; the last place that torch looks in.
 CONVENTIONAL_PREFIX = Path("/usr/local/cuda")

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ def examine(report: Report) -> Verdict:
             if failed is not None:
                 remedies = [] if "BNEXT_" in failed else [AHEAD_OF_TIME]  # of a variable, the error says it all
                 return Verdict(False, f"bnext does not work: a layer on {device} fails: {failed}.", remedies)
-    return diagnose(build, toolkit, torch.version.cuda, torch.cuda.is_available(), problems)
+    return diagnose(build, toolkit, torch.version.cuda, _visible(torch), problems)
 
 
 def try_layer(torch: Any, layers: Any, device: str) -> str | None:
@@ -145,16 +146,18 @@ def try_layer(torch: Any, layers: Any, device: str) -> str | None:
 
 
 def diagnose(
-    build: Build, toolkit: _toolchain.Toolkit | None, torch_cuda: str | None, gpu_visible: bool, problems: list[str]
+    build: Build,
+    toolkit: _toolchain.Toolkit | None,
+    torch_cuda: str | None,
+    gpus: Mapping[str, tuple[int, int]],
+    problems: list[str],
 ) -> Verdict:
-    """Of an extension that loads, or is still to be compiled: what it runs on, and how to get more.
-    `problems` are what a compilation would fail for, as remedies."""
+    """Of an extension that loads, or is still to be compiled: what it runs on, and how to get more. `gpus` are those
+    that are visible, with their capabilities; `problems` are what a compilation would fail for, as remedies."""
     if not build.compiled and problems:
         return Verdict(False, "bnext does not work: there is nothing to load, and it cannot be compiled.", problems)
     if build.info["nvcc"] != "none":
-        return Verdict(
-            True, "bnext runs on the CPU and on CUDA" + ("." if gpu_visible else ", but no GPU is visible now.")
-        )
+        return _diagnose_code(build.info["gpus"], gpus)
     if torch_cuda is None:
         remedies = ["install a CUDA build of torch, then reinstall bnext"] if shutil.which("nvidia-smi") else []
         return Verdict(True, "bnext runs on the CPU; this torch is built without CUDA.", remedies)
@@ -162,11 +165,29 @@ def diagnose(
         text = "bnext runs on the CPU only: no CUDA compiler was found when it was built, nor is there one now."
         major = torch_cuda.split(".")[0]
         return Verdict(True, text, [f"set CUDA_HOME to a CUDA {major} toolkit, or: {COMPILER_PACKAGES}", AHEAD_OF_TIME])
-    if build.kind == "jit" and not gpu_visible:
+    if build.kind == "jit" and not gpus:
         text = "bnext runs on the CPU; it compiles for CUDA at first use where a GPU is visible."
         return Verdict(True, text, [f"to compile for CUDA here: {AHEAD_OF_TIME}"])
     text = "bnext runs on the CPU only, although a CUDA compiler is there now."
     return Verdict(True, text, [f"reinstall bnext: {AHEAD_OF_TIME}"])
+
+
+def _diagnose_code(built_for: str, gpus: Mapping[str, tuple[int, int]]) -> Verdict:
+    """For a build with CUDA code."""
+    if not gpus:
+        return Verdict(True, "bnext runs on the CPU and on CUDA, but no GPU is visible now.")
+    code = {name: _toolchain.code_for(built_for, capability) for name, capability in gpus.items()}
+    without = [name for name, what in code.items() if what is None]
+    if without:
+        text = f"bnext does not run on {', '.join(without)}: it was compiled for {built_for} alone."
+        return Verdict(False, text, [f"compile it where that GPU is visible: {AHEAD_OF_TIME}"])
+    remedies = [
+        f"{name} runs the {what}, which the driver compiles at first use, and which leaves out what is newer; "
+        f"for machine code, compile where it is visible: {AHEAD_OF_TIME}"
+        for name, what in code.items()
+        if what is not None and what.startswith("PTX")
+    ]
+    return Verdict(True, "bnext runs on the CPU and on CUDA.", remedies)
 
 
 def _imported(name: str) -> tuple[Any, str]:
@@ -198,11 +219,13 @@ def _with_cuda(torch_cuda: str | None) -> str:
     return f"for CUDA {torch_cuda}" if torch_cuda else "without CUDA"
 
 
+def _visible(torch: Any) -> dict[str, tuple[int, int]]:
+    devices = range(torch.cuda.device_count())
+    return {torch.cuda.get_device_name(i): torch.cuda.get_device_capability(i) for i in devices}
+
+
 def _gpus(torch: Any) -> str:
-    names = [
-        f"{torch.cuda.get_device_name(i)} ({'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
-        for i in range(torch.cuda.device_count())
-    ]
+    names = [f"{name} ({'.'.join(map(str, capability))})" for name, capability in _visible(torch).items()]
     return ", ".join(names) or "none visible"
 
 

@@ -13,11 +13,10 @@ using namespace bnext;
 using namespace bnext::cuda;
 
 void print(const char* name, const Partition& p) {
-  std::cout << ",\"" << name << "\":{\"columns\":" << p.columns << ",\"aligned\":" << p.aligned
-            << ",\"vec\":" << p.vec << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles
-            << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers
-            << ",\"l2_steps\":" << p.l2_steps << ",\"pdl\":" << p.pdl
-            << ",\"starts_next\":" << p.starts_next << ",\"tile_channels\":" << p.tile_channels
+  std::cout << ",\"" << name << "\":{\"columns\":" << p.columns << ",\"aligned\":" << p.aligned << ",\"vec\":" << p.vec
+            << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles << ",\"groups\":" << p.groups
+            << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers << ",\"l2_steps\":" << p.l2_steps
+            << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next << ",\"tile_channels\":" << p.tile_channels
             << ",\"packs\":" << p.packs << ",\"clustered\":" << p.clustered << ",\"steps\":" << p.steps
             << ",\"steps_per_split\":" << p.steps_per_split << ",\"shared_bytes\":" << p.shared_bytes
             << ",\"resident_bytes\":" << p.resident_bytes << ",\"plane_vecs\":" << p.plane_vecs

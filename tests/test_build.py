@@ -127,11 +127,17 @@ def test_cudart_without_its_plain_name_gets_one(tmp_path):
 @pytest.mark.parametrize(
     "known, visible, chosen",
     [
-        (["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0", "12.1"], [], list(_toolchain.ARCHITECTURES)),
+        (
+            ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1"],
+            [],
+            ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0"],
+        ),
         (["5.0", "7.5", "8.0", "9.0"], [], ["7.5", "8.0", "9.0"]),
         (["7.5", "9.0", "12.0"], [(9, 0)], ["9.0"]),
         (["7.5", "9.0", "12.0"], [(12, 0), (7, 5), (12, 0)], ["7.5", "12.0"]),
         (["7.5", "9.0"], [(10, 3)], ["9.0"]),  # newer than the compiler: runs the newest's PTX
+        (["9.0", "10.0", "12.0"], [(11, 0)], ["10.0"]),  # or that of the newest before it
+        (["7.5", "9.0"], [(7, 0)], ["7.5", "9.0"]),  # one that this compiler no longer knows says nothing
     ],
 )
 def test_architectures(known, visible, chosen):
@@ -151,6 +157,41 @@ def test_ptx_of_the_newest():
     ]
 
 
+@pytest.mark.skipif(_toolchain.find_toolkit()[0] is None, reason="no CUDA compiler")
+def test_every_generation_that_this_compiler_knows_gets_an_image():
+    """What is compiled where no GPU is visible is machine code for each: the PTX is that of the newest."""
+    known = _toolchain.known_architectures(_toolchain.find_toolkit()[0])
+    built_for = _toolchain.describe("", "", TOOLKIT, _toolchain.choose_architectures(known, []))["gpus"]
+    for architecture in known:
+        major, minor = map(int, architecture.split("."))
+        assert (_toolchain.code_for(built_for, (major, minor)) or "").startswith("machine code"), architecture
+    assert _toolchain.code_for(built_for, (20, 0)) == f"PTX of {_toolchain.ARCHITECTURES[-1]}"
+
+
+@pytest.mark.parametrize(
+    "built_for, capability, code",
+    [
+        ("8.0+PTX", (8, 0), "machine code of 8.0"),
+        ("8.0+PTX", (8, 9), "machine code of 8.0"),
+        ("8.0;8.6;9.0+PTX", (8, 9), "machine code of 8.6"),
+        ("8.0/8.6/9.0+PTX", (9, 0), "machine code of 9.0"),  # as read from a file
+        ("8.0+PTX", (9, 0), "PTX of 8.0"),
+        ("8.0+PTX/9.0", (12, 0), "PTX of 8.0"),
+        ("8.0/9.0+PTX", (12, 1), "PTX of 9.0"),
+        ("8.6+PTX", (8, 0), None),
+        ("9.0+PTX", (8, 9), None),
+        ("8.0/9.0", (10, 0), None),
+        ("9.0a+PTX", (9, 0), "machine code of 9.0a"),
+        ("9.0a+PTX", (10, 0), None),
+        ("10.0a", (10, 3), None),
+        ("10.0f", (10, 3), "machine code of 10.0f"),
+        ("Hopper", (9, 0), ""),
+    ],
+)
+def test_which_code_a_gpu_runs(built_for, capability, code):
+    assert _toolchain.code_for(built_for, capability) == code
+
+
 def test_torch_cuda_arch_list_is_left_to_torch(tmp_path, monkeypatch):
     toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
@@ -163,7 +204,7 @@ def test_torch_cuda_arch_list_is_left_to_torch(tmp_path, monkeypatch):
 def test_cuda_sources_need_a_toolkit(tmp_path):
     toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
     without, with_cuda = (_toolchain.recipe(ROOT / "csrc", {}, t, []) for t in (None, toolkit))
-    cuda = {source for source in with_cuda.sources if source.parent.name == "cuda"}
+    cuda = {source for source in with_cuda.sources if "cuda" in source.parts}
     assert {source.suffix for source in cuda} == {".cpp", ".cu"}
     assert set(with_cuda.sources) - set(without.sources) == cuda
     assert "-DBNEXT_WITH_CUDA" in with_cuda.cxx
@@ -457,37 +498,58 @@ def test_an_installed_package_compiles_itself_at_first_use(tmp_path):
 
 
 def build(tmp_path: Path, kind: str = "aot", nvcc: str = "none", compiled: bool = False) -> _extension.Build:
-    made = _extension.Build(kind, tmp_path / "_C.so", {"torch": "2.14.0", "nvcc": nvcc}, "because")
+    info = {"torch": "2.14.0", "nvcc": nvcc, "gpus": "8.0+PTX"}
+    made = _extension.Build(kind, tmp_path / "_C.so", info, "because")
     if compiled:
         made.done.touch()
     return made
 
 
 TOOLKIT = _toolchain.Toolkit(Path("/somewhere"), "CUDA_HOME", "13.0")
+A100, H100, T4 = {"A100": (8, 0)}, {"H100": (9, 0)}, {"T4": (7, 5)}
 JIT, DONE = {"kind": "jit"}, {"kind": "jit", "compiled": True}
 
 
 @pytest.mark.parametrize(
-    "kind, toolkit, torch_cuda, gpu, problems, works, says, advises",
+    "kind, toolkit, torch_cuda, gpus, problems, works, says, advises",
     [
-        ({"nvcc": "13.0"}, TOOLKIT, "13.0", True, [], True, "on the CPU and on CUDA.", ""),
-        ({"nvcc": "13.0"}, TOOLKIT, "13.0", False, [], True, "no GPU is visible", ""),
-        ({}, None, None, False, [], True, "this torch is built without CUDA", ""),
-        ({}, None, "13.0", True, [], True, "no CUDA compiler was found", "set CUDA_HOME to a CUDA 13 toolkit"),
-        ({}, TOOLKIT, "13.0", True, [], True, "although a CUDA compiler is there now", "reinstall bnext"),
-        ({}, None, None, False, ["pip install ninja"], True, "runs on the CPU", ""),  # nothing to compile
-        (JIT, TOOLKIT, "13.0", False, [], True, "where a GPU is visible", "to compile for CUDA here"),
-        (JIT, None, None, False, ["pip install ninja"], False, "it cannot be compiled", "pip install ninja"),
-        (DONE, None, None, False, ["pip install ninja"], True, "runs on the CPU", ""),
+        ({"nvcc": "13.0"}, TOOLKIT, "13.0", A100, [], True, "on the CPU and on CUDA.", ""),
+        ({"nvcc": "13.0"}, TOOLKIT, "13.0", {}, [], True, "no GPU is visible", ""),
+        ({}, None, None, {}, [], True, "this torch is built without CUDA", ""),
+        ({}, None, "13.0", A100, [], True, "no CUDA compiler was found", "set CUDA_HOME to a CUDA 13 toolkit"),
+        ({}, TOOLKIT, "13.0", A100, [], True, "although a CUDA compiler is there now", "reinstall bnext"),
+        ({}, None, None, {}, ["pip install ninja"], True, "runs on the CPU", ""),  # nothing to compile
+        (JIT, TOOLKIT, "13.0", {}, [], True, "where a GPU is visible", "to compile for CUDA here"),
+        (JIT, None, None, {}, ["pip install ninja"], False, "it cannot be compiled", "pip install ninja"),
+        (DONE, None, None, {}, ["pip install ninja"], True, "runs on the CPU", ""),
     ],
 )
-def test_the_doctors_verdict(monkeypatch, tmp_path, kind, toolkit, torch_cuda, gpu, problems, works, says, advises):
+def test_the_doctors_verdict(monkeypatch, tmp_path, kind, toolkit, torch_cuda, gpus, problems, works, says, advises):
     monkeypatch.delenv("BNEXT_BUILD", raising=False)
     monkeypatch.setattr(shutil, "which", lambda command: None)  # no nvidia-smi
-    verdict = doctor.diagnose(build(tmp_path, **kind), toolkit, torch_cuda, gpu, problems)
+    verdict = doctor.diagnose(build(tmp_path, **kind), toolkit, torch_cuda, gpus, problems)
     assert verdict.works is works
     assert says in verdict.text
     assert any(advises in remedy for remedy in verdict.remedies) if advises else verdict.remedies == []
+
+
+@pytest.mark.parametrize(
+    "gpus, works, says, advice",
+    [
+        (A100, True, "bnext runs on the CPU and on CUDA.", ""),
+        (
+            A100 | H100,
+            True,
+            "bnext runs on the CPU and on CUDA.",
+            "H100 runs the PTX of 8.0, which the driver compiles",
+        ),
+        (A100 | T4, False, "bnext does not run on T4: it was compiled for 8.0+PTX alone.", "where that GPU is visible"),
+    ],
+)
+def test_the_doctor_on_a_build_that_came_from_another_machine(tmp_path, gpus, works, says, advice):
+    verdict = doctor.diagnose(build(tmp_path, nvcc="13.0"), TOOLKIT, "13.0", gpus, [])
+    assert (verdict.works, verdict.text) == (works, says)
+    assert [advice in remedy for remedy in verdict.remedies] == ([True] if advice else [])
 
 
 @pytest.mark.parametrize("compiled", [False, True])

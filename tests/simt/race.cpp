@@ -273,7 +273,8 @@ void check(const Access& a) {
   const Shadow found = find_shadow(a);
   if (!found.bytes) return;
   if (!current->may_access) {
-    report("overlap", a, place(a, a.address) + ", before wait_on_dependent_grids() in a launch that overlaps the one before");
+    report("overlap", a,
+           place(a, a.address) + ", before wait_on_dependent_grids() in a launch that overlaps the one before");
   }
   const Thread& self = *current;
   const uint32_t thread = number_of(self), clock = self.clocks.now;

@@ -357,7 +357,7 @@ cudaError_t launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block,
 
 template <class... Params, class... Args>
 cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t,
-                               Args&&... args) {
+                       Args&&... args) {
   return static_cast<cudaError_t>(
       simt::launch(kernel, grid, block, 1, dynamic_shared, simt::Start::overlapping, std::forward<Args>(args)...));
 }
