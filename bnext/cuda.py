@@ -10,7 +10,7 @@ import torch
 
 from bnext import _extension
 
-__all__ = ["GPUS", "describe_plan", "force_plan", "plans", "set_sm_margin"]
+__all__ = ["GPUS", "describe_plan", "force_plan", "plans", "refused_launches", "set_sm_margin"]
 
 #: What plans look at of a device: ten times its compute capability, multiprocessors, bytes of shared memory of
 #: one, of a block, and of L2, and how many clusters of 16 run together, which only a device itself knows (0
@@ -92,6 +92,21 @@ def set_sm_margin(multiprocessors: int) -> int:
         NotImplementedError: where bnext was built without CUDA.
     """
     return _cuda_extension().set_sm_margin(multiprocessors)
+
+
+def refused_launches(device: int | None = None) -> list[str]:
+    """What the driver has refused to launch on a device so far: cooperative launches, clusters, clusters of 16.
+
+    Drivers do under MPS, in green contexts, on virtual GPUs and in debuggers. bnext then goes on with plans
+    that do without, which move more bytes; nothing is lost but time.
+
+    Args:
+        device: its index; by default the current one.
+
+    Raises:
+        NotImplementedError: where bnext was built without CUDA.
+    """
+    return _cuda_extension().refused_launches(torch.cuda.current_device() if device is None else device)
 
 
 def describe_plan(

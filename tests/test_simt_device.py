@@ -1,7 +1,8 @@
 """The device that executes CUDA kernels on the CPU (tests/simt) catches the mistakes that it is there for.
 
-Each toy kernel of tests/simt/toys.cu plants one mistake. The wrong kernel must end with the report that
+Each kernel of tests/simt/litmus.cu plants one mistake. The wrong kernel must end with the report that
 names it, in every mode that can see it; its twin without the mistake must pass in every mode and order.
+tests/simt/limits.cu launches what a driver refuses, and what it just allows.
 """
 
 import os
@@ -30,7 +31,7 @@ def all_modes(report):
     return dict.fromkeys(build.MODES, report)
 
 
-# Toy: what is reported in the modes that are sure to see it.
+# Kernel: what is reported in the modes that are sure to see it.
 MISTAKES = {
     # shared memory
     "missing_barrier": {"race": UNORDERED},
@@ -69,18 +70,18 @@ MISTAKES = {
 
 
 def run(mode, *arguments, seed=0):
-    """Exit status and output of the toys; seed 0 runs blocks and threads in order, others at random."""
-    executable = build.build("toys", mode, [build.SIMT / "toys.cu"])
+    """Exit status and output of the kernels; seed 0 runs blocks and threads in order, others at random."""
+    executable = build.build("litmus", mode, [build.SIMT / "litmus.cu"])
     env = os.environ | {"SIMT_SEED": str(seed)}
     done = subprocess.run([executable, *arguments], capture_output=True, text=True, timeout=120, env=env)
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mode, toy", [(mode, toy) for toy in MISTAKES for mode in MISTAKES[toy]])
-def test_mistake_is_reported(mode, toy):
+@pytest.mark.parametrize("mode, kernel", [(mode, kernel) for kernel in MISTAKES for mode in MISTAKES[kernel]])
+def test_mistake_is_reported(mode, kernel):
     for seed in range(3):
-        status, output = run(mode, "wrong", toy, seed=seed)
-        report = MISTAKES[toy][mode]
+        status, output = run(mode, "wrong", kernel, seed=seed)
+        report = MISTAKES[kernel][mode]
         assert status != 0 and re.search(report, output), f"seed {seed}: expected {report!r}, got:\n{output}"
 
 
@@ -92,17 +93,73 @@ def test_right_kernels_pass(mode, seed):
     assert status == 0 and set(passed) > set(MISTAKES), output
 
 
+#: Each with a launch that violates it and one that just keeps to it.
+LIMITS = {
+    "carveout",
+    "cluster_divides_the_grid",
+    "cluster_room",
+    "cluster_size",
+    "clusters_before_9_0",
+    "cooperative_registers",
+    "cooperative_shared",
+    "cooperative_threads",
+    "empty_grid",
+    "grid_too_large",
+    "launch_bounds",
+    "launch_bounds_are_known",
+    "no_kernel",
+    "occupancy_of_blocks",
+    "opt_in_is_of_a_device",
+    "overlap_before_9_0",
+    "refuses_clusters",
+    "refuses_cooperative",
+    "shared_with_opt_in",
+    "shared_without_opt_in",
+    "static_shared_is_known",
+    "threads_of_a_block",
+}
+
+
+@pytest.mark.parametrize("mode", build.MODES)
+def test_launches_meet_the_limits_of_a_driver(mode):
+    executable = build.build("limits", mode, [build.SIMT / "limits.cu"])
+    done = subprocess.run([executable], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(re.findall(r"^(\w+): ok$", done.stdout, re.M)) == LIMITS
+
+
+#: What code for an older architecture does not have.
+TRAPS = {
+    "old_code_syncs_a_cluster": "calls cluster_sync at .*, a barrier of its cluster",
+    "old_code_maps_shared": "maps shared memory of its cluster",
+    "old_code_waits": "waits for the kernel that its launch overlaps",
+}
+
+
+@pytest.mark.parametrize("mode", build.MODES)
+@pytest.mark.parametrize("kernel", TRAPS)
+def test_code_for_an_older_architecture_traps(kernel, mode):
+    status, output = run(mode, "wrong", kernel)
+    assert status != 0 and re.search(f"simt: trap: .* {TRAPS[kernel]}, but its code is for .* 8.0", output), output
+
+
+def test_the_device_knows_nothing_of_bnext():
+    for path in sorted((build.ROOT / build.SIMT).glob("*")):
+        if path.is_file():
+            assert "bnext" not in path.read_text().lower(), path
+
+
 def test_race_names_both_accesses():
     """Kernel, block, thread, variable, and the source lines of the two."""
-    source = (build.ROOT / build.SIMT / "toys.cu").read_text().splitlines()
+    source = (build.ROOT / build.SIMT / "litmus.cu").read_text().splitlines()
     write = 1 + source.index("  partial[i] = x[i];")
     read = 1 + next(i for i, text in enumerate(source) if "y[k] = partial[" in text)
     _, output = run("race", "wrong", "last_block_no_release")
     for expected in (
         "thread (0,0,0) of block (7,0,0) reads 4 bytes, ",
         "into 'partial' of 256 bytes; thread (7,0,0) of block (6,0,0) writes it",
-        f"toys.cu:{write}",
-        f"toys.cu:{read}",
+        f"litmus.cu:{write}",
+        f"litmus.cu:{read}",
         "last_block_kernel",
     ):
         assert expected in output, output
@@ -111,8 +168,8 @@ def test_race_names_both_accesses():
 @pytest.mark.parametrize("mode", build.MODES)
 def test_deadlock_says_who_waits_where(mode):
     _, output = run(mode, "wrong", "spin")
-    assert re.search(r"2 threads, as thread .* in __nanosleep\n.*toys\.cu:\d+", output), output
-    assert re.search(r"62 threads, as thread .* in __syncthreads\n.*toys\.cu:\d+", output), output
+    assert re.search(r"2 threads, as thread .* in __nanosleep\n.*litmus\.cu:\d+", output), output
+    assert re.search(r"62 threads, as thread .* in __syncthreads\n.*litmus\.cu:\d+", output), output
 
 
 def test_order_depends_on_the_seed_alone():

@@ -1,10 +1,12 @@
 """Every CUDA kernel and plan of bnext, executed on the CPU from its own source against a float64 oracle.
 
-tests/simt/driver.cpp runs the cases and says what it checks; here is which cases there are. In each of
+tests/kernel_driver.cpp runs the cases and says what it checks; here is which cases there are. In each of
 the device's modes the same few executables run all of them: plain for the numbers, sanitize for bounds
 and undefined behaviour, race for ordering, unwritten memory and alignment.
 """
 
+import functools
+import itertools
 import random
 import re
 import subprocess
@@ -16,7 +18,9 @@ from tests.simt import build
 pytestmark = pytest.mark.slow
 
 KERNELS = sorted(build.ROOT.glob("csrc/cuda/plans/*.cu"))
-HOST = [build.SIMT / "driver.cpp", *sorted(build.ROOT.glob("csrc/cuda/*.cpp"))]
+HOST = sorted(build.ROOT.glob("csrc/cuda/*.cpp"))
+KERNEL_DRIVER, DEVICE_DRIVER = "tests/kernel_driver.cpp", "tests/device_driver.cpp"
+DEFINES = ["BNEXT_SIMT"]
 
 PLANS = ["automatic", "cooperative", "resident", "two_pass"]  # where a shape does not allow one, it gets two_pass
 FORWARD = ["stats", "normalize", "forward", "eval"]
@@ -53,6 +57,12 @@ TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
 # Planes for clusters, up to those of 16; of 49, 9, 225, 289 and 1225 elements, which are taken side by side, the last
 # two in packs.
 PLANES = [(10, 2, 512), (40, 8, 49), (13, 8, 9), (5, 8, 225), (3, 8, 289), (3, 8, 1225)]
+
+# float64 that keeps 12 to 28 KB beside 36 KB of static shared memory, forward with a residual and relu.
+BESIDE_STATIC = {
+    "planar": [(4, 32, 49), (4, 16, 81), (4, 64, 196)],
+    "interleaved": [(256, 128, 1), (300, 64, 1), (32, 64, 64)],
+}
 
 # Elements there are none of.
 EMPTY = [(0, 3, 8), (2, 3, 0), (0, 5, 1), (2, 0, 8)]
@@ -140,18 +150,39 @@ def cases(op):
     for where in grid:
         out.append(case(rng, op, *where, (6, 5, 36), data="constant", relu=False, residual=False))
         out.append(case(rng, op, *where, (12, 3, 100), data="offset"))
+    if op in ("forward", "backward"):
+        device = {"shared": 0, "cc": 0, "sms": 0, "clusters": -1, "plan": "automatic"}
+        for layout, shapes in BESIDE_STATIC.items():
+            out += [case(rng, op, "f64", layout, shape, relu=True, residual=True, **device) for shape in shapes]
     return out
+
+
+@functools.cache
+def driver(mode):
+    return build.build("kernel_driver", mode, KERNELS, [KERNEL_DRIVER, *HOST], DEFINES)
+
+
+def run(lines, mode="plain"):
+    """What the driver printed for each case, and on stderr."""
+    done = subprocess.run([driver(mode)], input="\n".join(lines), capture_output=True, text=True, timeout=600)
+    return done.stdout.splitlines(), done.stderr
+
+
+def ran(lines):
+    """What ran of each case, all of which must pass."""
+    printed, errors = run(lines)
+    assert [text for text in printed if ": ok " not in text] == [], errors
+    assert len(printed) == len(lines)
+    return [text.split(": ok ")[1] for text in printed]
 
 
 @pytest.mark.parametrize("mode", build.MODES)
 @pytest.mark.parametrize("op", FORWARD + BACKWARD)
 def test_kernels(op, mode):
-    driver = build.build("driver", mode, KERNELS, HOST)
     lines = cases(op)
-    done = subprocess.run([driver], input="\n".join(lines), capture_output=True, text=True, timeout=600)
-    printed = done.stdout.splitlines()
+    printed, errors = run(lines, mode)
     bad = [text for text in printed if ": ok " not in text]
-    assert done.returncode == 0 and not bad, "\n".join([*bad[-20:], done.stderr[-8000:]])
+    assert not bad, "\n".join([*bad[-20:], errors[-8000:]])
     assert len(printed) == len(lines)
     if op in ("forward", "backward"):
         plans_that_ran(printed)
@@ -197,3 +228,86 @@ def test_cases_reach_every_option():
                 here = [options for options in chosen if (options["dtype"], options["layout"]) == (dtype, layout)]
                 for key, expected in values.items():
                     assert {options[key] for options in here} == expected
+
+
+# ---- devices that do less than they say
+
+
+#: Shapes with a plan of each kind that a driver may refuse, on a device of 132 multiprocessors or of 12.
+CLUSTERS = {"layout": "planar", "n": 40, "c": 8, "sms": 132, "plan": "resident"}
+GROUPS = {"layout": "interleaved", "n": 1100, "c": 72, "s": 1, "sms": 12, "shared": 40 * 1024, "plan": "resident"}
+SMALL = {"layout": "interleaved", "n": 33, "c": 15, "s": 9, "plan": "cooperative"}
+
+
+def both_directions(**options):
+    return [line(op=op, **options) for op in ("forward", "backward")]
+
+
+def test_static_shared_memory_counts_towards_48_kb():
+    """float64 with a residual and relu has up to 37 KB of it, so that 12 KB more have to be asked for."""
+    lines = [
+        line(op=op, dtype="f64", param="f64", layout=layout, n=n, c=c, s=s, relu=True, residual=True)
+        for op in ("forward", "backward")
+        for layout, shapes in BESIDE_STATIC.items()
+        for n, c, s in shapes
+    ]
+    assert all(plan.startswith(("resident", "planes")) for plan in ran(lines))
+
+
+def test_older_code_runs_without_clusters_and_overlap():
+    """compute_80 PTX, compiled on a Hopper at load time, as of TORCH_CUDA_ARCH_LIST="8.0+PTX"."""
+    for dtype, s in itertools.product(DTYPES, (512, 49)):
+        param = "f64" if dtype == "f64" else "f32"
+        shape = {**CLUSTERS, "dtype": dtype, "param": param, "s": s, "shared": 30 * 1024}
+        newer, older = ran(both_directions(**shape)), ran(both_directions(**shape, code=80))
+        assert all(int(re.match(r"(?:resident|planes)/(\d+)", plan)[1]) > 1 for plan in newer), newer
+        assert all(re.match(r"(resident|planes)/1\b|two_pass", plan) for plan in older), older
+        ran(both_directions(**{**shape, "plan": "two_pass"}, code=80))
+    assert all(plan.startswith("resident/") for plan in ran(both_directions(**GROUPS, code=80)))
+    assert all(plan.startswith("cooperative/") for plan in ran(both_directions(**SMALL, code=80)))
+
+
+@pytest.mark.parametrize("plan, report", [("resident", "calls cluster_sync"), ("two_pass", "waits for the kernel")])
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_older_code_traps_where_clusters_or_overlap_are_forced(op, plan, report):
+    printed, errors = run([line(op=op, **{**CLUSTERS, "s": 64, "plan": plan}, code=80, planned_cc=90)])
+    assert ": ok" not in printed[0] and re.search(f"simt: trap: .* {report}", errors), errors
+
+
+@pytest.mark.parametrize("case", [GROUPS, SMALL], ids=["resident", "cooperative"])
+def test_refused_cooperative_launches_become_two_pass(case):
+    """Right results, no error left behind, and asked for only once: the driver checks all three."""
+    assert not any("refused" in plan for plan in ran(both_directions(**case)))
+    for plan in ran(both_directions(**case, refuses=True)):
+        assert plan.startswith("two_pass") and plan.endswith("refused:cooperative_launches"), plan
+    for plan in ran(both_directions(**{**case, "plan": "automatic"}, refuses=True)):
+        assert not plan.startswith(("cooperative", "resident/2")), plan
+
+
+@pytest.mark.parametrize("s", [512, 49])
+def test_refused_clusters_become_fewer_blocks_or_two_pass(s):
+    cooperative = {**CLUSTERS, "s": s}
+    assert not any("refused" in plan for plan in ran(both_directions(**cooperative)))
+    for plan in ran(both_directions(**cooperative, largest=1)):
+        assert re.match(r"(resident|planes)/1\b|two_pass", plan) and plan.endswith("refused:clusters"), plan
+    # What one block cannot hold.
+    for plan in ran(both_directions(**cooperative, shared=30 * 1024, largest=1)):
+        assert plan.startswith("two_pass") and plan.endswith("refused:clusters"), plan
+
+
+def test_refused_clusters_of_16_leave_those_of_8():
+    large = {"layout": "planar", "n": 10, "c": 2, "s": 512, "sms": 132, "shared": 6 * 1024, "plan": "resident"}
+    large |= {"op": "forward", "clusters": 99}
+    assert ran([line(**large)])[0].startswith("resident/16/")
+    assert ran([line(**large, largest=8)])[0].endswith("refused:clusters_of_16")
+    assert ran([line(**large | {"shared": 7 * 1024}, largest=8)])[0].startswith("resident/8/")
+
+
+def test_devices_are_queried_prepared_and_remembered():
+    """tests/device_driver.cpp: query_device, prepare and Device on their own."""
+    executable = build.build("device_driver", "plain", KERNELS, [DEVICE_DRIVER, *HOST], DEFINES)
+    names = subprocess.run([executable], capture_output=True, text=True, check=True).stdout.split()
+    assert len(names) >= 12
+    for name in names:
+        done = subprocess.run([executable, name], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, f"{name}: ok\n"), done.stderr

@@ -356,6 +356,41 @@ def test_resident_blocks_fit_as_the_plan_counts_on():
             assert int(shared) <= merge + 1024, (kernel, architecture)
 
 
+def without_asking() -> int:
+    """Static and dynamic shared memory, together, that device.cpp takes to be granted to every kernel."""
+    return 1024 * int(re.search(r"kWithoutAsking = (\d+) \* 1024;", (CSRC / "cuda" / "device.cpp").read_text())[1])
+
+
+@each_compilation
+def test_shared_memory_that_is_not_asked_for_is_at_most_48_kb(source, architecture):
+    """device.cpp asks for what exceeds its constant; passes without dynamic shared memory do not come to it, unless
+    they reduce, and none of the others may have any at all."""
+    assert without_asking() <= 48 * 1024
+    kernels = re.findall(
+        r"Compiling entry function '(\S+)'.*?\n(.*?Used.*?)\n", compiled(source, architecture).log, re.S
+    )
+    assert kernels
+    for name, used in kernels:
+        found = re.search(r"(\d+) bytes smem", used.splitlines()[-1])
+        shared = int(found[1]) if found else 0
+        assert shared <= (0 if title(name).startswith("apply") else without_asking()), title(name)
+
+
+@pytest.mark.parametrize("plan", ["planar", "packed"])
+@pytest.mark.parametrize("architecture", ["7.5", "8.0", "9.0"])
+def test_kernels_stop_where_they_have_no_clusters(plan, architecture):
+    ptx = compiled(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture).ptx
+    entries = re.split(r"\.entry ", ptx)[1:]
+    for entry in entries:
+        kernel = title(entry.split("(")[0])
+        has_clusters = architecture == "9.0"
+        assert bool(re.search(r"\btrap;", entry)) != has_clusters, kernel
+        assert bool(re.search(r"\bbarrier\.cluster", entry)) == bool(re.search(r"\bmapa\b", entry)) == has_clusters, (
+            kernel
+        )
+    assert len(entries) == 3 * (5 + 4) + (4 + 3)
+
+
 #: Kernels that may be launched to overlap the one before, and those that may be overlapped.
 SECOND_PASS, FIRST_PASS = "two_pass_apply", "two_pass_reduce"
 

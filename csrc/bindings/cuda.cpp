@@ -7,10 +7,9 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <map>
-#include <mutex>
 #include <stdexcept>
 
+#include "../cuda/device.h"
 #include "../cuda/launch.h"
 #include "counters.h"
 #include "cuda_error.h"
@@ -19,18 +18,10 @@
 namespace bnext {
 namespace {
 
-const cuda::DeviceProperties& properties_of(c10::DeviceIndex device) {
-  // Never destroyed: at exit the CUDA driver may be gone before static objects are.
-  static std::mutex& mutex = *new std::mutex;
-  static auto& known = *new std::map<c10::DeviceIndex, cuda::DeviceProperties>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find(device);
-  if (found == known.end()) {
-    cuda::DeviceProperties properties = {};
-    check(cuda::query_device(device, &properties), "query_device");
-    found = known.emplace(device, properties).first;
-  }
-  return found->second;
+cuda::Device& device_of(c10::DeviceIndex index) {
+  cuda::Device* device = nullptr;
+  check(cuda::Device::get(index, &device), "query_device");
+  return *device;
 }
 
 // ---- What holds for all plans
@@ -116,15 +107,20 @@ struct Workspace {
 // What is run: the whole, for which there are several plans, or a stage.
 enum class Of { whole, reduction, elementwise };
 
-// Plans for the device of x, allocates what the plan needs, and launches it by launch(p, plan, scratch, stream).
+// Plans for the device of x, allocates what the plan needs, and launches it by launch(p, plan, scratch, stream); and
+// again, without what the driver refuses, where it does.
 template <class Params, class Launch>
 void run(const char* name, Of what, const Params& p, const Tensor& x, Launch&& launch) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   cuda::PlanOptions options = Options::instance().get();
   if (what != Of::whole) options.plan = {cuda::PlanKind::two_pass};
-  const cuda::Plan plan = plan_of(p, properties_of(x.device().index()), options);
-  const Workspace workspace = what == Of::elementwise ? Workspace({}, x, stream) : Workspace(plan, x, stream);
-  check(launch(p, plan, workspace.scratch, stream), name);
+  cuda::Device& device = device_of(x.device().index());
+  for (;;) {
+    const cuda::Plan plan = plan_of(p, device.properties(), options);
+    const Workspace workspace = what == Of::elementwise ? Workspace({}, x, stream) : Workspace(plan, x, stream);
+    const cudaError_t error = launch(p, plan, workspace.scratch, stream);
+    if (error == cudaSuccess || !device.give_up(plan, error)) return check(error, name);
+  }
 }
 
 // An elementwise stage's launcher, which takes no scratch, as one that does.
@@ -170,9 +166,13 @@ int64_t set_sm_margin(int64_t multiprocessors) {
 }
 
 DeviceNumbers device_properties(int64_t device) {
-  const cuda::DeviceProperties& d = properties_of(static_cast<c10::DeviceIndex>(device));
+  const cuda::DeviceProperties d = device_of(static_cast<c10::DeviceIndex>(device)).properties();
   return {d.compute_capability, d.multiprocessors, d.shared_per_multiprocessor,
           d.shared_per_block,   d.l2_bytes,        d.large_clusters};
+}
+
+std::vector<std::string> refused_launches(int64_t device) {
+  return device_of(static_cast<c10::DeviceIndex>(device)).refused();
 }
 
 std::string describe_plan(const Tensor& x, bool backward, bool relu, bool residual, const DeviceNumbers& device,

@@ -14,6 +14,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plans", &plans);
   m.def("force_plan", &force_plan);
   m.def("set_sm_margin", &set_sm_margin);
+  m.def("refused_launches", torch::wrap_pybind_function(&refused_launches));
   m.def("device_properties", torch::wrap_pybind_function(&device_properties));
   m.def("describe_plan", torch::wrap_pybind_function(&describe_plan));
 #else

@@ -26,6 +26,9 @@ int64_t set_sm_margin(int64_t multiprocessors);
 using DeviceNumbers = std::array<int64_t, 6>;
 DeviceNumbers device_properties(int64_t device);
 
+// What the driver has refused to launch on that device so far, which plans go without since then.
+std::vector<std::string> refused_launches(int64_t device);
+
 // What a training forward or backward of a layer over x would get on such a device, in words. x may be a meta tensor.
 // By `plan`, or where that is empty by what holds.
 std::string describe_plan(const at::Tensor& x, bool backward, bool relu, bool residual, const DeviceNumbers& device,

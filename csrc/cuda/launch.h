@@ -14,12 +14,12 @@ struct Scratch {
   uint32_t* counters;  // plan.counters, all 0 before the call; 0 again once the call has run
 };
 
-// Properties of a device that plans depend on; the caller keeps them (the query is slow).
+// Properties of a device that plans depend on; slow. Whoever launches goes by Device, which remembers them.
 cudaError_t query_device(int device, DeviceProperties* properties);
 
-// Lets a kernel have that much dynamic shared memory, and clusters of that size. On the current device; only the
-// first call for a kernel is slow.
-cudaError_t allow_kernel_resources(const void* kernel, size_t dynamic_shared, unsigned cluster);
+// Lets a kernel have that much dynamic shared memory to a block of so many threads, and clusters of that size, on the
+// current device. Slow only where a kernel wants more than ever before on it.
+cudaError_t allow_kernel_resources(const void* kernel, int threads, size_t dynamic_shared, unsigned cluster);
 
 // x -> mean, var.
 cudaError_t launch_stats(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);

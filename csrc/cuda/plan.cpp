@@ -233,10 +233,11 @@ Partition resident_planar(const Problem& problem, const DeviceProperties& device
   };
   Partition best = {};
   if (base.tiles == 0) return best;
-  const int64_t most = device.compute_capability >= 90 ? std::min<int64_t>(kMaxCluster, base.steps) : 1;
+  const bool has_clusters = device.compute_capability >= 90 && device.clusters;
+  const int64_t most = has_clusters ? std::min<int64_t>(kMaxCluster, base.steps) : 1;
   if (wanted > 0) {
-    const bool granted =
-        wanted <= most || (wanted == kLargeCluster && device.large_clusters > 0 && base.steps >= wanted);
+    const bool granted = wanted <= most ||
+                         (wanted == kLargeCluster && has_clusters && device.large_clusters > 0 && base.steps >= wanted);
     const Partition partition = clustered(base, wanted, problem.vec_bytes());
     return granted && fit(partition, 1) ? partition : best;
   }
@@ -248,7 +249,7 @@ Partition resident_planar(const Problem& problem, const DeviceProperties& device
     if (fit(partition, 2) && partition.blocks() >= device.multiprocessors) break;
   }
   const bool large_pay = device.large_clusters * kLargeCluster >= kLargeClustersPay * device.multiprocessors;
-  if (best.resident_bytes == 0 && large_pay && base.steps >= kLargeCluster) {
+  if (best.resident_bytes == 0 && has_clusters && large_pay && base.steps >= kLargeCluster) {
     const Partition partition = clustered(base, kLargeCluster, problem.vec_bytes());
     if (fit(partition, 1)) best = partition;
   }
@@ -318,6 +319,7 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
     partition.resident_bytes = partition.steps_per_split / partition.thread_rows * partition.threads * vec_bytes;
     if (partition.resident_bytes + reserved <= device.shared_per_block) return partition;
   }
+  if (!device.cooperative) return {};
   // A second round of a small tensor would take longer than what it hides.
   const bool double_buffered = problem.bytes() > kSmallBytes || wanted.kind == PlanKind::resident;
   for (int32_t buffers = double_buffered ? 2 : 1; buffers >= 1; --buffers) {
@@ -413,11 +415,14 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
     }
   }
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
-  if (shape.numel() > 0 && (requested == PlanKind::cooperative || (requested == PlanKind::automatic && fits_caches))) {
+  if (shape.numel() > 0 && device.cooperative &&
+      (requested == PlanKind::cooperative || (requested == PlanKind::automatic && fits_caches))) {
     set_cooperative(plan, device, options);
   }
   if (refusal && requested != PlanKind::automatic && requested != plan.kind) {
-    *refusal = shape.numel() == 0 ? "it is empty" : why_not_resident(problem, device, options);
+    *refusal = shape.numel() == 0                   ? "it is empty"
+               : requested == PlanKind::cooperative ? "the device has no cooperative launches, or refuses them"
+                                                    : why_not_resident(problem, device, options);
   }
 
   // Of what the reduction reads, the second pass should find half an L2 cache full.

@@ -10,12 +10,14 @@
 namespace bnext::cuda {
 
 struct DeviceProperties {
-  int32_t compute_capability;  // 10 * major + minor
+  int32_t compute_capability;  // 10 * major + minor, of the device and of the code that runs there
   int32_t multiprocessors;
   int64_t shared_per_multiprocessor;  // bytes
   int64_t shared_per_block;           // with opt-in
   int64_t l2_bytes;
-  int32_t large_clusters;  // of kLargeCluster blocks, each with all the shared memory it may have, that run together
+  int32_t large_clusters;   // of kLargeCluster blocks, each with all the shared memory it may have, that run together
+  bool cooperative = true;  // grids whose blocks are all there together
+  bool clusters = true;     // from compute capability 9.0 on
 };
 
 // What launch bounds and plans have to agree on: threads of a block, and how many such blocks the
@@ -90,6 +92,9 @@ struct Partition {
   int32_t tile_channels;  // 0 where that is not how tiles are made
 
   constexpr int64_t blocks() const { return groups * splits; }
+  // Blocks of a cluster of the launch, and whether all of its blocks have to be there together.
+  constexpr uint32_t cluster() const { return clustered ? static_cast<uint32_t>(splits) : 1; }
+  constexpr bool cooperative() const { return resident_bytes > 0 && splits > 1 && !clustered; }
   // Kernels count blocks, the vectors of a plane and the steps of a split in 32 bits, and so they do all vectors. A
   // tensor beyond that has 2^31 channels, a plane of 2^31 vectors (32 GiB), or 2^32 vectors (64 GiB).
   constexpr bool fits() const {

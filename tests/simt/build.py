@@ -1,4 +1,4 @@
-"""Builds executables that run CUDA kernels on the device of simt.h.
+"""Builds executables that run CUDA kernels on the simulated device.
 
 Objects and executables are kept in build/simt, named by a hash of everything that went into them, so
 that a change rebuilds just what it touches. Processes that build the same thing wait for each other.
@@ -25,6 +25,10 @@ MODES = ("plain", "sanitize", "race")
 # Strict aliasing is off because nvcc's is; contraction, so that all modes and machines compute alike; a
 # fixed address lets race.cpp keep code addresses in 31 bits.
 COMMON = "-std=c++17 -g -fno-strict-aliasing -ffp-contract=off -fno-pie -pthread -Wall -Wextra -Wno-unknown-pragmas"
+# kernel.cpp follows relocations, which calls within a section do without.
+COMMON += " -ffunction-sections"
+LINK = "-no-pie -pthread -Wl,--emit-relocs"
+RUNTIME = ("context", "kernel", "memory", "rendezvous", "report", "runtime", "schedule")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 RACE = "-fsanitize=thread,alignment,bounds -fno-sanitize-recover=all"
 
@@ -39,9 +43,9 @@ def compiler():
     return command, run([*command, "--version"])
 
 
-def flags(mode, kernel):
+def flags(mode, kernel, defines=()):
     """Compiler flags of a kernel's source, or of a host source, in a mode."""
-    out = f"{COMMON} -DBNEXT_SIMT -I{SIMT}".split()
+    out = [*COMMON.split(), f"-I{SIMT}", *(f"-D{name}" for name in defines)]
     out.append("-O1" if mode == "sanitize" else "-O2")  # the sanitizers' checks take long to optimise
     if mode == "sanitize":
         out += SANITIZE.split()
@@ -55,20 +59,21 @@ def flags(mode, kernel):
     return out
 
 
-def build(name, mode, kernels, host=()):
+def build(name, mode, kernels, host=(), defines=()):
     """The executable made of these sources (paths from the repository's root) and the device."""
-    runtime = [SIMT / "simt.cpp"] + ([SIMT / "race.cpp"] if mode == "race" else [])
-    jobs = [(Path(source), mode, True) for source in kernels]
-    jobs += [(Path(source), mode, False) for source in [*host, *runtime]]
+    runtime = [SIMT / f"{part}.cpp" for part in (*RUNTIME, *(["race"] if mode == "race" else []))]
+    jobs = [(Path(source), mode, True, defines) for source in kernels]
+    jobs += [(Path(source), mode, False, defines) for source in host]
+    jobs += [(source, mode, False) for source in runtime]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
-    link = ["-no-pie", "-pthread", *(SANITIZE.split() if mode == "sanitize" else [])]
+    link = [*LINK.split(), *(SANITIZE.split() if mode == "sanitize" else [])]
     command = [*compiler()[0], *link, *map(str, objects)]
     return cached(f"{name}-{mode}", [*command, compiler()[1]], lambda out: run([*command, "-o", str(out)]))
 
 
-def compile_object(source, mode, kernel):
-    command = [*compiler()[0], *flags(mode, kernel), "-x", "c++", "-c", str(source)]
+def compile_object(source, mode, kernel, defines=()):
+    command = [*compiler()[0], *flags(mode, kernel, defines), "-x", "c++", "-c", str(source)]
     parts = [*command, compiler()[1], *(path.read_text() for path in with_headers(ROOT / source))]
 
     def make(out):
@@ -81,14 +86,14 @@ def compile_object(source, mode, kernel):
 
 
 def with_headers(source):
-    """The source and, in a fixed order, every file that it includes in quotes."""
+    """The source and, in a fixed order, every file that it includes in quotes, or of the device's in brackets."""
     found, queue = [], [source]
     while queue:
         path = queue.pop().resolve()
         if path in found:
             continue
         found.append(path)
-        for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+        for header in re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text(), re.M):
             queue += [p for p in (path.parent / header, ROOT / SIMT / header) if p.exists()][:1]
     return found
 

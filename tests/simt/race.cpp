@@ -23,7 +23,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "runtime.h"
+#include "internal.h"
 
 extern "C" char __executable_start, _end;
 
@@ -226,7 +226,7 @@ Shadow find_shadow(const Access& a) {
     const size_t offset = p - block->static_shared;
     if (offset < static_shared_bytes) return shared_of(*block, block->clocks.static_shadow + offset, a);
   }
-  if (static_cast<size_t>(p - static_cast<const char*>(launched->bound)) < launched->bound_bytes) return {};
+  if (static_cast<size_t>(p - static_cast<const char*>(launched->bound.data)) < launched->bound.bytes) return {};
   report("out of bounds", a, verb(a.reads, a.writes, a.pc) + text(" %zu bytes that are not device memory", a.bytes));
 }
 
@@ -351,7 +351,7 @@ void atomic_access(const volatile void* p, size_t bytes, bool reads, bool writes
 
 }  // namespace
 
-// ---- What simt.cpp tells ---------------------------------------------------------------------------
+// ---- What the other sources tell ---------------------------------------------------------------------------
 
 char* reserve(size_t bytes) {
   if (!arena) {

@@ -1,21 +1,21 @@
-// The CUDA that the kernels are written in. Under nvcc this is CUDA itself; with BNEXT_SIMT it is
-// the execution model of tests/simt, which runs the same source on the CPU. The few things that
-// need PTX live here, each next to its plain twin.
+// The CUDA that the kernels are written in, and how they are launched. Under nvcc this is CUDA itself; with BNEXT_SIMT,
+// the header of the runtime is that of tests/simt, which runs the same source on the CPU. The few things that need PTX
+// live here, each next to its plain twin.
 #pragma once
-
-#if defined(BNEXT_SIMT)
-
-#include "simt.h"
-
-#define BNEXT_GRID_CONSTANT
-
-#else
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <utility>
 
 #define BNEXT_GRID_CONSTANT __grid_constant__
+
+// Goes into the parameters of what threads meet in, so that a simulated device can say where.
+#if defined(BNEXT_SIMT)
+#define BNEXT_CALLER SIMT_CALLER
+#else
+#define BNEXT_CALLER
+#endif
 
 namespace bnext::cuda {
 
@@ -66,9 +66,8 @@ cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, uns
 }
 
 // How many such clusters are on the device at a time.
-template <class... Params>
-cudaError_t count_clusters(void (*kernel)(Params...), unsigned block, unsigned cluster_size, size_t dynamic_shared,
-                           int* count) {
+inline cudaError_t count_clusters(const void* kernel, unsigned block, unsigned cluster_size, size_t dynamic_shared,
+                                  int* count) {
   cudaLaunchAttribute attribute = cluster_attribute(cluster_size);
   cudaLaunchConfig_t config = {};
   config.gridDim = cluster_size;
@@ -97,15 +96,18 @@ __device__ __forceinline__ void launch_dependent_grids() {
 #endif
 }
 
-// Until the kernel before is over, and its writes are visible. At once in a kernel that was launched otherwise.
+// Until the kernel before is over, and its writes are visible. At once in a kernel that was launched otherwise, as all
+// are below compute capability 9.0.
 __device__ __forceinline__ void wait_on_dependent_grids() {
-#if __CUDA_ARCH__ >= 900
+#if defined(BNEXT_SIMT)
+  simt::wait_on_dependent_grids();
+#elif __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 // Loads 16 bytes that the L2 cache should keep in preference to others, or let go of first.
-__device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, bool keep) {
+__device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, [[maybe_unused]] bool keep) {
 #if __CUDA_ARCH__ >= 800
   uint64_t last, first;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
@@ -122,40 +124,43 @@ __device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, bool k
 
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
+#if defined(BNEXT_SIMT)
+  return static_cast<unsigned char*>(simt::dynamic_shared());
+#else
   extern __shared__ uint4 bnext_dynamic_shared[];
   return reinterpret_cast<unsigned char*>(bnext_dynamic_shared);
+#endif
 }
 
-// Clusters exist from compute capability 9.0; below, a kernel that knows them runs with clusters of 1
-// and does not call these.
-__device__ __forceinline__ unsigned cluster_rank() {
-  unsigned rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
+// Clusters exist from compute capability 9.0 on, of the device and of the code: PTX for less, compiled for such a
+// device at load time, has none. Below, a kernel that knows them runs with clusters of 1 and does not call these, or it
+// stops: without a barrier it would go on to wrong results.
 
 // Waits for every thread of the cluster and makes their writes visible to each other. Not the .aligned
 // form: a warp may come here from a branch that only its first thread took.
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_sync(BNEXT_CALLER) {
+#if defined(BNEXT_SIMT)
+  simt::sync_cluster({"cluster_sync", file, line});
+#elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+  asm volatile("trap;");
 #endif
 }
 
 // The same variable in the shared memory of block `rank` of the cluster.
 template <class T>
-__device__ __forceinline__ T* map_shared(T* p, unsigned rank) {
-#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ T* map_shared(T* p, [[maybe_unused]] unsigned rank) {
+#if defined(BNEXT_SIMT)
+  return static_cast<T*>(simt::map_shared(p, rank));
+#elif __CUDA_ARCH__ >= 900
   T* mapped;
   asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
   return mapped;
 #else
+  asm volatile("trap;");
   return p;
 #endif
 }
 
 }  // namespace bnext::cuda
-
-#endif

@@ -62,8 +62,11 @@ cudaError_t launch_any(const Params& p, const Plan& plan, const Scratch& scratch
   if (!plan.reduce.fits() || !plan.apply.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(plan.blocks)), block(kMaxThreads);
   return with_dtype(p.dtype, [&](auto element) {
-    return launch_cooperative(cooperative_kernel<decltype(element), Family>, grid, block, 0, stream, p, plan.reduce,
-                              plan.apply, scratch, scratch.counters + (plan.counters - 1));
+    const auto kernel = cooperative_kernel<decltype(element), Family>;
+    const cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), kMaxThreads, 0, 1);
+    if (error != cudaSuccess) return error;
+    return launch_cooperative(kernel, grid, block, 0, stream, p, plan.reduce, plan.apply, scratch,
+                              scratch.counters + (plan.counters - 1));
   });
 }
 

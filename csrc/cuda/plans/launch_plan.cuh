@@ -81,14 +81,16 @@ cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partiti
   const dim3 grid(static_cast<uint32_t>(partition.blocks())), block(partition.threads);
   const auto shared = static_cast<size_t>(partition.resident_bytes);
   if (partition.pdl) return launch_pdl(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  if (shared == 0) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  const auto cluster = static_cast<unsigned>(partition.clustered ? partition.splits : 1);
-  if (cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), shared, cluster);
-      error != cudaSuccess) {
-    return error;
+  const unsigned cluster = partition.cluster();
+  if (partition.shared_bytes + partition.resident_bytes > 0) {
+    const cudaError_t error =
+        allow_kernel_resources(reinterpret_cast<const void*>(kernel), partition.threads, shared, cluster);
+    if (error != cudaSuccess) return error;
   }
-  if (partition.splits == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
-  if (!partition.clustered) return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  if (partition.cooperative()) {
+    return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
+  }
+  if (cluster == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   return launch_cluster(kernel, grid, block, cluster, shared, stream, std::forward<Args>(args)...);
 }
 

@@ -21,8 +21,8 @@ cudaError_t launch_resident_packed(const BackwardParams&, const Partition&, cons
 cudaError_t launch_resident_interleaved(const ForwardParams&, const Partition&, const Scratch&, cudaStream_t);
 cudaError_t launch_resident_interleaved(const BackwardParams&, const Partition&, const Scratch&, cudaStream_t);
 
-// How many clusters of kLargeCluster blocks run on the current device together, each block with all the shared memory
-// that it may have.
-cudaError_t count_large_clusters(int64_t shared_per_block, int32_t* count);
+// One kernel, which speaks for all in questions of what they were compiled for, and of how many clusters run together:
+// with all the shared memory that a block may have, it is a multiprocessor that a block takes.
+const void* sample_kernel();
 
 }  // namespace bnext::cuda

@@ -1,10 +1,12 @@
-// Toy kernels, each with one mistake that a template argument plants: what the device has to catch.
+// Small kernels and launches, each with one mistake that a template argument plants: what the device has to catch.
 //
-//     toys right|wrong [NAME...]
+//     litmus right|wrong [NAME...]
 //
 // runs those named, or all, and checks the results: a line "NAME: ok" or "NAME: wrong result" each, and exit
 // status 1 if any was wrong. The device's own reports end the process. tests/test_simt_device.py says
 // which report each mistake gets.
+#include <cuda_runtime.h>
+
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -12,17 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "launches.h"
 #include "simt.h"
-
-using bnext::cuda::cluster_rank;
-using bnext::cuda::cluster_sync;
-using bnext::cuda::dynamic_shared;
-using bnext::cuda::launch;
-using bnext::cuda::launch_cluster;
-using bnext::cuda::launch_cooperative;
-using bnext::cuda::launch_pdl;
-using bnext::cuda::map_shared;
-using bnext::cuda::wait_on_dependent_grids;
 
 namespace {
 
@@ -45,6 +38,13 @@ struct Array {
     return *this;
   }
 };
+
+__forceinline__ void cluster_sync(SIMT_CALLER) { simt::sync_cluster({"cluster_sync", file, line}); }
+
+template <class T>
+T* map_shared(T* p, unsigned rank) {
+  return static_cast<T*>(simt::map_shared(p, rank));
+}
 
 bool started(cudaError_t error) {
   if (error != cudaSuccess) fprintf(stderr, "launch failed: %s\n", cudaGetErrorString(error));
@@ -130,7 +130,7 @@ __global__ void exited_thread_kernel(const float* x, float* y) {
 
 template <bool WRONG>
 __global__ void shared_bound_kernel(const float* x, float* y) {
-  float* s = reinterpret_cast<float*>(dynamic_shared());
+  float* s = static_cast<float*>(simt::dynamic_shared());
   const int t = threadIdx.x;
   s[t] = x[t];
   __syncthreads();
@@ -297,12 +297,12 @@ enum class Cluster { right, no_barrier, leaves_early };
 template <Cluster CLUSTER>
 __global__ void cluster_kernel(const float* x, float* y) {
   __shared__ float s[kThreads];
-  float* d = reinterpret_cast<float*>(dynamic_shared());
+  float* d = static_cast<float*>(simt::dynamic_shared());
   const int threads = blockDim.x, t = threadIdx.x, i = blockIdx.x * threads + t;
   s[t] = 0.25f * x[i];
   d[t] = 0.75f * x[i];
   if (CLUSTER != Cluster::no_barrier) cluster_sync();
-  const unsigned other = gridDim.x - 1 - cluster_rank();
+  const unsigned other = gridDim.x - 1 - simt::cluster_rank();
   y[i] = map_shared(s, other)[threads - 1 - t] + map_shared(d, other)[threads - 1 - t];
   if (CLUSTER != Cluster::leaves_early) cluster_sync();
 }
@@ -311,8 +311,19 @@ __global__ void cluster_kernel(const float* x, float* y) {
 template <bool WRONG>
 __global__ void early_access_kernel(const float* x, float* y) {
   const float early = WRONG ? x[kThreads - 1 - threadIdx.x] : 0;
-  wait_on_dependent_grids();
+  simt::wait_on_dependent_grids();
   y[threadIdx.x] = WRONG ? early : x[kThreads - 1 - threadIdx.x];
+}
+
+// Clusters and overlapping launches that the device has, and that the code was not compiled for.
+enum class OldCode { no, syncs, maps, waits };
+
+template <OldCode WHAT>
+__global__ void old_code_kernel(const float* x, float* y) {
+  if (WHAT == OldCode::syncs) cluster_sync();
+  if (WHAT == OldCode::maps) x = map_shared(x, 0);
+  if (WHAT == OldCode::waits) simt::wait_on_dependent_grids();
+  y[threadIdx.x] = x[kThreads - 1 - threadIdx.x];
 }
 
 // ---- The intrinsics, one by one ------------------------------------------------------------------
@@ -365,21 +376,21 @@ __global__ void million_kernel(const float* x, float* y, float* sums, int n) {
 bool reverses(void (*kernel)(const float*, float*), int blocks = 1, int threads = kThreads) {
   Array<float> x(kThreads, "x"), y(kThreads, "y");
   x.fill([](int i) { return 1.0f + i; });
-  if (!started(launch(kernel, dim3(blocks), dim3(threads), kThreads * sizeof(float), nullptr, x.p, y.p))) return false;
+  if (!started(launch(kernel, dim3(blocks), dim3(threads), kThreads * sizeof(float), x.p, y.p))) return false;
   bool good = simt::count_unwritten(y.p, kThreads * sizeof(float)) == 0;
   for (int i = 0; i < kThreads; ++i) good = good && y.p[i] == kThreads - i;
   return good;
 }
 
 template <class Kernel>
-bool reverses_through(Kernel kernel, bool cooperative) {
+bool reverses_through(Kernel kernel, bool is_cooperative) {
   Array<float> x(kThreads, "x"), partial(kThreads, "partial"), y(kThreads, "y");
   Array<unsigned> counter(2, "counter");
   x.fill([](int i) { return 1.0f + i; });
   counter.fill([](int) { return 0u; });
   const dim3 grid(8), block(kThreads / 8);
-  if (!started(cooperative ? launch_cooperative(kernel, grid, block, 0, nullptr, x.p, partial.p, counter.p, y.p)
-                           : launch(kernel, grid, block, 0, nullptr, x.p, partial.p, counter.p, y.p))) {
+  if (!started(is_cooperative ? launch_with({cooperative()}, kernel, grid, block, 0, x.p, partial.p, counter.p, y.p)
+                              : launch(kernel, grid, block, 0, x.p, partial.p, counter.p, y.p))) {
     return false;
   }
   bool good = counter.p[0] == 0;
@@ -393,7 +404,7 @@ bool spin() {
   Array<unsigned> flag(1, "flag");
   x.fill([](int i) { return 1.0f + i; });
   flag.fill([](int) { return 0u; });
-  return started(launch_cooperative(spin_kernel<WRONG>, dim3(2), dim3(kThreads / 2), 0, nullptr, x.p, y.p, flag.p)) &&
+  return started(launch_with({cooperative()}, spin_kernel<WRONG>, dim3(2), dim3(kThreads / 2), 0, x.p, y.p, flag.p)) &&
          y.p[0] == kThreads;
 }
 
@@ -401,7 +412,8 @@ template <Cluster CLUSTER>
 bool cluster() {
   Array<float> x(kThreads, "x"), y(kThreads, "y");
   x.fill([](int i) { return 1.0f + i; });
-  if (!started(launch_cluster(cluster_kernel<CLUSTER>, dim3(4), dim3(kThreads / 4), 4, kThreads, nullptr, x.p, y.p))) {
+  if (!started(
+          launch_with({clusters_of(4)}, cluster_kernel<CLUSTER>, dim3(4), dim3(kThreads / 4), kThreads, x.p, y.p))) {
     return false;
   }
   bool good = true;
@@ -413,19 +425,19 @@ template <bool WRONG>
 bool early_access() {
   Array<float> x(kThreads, "x"), y(kThreads, "y");
   x.fill([](int i) { return 1.0f + i; });
-  return started(launch_pdl(early_access_kernel<WRONG>, dim3(1), dim3(kThreads), 0, nullptr, x.p, y.p)) &&
+  return started(launch_with({overlapping()}, early_access_kernel<WRONG>, dim3(1), dim3(kThreads), 0, x.p, y.p)) &&
          y.p[0] == kThreads;
 }
 
-// A cluster of 16 needs leave.
-bool large_cluster() {
-  auto kernel = cluster_kernel<Cluster::right>;
+template <OldCode WHAT>
+bool old_code() {
   Array<float> x(kThreads, "x"), y(kThreads, "y");
   x.fill([](int i) { return 1.0f + i; });
-  auto start = [&] { return launch_cluster(kernel, dim3(16), dim3(kThreads / 16), 16, kThreads, nullptr, x.p, y.p); };
-  return start() == cudaErrorInvalidConfiguration &&
-         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-         start() == cudaSuccess && y.p[0] == kThreads;
+  simt::device().code_capability = 80;
+  const cudaLaunchAttribute attribute = WHAT == OldCode::waits ? overlapping() : clusters_of(1);
+  const bool good = started(launch_with({attribute}, old_code_kernel<WHAT>, dim3(1), dim3(kThreads), 0, x.p, y.p));
+  simt::reset_devices();
+  return good && y.p[0] == kThreads;
 }
 
 bool intrinsics() {
@@ -435,102 +447,80 @@ bool intrinsics() {
   failures.fill([](int) { return 0; });
   counter.fill([](int) { return 0u; });
   wide.fill([](int) { return 0ull; });
-  if (!started(launch(intrinsics_kernel, dim3(2, 3), dim3(8, 8), 0, nullptr, failures.p, counter.p, wide.p)))
-    return false;
+  if (!started(launch(intrinsics_kernel, dim3(2, 3), dim3(8, 8), 0, failures.p, counter.p, wide.p))) return false;
   if (failures.p[0]) fprintf(stderr, "failed: %#x\n", failures.p[0]);
   return failures.p[0] == 0 && counter.p[0] == 6 * kThreads % (2 * kThreads) && wide.p[0] == (6ull * kThreads) << 33;
-}
-
-bool launch_errors() {
-  auto kernel = divergent_barrier_kernel<false>;
-  const float* x = nullptr;
-  float* y = nullptr;
-  auto with = [&](dim3 grid, dim3 block, size_t shared) { return launch(kernel, grid, block, shared, nullptr, x, y); };
-  return with(0, 32, 0) == cudaErrorInvalidConfiguration && with(1, 1025, 0) == cudaErrorInvalidConfiguration &&
-         with(dim3(1, 65536), 32, 0) == cudaErrorInvalidConfiguration &&
-         with(1, 32, 49 * 1024) == cudaErrorInvalidValue &&
-         launch_cooperative(kernel, dim3(1000), dim3(1024), 0, nullptr, x, y) == cudaErrorCooperativeLaunchTooLarge &&
-         launch_cluster(kernel, dim3(7), dim3(32), 2, 0, nullptr, x, y) == cudaErrorInvalidConfiguration;
-}
-
-bool opt_in() {
-  const int bytes = 64 * 1024;
-  auto kernel = shared_bound_kernel<false>;
-  Array<float> x(kThreads, "x"), y(kThreads, "y");
-  x.fill([](int i) { return 1.0f + i; });
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
-         launch(kernel, dim3(1), dim3(kThreads), bytes, nullptr, x.p, y.p) == cudaSuccess && y.p[0] == kThreads;
 }
 
 bool million() {
   const int n = 1 << 20, blocks = 64;
   Array<float> x(n, "x"), y(n, "y"), sums(blocks, "sums");
   x.fill([](int i) { return static_cast<float>(i % 7); });
-  if (!started(launch(million_kernel, dim3(blocks), dim3(256), 0, nullptr, x.p, y.p, sums.p, n))) return false;
+  if (!started(launch(million_kernel, dim3(blocks), dim3(256), 0, x.p, y.p, sums.p, n))) return false;
   double sum = 0, expected = 0;
   for (int b = 0; b < blocks; ++b) sum += sums.p[b];
   for (int i = 0; i < n; ++i) expected += i % 7;
   return sum == expected && y.p[n - 1] == 2 * ((n - 1) % 7);
 }
 
-struct Toy { std::function<bool()> right, wrong; };
+struct Litmus { std::function<bool()> right, wrong; };
 
-#define TOY(name, ...)                                                            \
+#define LITMUS(name, ...)                                                         \
   {                                                                               \
     #name, {                                                                      \
       [] { return reverses(name##_kernel<false> __VA_OPT__(, ) __VA_ARGS__); },   \
           [] { return reverses(name##_kernel<true> __VA_OPT__(, ) __VA_ARGS__); } \
     }                                                                             \
   }
-#define SHUFFLE_TOY(mask)                                                                                       \
+#define SHUFFLE_LITMUS(mask)                                                                                    \
   {                                                                                                             \
     "shuffle_" #mask, {                                                                                         \
       [] { return reverses(shuffle_kernel<Mask::right>); }, [] { return reverses(shuffle_kernel<Mask::mask>); } \
     }                                                                                                           \
   }
-#define FENCE_TOY(kernel, fences, cooperative)                                          \
-  {                                                                                     \
-    #kernel "_" #fences, {                                                              \
-      [] { return reverses_through(kernel##_kernel<Fences::both>, cooperative); },      \
-          [] { return reverses_through(kernel##_kernel<Fences::fences>, cooperative); } \
-    }                                                                                   \
+#define FENCE_LITMUS(kernel, fences, together)                                       \
+  {                                                                                  \
+    #kernel "_" #fences, {                                                           \
+      [] { return reverses_through(kernel##_kernel<Fences::both>, together); },      \
+          [] { return reverses_through(kernel##_kernel<Fences::fences>, together); } \
+    }                                                                                \
   }
 
-const std::map<std::string, Toy> toys = {
-    TOY(missing_barrier),
-    TOY(reused_shared),
-    TOY(uninitialised),
-    TOY(left_over, 2),
-    TOY(divergent_barrier),
-    TOY(barrier_against_shuffle),
-    TOY(exited_thread),
-    TOY(shared_bound),
-    TOY(array_bound),
-    TOY(read_bound),
-    TOY(write_bound),
-    TOY(misaligned),
-    TOY(blocks_collide, 2),
-    TOY(warp_exchange),
-    SHUFFLE_TOY(half_arrive),
-    SHUFFLE_TOY(without_self),
-    SHUFFLE_TOY(disagree),
-    SHUFFLE_TOY(too_narrow),
-    SHUFFLE_TOY(exited),
-    FENCE_TOY(last_block, no_release, false),
-    FENCE_TOY(last_block, block_release, false),
-    FENCE_TOY(last_block, no_acquire, false),
-    FENCE_TOY(grid_barrier, no_release, true),
-    FENCE_TOY(grid_barrier, no_acquire, true),
+const std::map<std::string, Litmus> tests = {
+    LITMUS(missing_barrier),
+    LITMUS(reused_shared),
+    LITMUS(uninitialised),
+    LITMUS(left_over, 2),
+    LITMUS(divergent_barrier),
+    LITMUS(barrier_against_shuffle),
+    LITMUS(exited_thread),
+    LITMUS(shared_bound),
+    LITMUS(array_bound),
+    LITMUS(read_bound),
+    LITMUS(write_bound),
+    LITMUS(misaligned),
+    LITMUS(blocks_collide, 2),
+    LITMUS(warp_exchange),
+    SHUFFLE_LITMUS(half_arrive),
+    SHUFFLE_LITMUS(without_self),
+    SHUFFLE_LITMUS(disagree),
+    SHUFFLE_LITMUS(too_narrow),
+    SHUFFLE_LITMUS(exited),
+    FENCE_LITMUS(last_block, no_release, false),
+    FENCE_LITMUS(last_block, block_release, false),
+    FENCE_LITMUS(last_block, no_acquire, false),
+    FENCE_LITMUS(grid_barrier, no_release, true),
+    FENCE_LITMUS(grid_barrier, no_acquire, true),
     {"spin", {spin<false>, spin<true>}},
     {"cluster_no_barrier", {cluster<Cluster::right>, cluster<Cluster::no_barrier>}},
     {"cluster_leaves_early", {cluster<Cluster::right>, cluster<Cluster::leaves_early>}},
     {"early_access", {early_access<false>, early_access<true>}},
-    {"large_cluster", {large_cluster, {}}},
+    {"old_code_syncs_a_cluster", {old_code<OldCode::no>, old_code<OldCode::syncs>}},
+    {"old_code_maps_shared", {old_code<OldCode::no>, old_code<OldCode::maps>}},
+    {"old_code_waits", {old_code<OldCode::no>, old_code<OldCode::waits>}},
     {"last_block_late_acquire", {[] { return reverses_through(last_block_kernel<Fences::late_acquire>, false); }, {}}},
     {"groups", {[] { return reverses(groups_kernel); }, {}}},
     {"intrinsics", {intrinsics, {}}},
-    {"launch_errors", {launch_errors, {}}},
-    {"opt_in", {opt_in, {}}},
     {"million", {million, {}}},
 };
 
@@ -539,22 +529,22 @@ const std::map<std::string, Toy> toys = {
 int main(int argc, char** argv) {
   const bool wrong = argc > 1 && strcmp(argv[1], "wrong") == 0;
   if (argc < 2 || (!wrong && strcmp(argv[1], "right") != 0)) {
-    fprintf(stderr, "usage: toys right|wrong [NAME...]\n");
+    fprintf(stderr, "usage: litmus right|wrong [NAME...]\n");
     return 2;
   }
   std::vector<std::string> names(argv + 2, argv + argc);
   if (names.empty()) {
-    for (const auto& [name, toy] : toys) names.push_back(name);
+    for (const auto& [name, test] : tests) names.push_back(name);
   }
   bool all_good = true;
   for (const std::string& name : names) {
-    const auto toy = toys.find(name);
-    if (toy == toys.end() || (wrong && !toy->second.wrong)) {
-      fprintf(stderr, "toys: there is no %s %s\n", argv[1], name.c_str());
+    const auto test = tests.find(name);
+    if (test == tests.end() || (wrong && !test->second.wrong)) {
+      fprintf(stderr, "litmus: there is no %s %s\n", argv[1], name.c_str());
       return 2;
     }
     printf("%s: ", name.c_str());  // before it runs: the device's own reports end the process
-    const bool good = wrong ? toy->second.wrong() : toy->second.right();
+    const bool good = wrong ? test->second.wrong() : test->second.right();
     puts(good ? "ok" : "wrong result");
     all_good = all_good && good;
   }

@@ -1,6 +1,6 @@
-// Runs bnext's CUDA launchers on the device of simt.h and compares them with an oracle of its own:
+// Runs bnext's CUDA launchers on the simulated device of tests/simt and compares them with an oracle of its own:
 //
-//     driver [FILE]        cases from FILE or the standard input, one a line
+//     kernel_driver [FILE]        cases from FILE or the standard input, one a line
 //
 // A case is a list of key=value, each with a default (see Case). For each it prints one line: ok or
 // FAIL, the plan it got, and the largest error of each output in units of u (half an ulp of 1 in the
@@ -13,7 +13,10 @@
 // |mean| / std is large. Besides the values, each case checks that
 //   - every output is written, and nothing outside the outputs (guards, and poison in all of them);
 //   - inputs stay as they were, and counters return to 0;
-//   - a second run under another order of threads and blocks gives the same bits.
+//   - a second run under another order of threads and blocks gives the same bits;
+//   - launches with shared memory asked for a carve-out in which as many blocks run as registers and threads allow;
+//   - no error of the runtime is left behind;
+//   - the second run asks nothing of the runtime but which device it is on, and to launch.
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -30,7 +33,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/launch.h"
+#include "../csrc/cuda/device.h"
+#include "../csrc/cuda/launch.h"
+#include "simt/simt.h"
 
 namespace {
 
@@ -115,11 +120,15 @@ struct Case {
   int64_t ranks = 1;               // backward: the statistics are of so many times as many elements
   std::string plan = "automatic";  // as force_plan takes it
   std::string data = "normal";     // offset huge constant nan
-  int sms = 0, cc = 0;             // multiprocessors and compute capability to plan for; 0: the device's
-  int64_t shared = 0;              // likewise shared memory, of a multiprocessor and of a block
-  int clusters = 0;                // of 16 that the device runs together
-  uint64_t seed = 1;               // of the data
-  uint64_t order = 0;              // of the schedule
+  // The device. 0: as it is at first.
+  int sms = 0, cc = 0, code = 0;  // multiprocessors, compute capability, and that of the code
+  int64_t shared = 0;             // shared memory to plan for, of a multiprocessor and of a block
+  int clusters = -1;              // of 16 blocks, to plan for; -1: as many as it has
+  int largest = 16;               // cluster that it does not refuse
+  bool refuses = false;           // cooperative launches
+  int planned_cc = 0;             // to plan for, against what query_device says
+  uint64_t seed = 1;              // of the data
+  uint64_t order = 0;             // of the schedule
 
   Shape shape() const { return {layout, n, c, s}; }
   bool backward() const { return op.rfind("backward", 0) == 0; }
@@ -180,7 +189,11 @@ Case parse(const std::string& line) {
       {"sms", integer(out.sms)},
       {"cc", integer(out.cc)},
       {"shared", integer(out.shared)},
+      {"code", integer(out.code)},
       {"clusters", integer(out.clusters)},
+      {"largest", integer(out.largest)},
+      {"refuses", flag(out.refuses)},
+      {"planned_cc", integer(out.planned_cc)},
       {"seed", integer(out.seed)},
       {"order", integer(out.order)},
   };
@@ -353,21 +366,39 @@ constexpr double kDx = 10;
 
 class Run {
  public:
-  Run(const Case& spec, const cuda::DeviceProperties& device)
-      : c_(spec), device_(device), random_(spec.seed), acc_(accumulation(spec.dtype)), errors_(acc_) {
-    if (c_.sms) device_.multiprocessors = c_.sms;
-    simt::set_multiprocessors(device_.multiprocessors);
-    if (c_.cc) device_.compute_capability = c_.cc;
-    if (c_.shared) device_.shared_per_block = device_.shared_per_multiprocessor = c_.shared;
-    device_.large_clusters = c_.clusters;
-  }
+  explicit Run(const Case& spec)
+      : c_(spec), device_(describe_device(spec)), random_(spec.seed), acc_(accumulation(spec.dtype)), errors_(acc_) {}
 
   std::string operator()() {
     const std::string plan = c_.backward() ? backward() : forward();
-    return plan + errors_.text();
+    std::string refused;
+    for (std::string what : device_.refused()) {
+      std::replace(what.begin(), what.end(), ' ', '_');
+      refused += " refused:" + what;
+    }
+    return plan + errors_.text() + refused;
   }
 
  private:
+  static cuda::DeviceProperties describe_device(const Case& c) {
+    simt::Device& device = simt::device() = {};
+    if (c.sms) device.multiprocessors = c.sms;
+    if (c.cc) device.compute_capability = c.cc;
+    device.code_capability = c.code ? c.code : device.compute_capability;
+    device.largest_cluster = c.largest;
+    device.refuses_cooperative = c.refuses;
+    cuda::DeviceProperties found;
+    const cudaError_t error = cuda::query_device(0, &found);
+    if (error != cudaSuccess) throw Failure(say("query_device returned: %s", cudaGetErrorString(error)));
+    if (c.shared) found.shared_per_block = found.shared_per_multiprocessor = c.shared;
+    if (c.clusters >= 0 && found.clusters) found.large_clusters = c.clusters;
+    if (c.planned_cc) {
+      found.compute_capability = c.planned_cc;
+      found.clusters = c.planned_cc >= 90;
+    }
+    return found;
+  }
+
   int64_t numel() const { return c_.shape().numel(); }
   int64_t count() const { return c_.ranks * c_.shape().per_channel(); }
   int64_t channel(int64_t i) const { return c_.layout == Layout::planar ? i / c_.s % c_.c : i % c_.c; }
@@ -431,24 +462,45 @@ class Run {
   real weight(int64_t k) const { return weight_ ? weight_[k] : 1; }
   real bias(int64_t k) const { return bias_ ? bias_[k] : 0; }
 
-  // Calls the launcher on fresh outputs, once in the case's order and once in another.
-  void launch(const std::vector<Buffer*>& inputs, const std::vector<Buffer*>& outputs,
-              const std::vector<Buffer*>& updated, const cuda::Plan& plan,
-              const std::function<cudaError_t(const cuda::Scratch&)>& call) {
+  static uint64_t count_slow_calls() {
+    return simt::count_calls() - simt::count_calls("cudaGetDevice") - simt::count_calls("cudaLaunchKernelEx");
+  }
+
+  // Plans, and calls the launcher on fresh outputs, once in the case's order and once in another; without what the
+  // device refuses, where it does.
+  cuda::Plan launch(const std::vector<Buffer*>& inputs, const std::vector<Buffer*>& outputs,
+                    const std::vector<Buffer*>& updated, const std::function<cuda::Plan()>& make_plan,
+                    const std::function<cudaError_t(const cuda::Plan&, const cuda::Scratch&)>& call) {
     std::vector<std::vector<char>> first;
+    cuda::Plan plan;
     for (const uint64_t order : {c_.order, c_.order + 77}) {
       simt::set_seed(order);
       for (Buffer* b : outputs) b->poison();
       for (Buffer* b : updated) b->restore();
-      Buffer partials("partials", DType::f32, 0, plan.partial_bytes);
-      Buffer counters("counters", DType::f32, 0, plan.counters * 4);
-      memset(counters.get(), 0, plan.counters * 4);
-      counters.freeze();
-      const cudaError_t error = call({partials.get(), counters.as<uint32_t>()});
-      if (error != cudaSuccess) throw Failure(say("the launcher returned: %s", cudaGetErrorString(error)));
+      for (bool refused = true; refused;) {
+        plan = make_plan();
+        Buffer partials("partials", DType::f32, 0, plan.partial_bytes);
+        Buffer counters("counters", DType::f32, 0, plan.counters * 4);
+        memset(counters.get(), 0, plan.counters * 4);
+        counters.freeze();
+        const uint64_t launches = simt::count_launches(), slow_calls = count_slow_calls();
+        const cudaError_t error = call(plan, {partials.get(), counters.as<uint32_t>()});
+        if (order != c_.order && count_slow_calls() != slow_calls) throw Failure("a second launch asks the driver");
+        refused = error != cudaSuccess;
+        if (refused && !device_.give_up(plan, error)) {
+          throw Failure(say("the launcher returned: %s", cudaGetErrorString(error)));
+        }
+        if (refused && order != c_.order) throw Failure("the refusal was not remembered");
+        if (refused && simt::count_launches() != launches) throw Failure("something ran of what was refused");
+        if (cudaPeekAtLastError() != cudaSuccess) throw Failure("an error of the runtime is left");
+        const simt::Launched& last = simt::last_launch();
+        if (simt::count_launches() != launches && last.shared > 0 && last.fit_as_split < last.fit) {
+          throw Failure(say("of %d blocks, %d run at a time in the carve-out", last.fit, last.fit_as_split));
+        }
+        counters.expect_unchanged();
+      }
       for (Buffer* b : inputs) b->expect_unchanged();
       for (Buffer* b : outputs) b->expect_written();
-      counters.expect_unchanged();
 
       std::vector<std::vector<char>> results;
       for (Buffer* b : outputs) results.push_back(b->bytes());
@@ -456,6 +508,7 @@ class Run {
       if (order == c_.order) first = results;
       if (results != first) throw Failure("another order of execution gives other bits");
     }
+    return plan;
   }
 
   static void list(std::vector<Buffer*>& out, std::initializer_list<Buffer*> buffers) {
@@ -481,7 +534,7 @@ class Run {
   }
 
   const Case c_;
-  cuda::DeviceProperties device_;
+  cuda::Device device_;
   Random random_;
   const DType acc_;
   Errors errors_;
@@ -575,8 +628,8 @@ std::string Run::forward() {
   p.running_var = running_var_.get();
   p.num_batches_tracked = tracked_.as<int64_t>();
   p.mask = mask_.as<uint8_t>();  // the plan looks at whether there is one
-  const cuda::Plan plan = cuda::plan_forward(p, device_, options());
-  launch(inputs, outputs, updated, plan, [&](const cuda::Scratch& scratch) {
+  const auto make_plan = [&] { return cuda::plan_forward(p, device_.properties(), options()); };
+  const cuda::Plan plan = launch(inputs, outputs, updated, make_plan, [&](const auto& plan, const auto& scratch) {
     p.mean = mean_.get();
     p.var = var_.get();
     p.invstd = invstd_.get();
@@ -741,8 +794,8 @@ std::string Run::backward() {
   p.dbias = dbias_.get();
   p.dx = dx_.get();
   p.dresidual = dresidual_.get();
-  const cuda::Plan plan = cuda::plan_backward(p, device_, options());
-  launch(inputs, outputs, {}, plan, [&](const cuda::Scratch& scratch) {
+  const auto make_plan = [&] { return cuda::plan_backward(p, device_.properties(), options()); };
+  const cuda::Plan plan = launch(inputs, outputs, {}, make_plan, [&](const auto& plan, const auto& scratch) {
     p.sum_dy = sum_dy_.get();
     p.sum_dy_xmu = sum_dy_xmu_.get();
     p.dweight = dweight_.get();
@@ -804,19 +857,17 @@ int main(int argc, char** argv) {
   if (argc > 1) {
     file.open(argv[1]);
     if (!file) {
-      fprintf(stderr, "driver: cannot read %s\n", argv[1]);
+      fprintf(stderr, "kernel_driver: cannot read %s\n", argv[1]);
       return 2;
     }
   }
-  cuda::DeviceProperties device;
-  if (cuda::query_device(0, &device) != cudaSuccess) return 2;
   int failed = 0;
   std::istream& lines = argc > 1 ? file : std::cin;
   for (std::string line; std::getline(lines, line);) {
     if (line.empty()) continue;
     printf("%s: ", line.c_str());  // before it runs: the device's own reports end the process
     try {
-      printf("ok %s\n", Run(parse(line), device)().c_str());
+      printf("ok %s\n", Run(parse(line))().c_str());
     } catch (const std::exception& e) {
       ++failed;
       printf("FAIL %s\n", e.what());

@@ -1,4 +1,4 @@
-// What simt.cpp (execution) and race.cpp (checking of memory accesses) share.
+// What the sources of this folder share, and kernels and tests do not see.
 #pragma once
 
 #include <deque>
@@ -7,12 +7,21 @@
 #include <unordered_map>
 #include <vector>
 
+#include "context.h"
+#include "cuda_runtime.h"
 #include "simt.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMT_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SIMT_ASAN 1
+#endif
+#endif
 
 namespace simt {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStackBytes = 256 * 1024;
 
 // ---- State of the race checker; see race.cpp -----------------------------------------------------
 
@@ -45,12 +54,14 @@ struct BlockClocks {
 
 // ---- State of execution --------------------------------------------------------------------------
 
-// A stack, and where it was left.
-struct Context {
-  void* position;
-  const char* stack;
-  size_t bytes;
-  void* sanitizer;
+// A launch that the device has accepted.
+struct Launch {
+  dim3 grid, block;
+  uint64_t gang;  // blocks that are resident together: 1, a cluster, or the whole grid
+  size_t dynamic_shared;
+  bool overlapping;  // the kernel before
+  int code_capability;
+  Bound bound;
 };
 
 struct Block;
@@ -105,17 +116,45 @@ struct Gang {
 extern Thread* current;  // null on the host
 extern const Launch* launched;
 
+// schedule.cpp: executes all of a launch.
+void run(const Launch&);
+// Puts a thread among those that may run.
+void wake(Thread&);
+// Runs whoever is next, and returns when the current thread, which the caller has put where it waits, is next again.
+void schedule();
+// Somebody got somewhere: whoever spins does not spin in vain.
+void note_progress();
+
+// rendezvous.cpp
+std::string waits(const Thread&);
+// Ends the process unless the code that runs has what came with that compute capability.
+void require_capability(int capability, const std::string& does);
+
+// memory.cpp
+// Bytes of the executable's thread storage, which holds every __shared__ variable.
+extern const size_t static_shared_bytes;
+// That of the calling OS thread.
+char* own_static_shared();
+// Which allocation an address is in or next to; empty if there is none.
+std::string describe_global(const char* address);
+// Writes outside an allocation, which without a sanitizer are found after the kernel.
+void check_guards();
+
+// kernel.cpp: what is known of a kernel from its code.
+struct Kernel {
+  size_t static_shared;      // bytes of a block
+  unsigned threads, blocks;  // of __launch_bounds__
+};
+// Null where there is no such function.
+const Kernel* find_kernel(const void* function);
+
+// report.cpp
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string describe(const Thread&);
 // What is at a code address: function, file and line, and the calls it was inlined into.
 std::string describe_code(const void* pc);
-// Which allocation an address is in or next to; empty if there is none.
-std::string describe_global(const char* address);
 // Reports on stderr, naming the current thread and the kernel, and ends the process.
 [[noreturn]] void fail(const char* kind, const std::string& message);
-
-// Bytes of the executable's thread storage, which holds every __shared__ variable.
-extern const size_t static_shared_bytes;
 
 namespace race {
 
