@@ -168,7 +168,7 @@ void refusals_are_remembered() {
   expect(device.properties().clusters && device.properties().large_clusters == 0, "clusters of 8 stay");
   expect(device.give_up(resident(4, true), cudaErrorLaunchOutOfResources), "clusters");
   expect(!device.properties().clusters && device.properties().cooperative, "cooperative launches stay");
-  expect(device.give_up(of_kind(PlanKind::small), cudaErrorNotSupported), "cooperative launches");
+  expect(device.give_up(of_kind(PlanKind::cooperative), cudaErrorNotSupported), "cooperative launches");
   expect(device.give_up(resident(4, false), cudaErrorCooperativeLaunchTooLarge),
          "of the other plan, as another thread");
   expect(!device.properties().cooperative && device.refused().size() == 3, "all three");

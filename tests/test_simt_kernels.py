@@ -201,12 +201,12 @@ def plans_that_ran(printed):
             assert "two_pass" in plans and (1, 1, 1) in resident
             assert any(plan.startswith("cooperative") and plan != "cooperative/1" for plan in plans)
             if layout == "planar":
-                assert any(blocks > 1 for blocks, _, _ in resident) and "planes/1" in plans
+                assert any(blocks > 1 for blocks, _, _ in resident) and "packed/1" in plans
             else:
                 in_turn = {buffers for blocks, rounds, buffers in resident if blocks > 1 and rounds > 1}
                 assert in_turn == {1, 2}
     clusters = (1, 2, 4, 8, 16)
-    expected = {f"planes/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1/1" for blocks in clusters}
+    expected = {f"packed/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1/1" for blocks in clusters}
     assert {plan for *_, plan in ran} >= expected
 
 
@@ -251,7 +251,7 @@ def test_static_shared_memory_counts_towards_48_kb():
         for layout, shapes in BESIDE_STATIC.items()
         for n, c, s in shapes
     ]
-    assert all(plan.startswith(("resident", "planes")) for plan in ran(lines))
+    assert all(plan.startswith(("resident", "packed")) for plan in ran(lines))
 
 
 def test_older_code_runs_without_clusters_and_overlap():
@@ -260,8 +260,8 @@ def test_older_code_runs_without_clusters_and_overlap():
         param = "f64" if dtype == "f64" else "f32"
         shape = {**CLUSTERS, "dtype": dtype, "param": param, "s": s, "shared": 30 * 1024}
         newer, older = ran(both_directions(**shape)), ran(both_directions(**shape, code=80))
-        assert all(int(re.match(r"(?:resident|planes)/(\d+)", plan)[1]) > 1 for plan in newer), newer
-        assert all(re.match(r"(resident|planes)/1\b|two_pass", plan) for plan in older), older
+        assert all(int(re.match(r"(?:resident|packed)/(\d+)", plan)[1]) > 1 for plan in newer), newer
+        assert all(re.match(r"(resident|packed)/1\b|two_pass", plan) for plan in older), older
         ran(both_directions(**{**shape, "plan": "two_pass"}, code=80))
     assert all(plan.startswith("resident/") for plan in ran(both_directions(**GROUPS, code=80)))
     assert all(plan.startswith("cooperative/") for plan in ran(both_directions(**SMALL, code=80)))
@@ -289,7 +289,7 @@ def test_refused_clusters_become_fewer_blocks_or_two_pass(s):
     cooperative = {**CLUSTERS, "s": s}
     assert not any("refused" in plan for plan in ran(both_directions(**cooperative)))
     for plan in ran(both_directions(**cooperative, largest=1)):
-        assert re.match(r"(resident|planes)/1\b|two_pass", plan) and plan.endswith("refused:clusters"), plan
+        assert re.match(r"(resident|packed)/1\b|two_pass", plan) and plan.endswith("refused:clusters"), plan
     # What one block cannot hold.
     for plan in ran(both_directions(**cooperative, shared=30 * 1024, largest=1)):
         assert plan.startswith("two_pass") and plan.endswith("refused:clusters"), plan
