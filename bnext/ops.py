@@ -1,27 +1,28 @@
 """The operators `torch.ops.bnext.*`, as attributes of this module; the first use loads them.
 
     >>> import torch, bnext
-    >>> mean, var = bnext.ops.stats(torch.ones(4, 3))
+    >>> mean, var = bnext.ops.batch_norm_stats(torch.ones(4, 3))
     >>> var.tolist()
     [0.0, 0.0, 0.0]
 
 The stages, of which synchronised and other statistics can be composed:
 
-- `stats(x) -> (mean, var)`: over all axes but 1; var is biased.
-- `normalize(x, mean, invstd, weight, bias, residual, activation, save_mask) -> (y, mask)`.
-- `backward_reduce(dy, x, mean, invstd, weight, bias, mask, activation)
+- `batch_norm_stats(x) -> (mean, var)`: over all axes but 1; var is biased.
+- `batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, save_mask)
+  -> (y, mask)`.
+- `batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, activation)
   -> (sum_dy, sum_dy_xmu, dweight, dbias)`.
-- `backward_input(dy, x, mean, invstd, weight, bias, mask, sum_dy, sum_dy_xmu, count, activation)
+- `batch_norm_backward_input(dy, x, mean, invstd, weight, bias, mask, sum_dy, sum_dy_xmu, count, activation)
   -> (dx, dresidual)`.
 
 The fusions that the layers use:
 
-- `forward(...) -> (y, mean, invstd, mask)`: training, with the step of the running statistics.
-- `forward_eval(...) -> (y, mean, invstd, mask)`: by the running statistics.
-- `backward(...) -> (dx, dweight, dbias, dresidual)`.
+- `batch_norm_forward(...) -> (y, mean, invstd, mask)`: training, with the step of the running statistics.
+- `batch_norm_forward_eval(...) -> (y, mean, invstd, mask)`: by the running statistics.
+- `batch_norm_backward(...) -> (dx, dweight, dbias, dresidual)`.
 - `batch_norm(...) -> y`: all of it, differentiable twice.
 
-`torch.ops.bnext.stats.default._schema` and so on give the full signatures. x is float32, float64,
+`torch.ops.bnext.batch_norm_stats.default._schema` and so on give the full signatures. x is float32, float64,
 float16 or bfloat16 of shape (N, C, *); mean, var, invstd and sums are (C,), float64 for float64 x
 and float32 for all others; `activation` is "none" or "relu"; `mask` is uint8 with one bit for each
 element in memory order, set where relu let a value pass. All but `batch_norm` know no autograd.
@@ -33,14 +34,14 @@ from bnext._extension import extension
 
 #: Their names. ops.pyi has their signatures, for type checkers and editors.
 OPERATORS = [
-    "backward",
-    "backward_input",
-    "backward_reduce",
+    "batch_norm_backward",
+    "batch_norm_backward_input",
+    "batch_norm_backward_reduce",
     "batch_norm",
-    "forward",
-    "forward_eval",
-    "normalize",
-    "stats",
+    "batch_norm_forward",
+    "batch_norm_forward_eval",
+    "batch_norm_normalize",
+    "batch_norm_stats",
 ]
 
 

@@ -17,8 +17,8 @@ def batch_norm(
     eps: float,
     activation: str = "none",
 ) -> Tensor: ...
-def stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
-def normalize(
+def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
+def batch_norm_normalize(
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -28,7 +28,7 @@ def normalize(
     activation: str = "none",
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
-def forward(
+def batch_norm_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -41,7 +41,7 @@ def forward(
     activation: str = "none",
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def forward_eval(
+def batch_norm_forward_eval(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -53,7 +53,7 @@ def forward_eval(
     save: bool = False,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def backward_reduce(
+def batch_norm_backward_reduce(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -63,7 +63,7 @@ def backward_reduce(
     mask: Tensor | None = None,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def backward_input(
+def batch_norm_backward_input(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -76,7 +76,7 @@ def backward_input(
     count: int,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]: ...
-def backward(
+def batch_norm_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,

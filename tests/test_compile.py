@@ -87,7 +87,7 @@ def test_export_of_an_evaluating_model(device, strict):
     for exported in (program, program.run_decompositions()):
         torch.testing.assert_close(exported.module()(more), m(more))
     targets = {str(node.target) for node in program.run_decompositions().graph.nodes}
-    assert "bnext.forward_eval.default" in targets and "bnext.batch_norm.default" not in targets
+    assert "bnext.batch_norm_forward_eval.default" in targets and "bnext.batch_norm.default" not in targets
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -32,7 +32,7 @@ def test_statistics_are_nearly_correctly_rounded(device, dtype, layout, ratio):
         pytest.skip("16-bit floats cannot hold such data")
     for shape in SHAPES:
         x = layout((torch.randn(shape, device=device, dtype=torch.float64) + ratio).to(dtype))
-        mean, var = (t.cpu().numpy() for t in bnext.ops.stats(x))
+        mean, var = (t.cpu().numpy() for t in bnext.ops.batch_norm_stats(x))
         exact = x.double().cpu().numpy().astype(np.longdouble)  # more exact than what float64 is checked for
         axes = (0, *range(2, x.dim()))
         assert (np.abs(var - exact.var(axes)) <= 8 * np.spacing(var)).all()
@@ -48,10 +48,10 @@ def test_normalize_is_within_two_ulp(device, dtype, layout):
     for shape in SHAPES:
         x = layout((torch.randn(shape, device=device) * 3 + 100).to(dtype))
         acc = ACC.get(dtype, torch.float32)
-        mean, var = bnext.ops.stats(x)
+        mean, var = bnext.ops.batch_norm_stats(x)
         invstd = (var + 1e-5).rsqrt()
         weight = torch.rand(shape[1], device=device, dtype=acc) + 0.5
-        y, _ = bnext.ops.normalize(x, mean, invstd, weight, None)
+        y, _ = bnext.ops.batch_norm_normalize(x, mean, invstd, weight, None)
         per_channel = [-1] + [1] * (len(shape) - 2)
         centred = x.to(acc) - mean.view(per_channel)
         exact = centred.double() * (invstd * weight).double().view(per_channel)
@@ -101,7 +101,7 @@ def test_values_of_1e18(device, dtype):
     for layout in (contiguous, channels_last):
         x = layout((torch.randn(16, 3, 33, 35, device=device) * 1e18).to(dtype))
         exact = reference.forward(x)
-        mean, var = bnext.ops.stats(x)
+        mean, var = bnext.ops.batch_norm_stats(x)
         torch.testing.assert_close(var.double(), exact.var, rtol=1e-6, atol=0)
         y = bnext.functional.batch_norm(x, None, None, training=True)
         torch.testing.assert_close(y.double(), exact.y, rtol=2 * eps_of(dtype), atol=1e-6)

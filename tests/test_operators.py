@@ -34,33 +34,37 @@ def test_opcheck_batch_norm(device, layout, training):
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_opcheck_forward(device, layout):
     x, _, residual, weight, bias = problem(device, layout)
-    opcheck(OPS.forward.default, (x, weight, bias, *buffers(device), residual, None, 1e-5, "relu", True))
-    opcheck(OPS.forward.default, (x, None, None, None, None, None, None, 0.1, 1e-5))
+    opcheck(OPS.batch_norm_forward.default, (x, weight, bias, *buffers(device), residual, None, 1e-5, "relu", True))
+    opcheck(OPS.batch_norm_forward.default, (x, None, None, None, None, None, None, 0.1, 1e-5))
     mean, var, _ = buffers(device)
-    opcheck(OPS.forward_eval.default, (x, weight, bias, mean, var, residual, 1e-5, "relu", True, True))
-    opcheck(OPS.forward_eval.default, (x, weight, None, mean, var, None, 1e-5))
+    opcheck(OPS.batch_norm_forward_eval.default, (x, weight, bias, mean, var, residual, 1e-5, "relu", True, True))
+    opcheck(OPS.batch_norm_forward_eval.default, (x, weight, None, mean, var, None, 1e-5))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_opcheck_stages(device, layout):
     x, dy, residual, weight, bias = problem(device, layout)
-    opcheck(OPS.stats.default, (x,))
-    _, mean, invstd, mask = OPS.forward(x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", True)
-    opcheck(OPS.normalize.default, (x, mean, invstd, weight, bias, residual, "relu", True))
-    opcheck(OPS.normalize.default, (x, mean, invstd, None, None))
-    opcheck(OPS.backward_reduce.default, (dy, x, mean, invstd, weight, bias, mask, "relu"))
-    sums = OPS.backward_reduce(dy, x, mean, invstd, weight, bias, mask, "relu")[:2]
-    opcheck(OPS.backward_input.default, (dy, x, mean, invstd, weight, bias, mask, *sums, x.numel() // 3, "relu"))
+    opcheck(OPS.batch_norm_stats.default, (x,))
+    _, mean, invstd, mask = OPS.batch_norm_forward(x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", True)
+    opcheck(OPS.batch_norm_normalize.default, (x, mean, invstd, weight, bias, residual, "relu", True))
+    opcheck(OPS.batch_norm_normalize.default, (x, mean, invstd, None, None))
+    opcheck(OPS.batch_norm_backward_reduce.default, (dy, x, mean, invstd, weight, bias, mask, "relu"))
+    sums = OPS.batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, "relu")[:2]
+    opcheck(
+        OPS.batch_norm_backward_input.default, (dy, x, mean, invstd, weight, bias, mask, *sums, x.numel() // 3, "relu")
+    )
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_opcheck_backward(device, layout):
     x, dy, residual, weight, bias = problem(device, layout)
-    _, mean, invstd, mask = OPS.forward(x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", True)
+    _, mean, invstd, mask = OPS.batch_norm_forward(x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", True)
     for training in (True, False):
-        opcheck(OPS.backward.default, (dy, x, weight, bias, mean, invstd, mask, "relu", training, [True] * 4))
+        opcheck(
+            OPS.batch_norm_backward.default, (dy, x, weight, bias, mean, invstd, mask, "relu", training, [True] * 4)
+        )
     only_dx = [True, False, False, False]
-    opcheck(OPS.backward.default, (dy, None, weight, None, mean, invstd, None, "none", False, only_dx))
+    opcheck(OPS.batch_norm_backward.default, (dy, None, weight, None, mean, invstd, None, "none", False, only_dx))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -76,7 +80,7 @@ def test_stages_compose_to_a_synchronised_batch_norm(device, layout, dtype, with
     counts = [x[part].numel() // 3 for part in cut]
     total = sum(counts)
 
-    means, variances = zip(*(OPS.stats(x[part]) for part in cut), strict=True)
+    means, variances = zip(*(OPS.batch_norm_stats(x[part]) for part in cut), strict=True)
     mean = sum(m * (n / total) for m, n in zip(means, counts, strict=True))
     parts = zip(means, variances, counts, strict=True)
     var = sum((v + (m - mean).square()) * (n / total) for m, v, n in parts)
@@ -87,11 +91,11 @@ def test_stages_compose_to_a_synchronised_batch_norm(device, layout, dtype, with
     ys, masks, sums = [], [], []
     for part in cut:
         r = None if residual is None else residual[part]
-        y, mask = OPS.normalize(x[part], mean, invstd, weight, bias, r, "relu", with_residual)
+        y, mask = OPS.batch_norm_normalize(x[part], mean, invstd, weight, bias, r, "relu", with_residual)
         mask = mask if with_residual else None
         ys.append(y)
         masks.append(mask)
-        sums.append(OPS.backward_reduce(dy[part], x[part], mean, invstd, weight, bias, mask, "relu"))
+        sums.append(OPS.batch_norm_backward_reduce(dy[part], x[part], mean, invstd, weight, bias, mask, "relu"))
     y = torch.cat(ys)
     tight = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
     torch.testing.assert_close(y.double(), exact.y, **tight)
@@ -102,12 +106,12 @@ def test_stages_compose_to_a_synchronised_batch_norm(device, layout, dtype, with
     torch.testing.assert_close(dbias.double(), gradient.dbias, rtol=1e-4, atol=1e-4)
     for part, mask in zip(cut, masks, strict=True):
         operands = dy[part], x[part], mean, invstd, weight, bias, mask
-        dx, dresidual = OPS.backward_input(*operands, sum_dy, sum_dy_xmu, total, "relu")
+        dx, dresidual = OPS.batch_norm_backward_input(*operands, sum_dy, sum_dy_xmu, total, "relu")
         torch.testing.assert_close(dx.double(), gradient.dx[part], **tight)
         if with_residual:
             torch.testing.assert_close(dresidual.double(), gradient.dresidual[part], rtol=0, atol=0)
         # Where only the device knows the total:
-        same, _ = OPS.backward_input(*operands, sum_dy / total, sum_dy_xmu / total, 1, "relu")
+        same, _ = OPS.batch_norm_backward_input(*operands, sum_dy / total, sum_dy_xmu / total, 1, "relu")
         torch.testing.assert_close(same, dx, **tight)
 
 
@@ -116,7 +120,7 @@ def test_mask_is_one_bit_an_element_in_memory_order(device, layout):
     x = layout(torch.randn(3, 5, 3, 3, device=device))
     residual = torch.randn(3, 5, 3, 3, device=device)
     mean, invstd = torch.zeros(5, device=device), torch.ones(5, device=device)
-    _, mask = OPS.normalize(x, mean, invstd, None, None, residual, "relu", True)
+    _, mask = OPS.batch_norm_normalize(x, mean, invstd, None, None, residual, "relu", True)
     passed = (x + residual) > 0
     in_memory = (passed if layout is contiguous else passed.movedim(1, -1)).flatten()
     bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1).flatten().bool()
@@ -136,7 +140,7 @@ def test_meta_tensors(device):
 
 def test_vmap_over_functional_stages(device):
     x = torch.randn(2, 4, 3, 5, device=device)
-    means, _ = torch.vmap(OPS.stats)(x)
+    means, _ = torch.vmap(OPS.batch_norm_stats)(x)
     torch.testing.assert_close(means, x.mean((1, 3)))
 
 
@@ -146,5 +150,7 @@ def test_gpu_tensor_in_a_cpu_build_says_how_to_rebuild():
     if extension().with_cuda:
         pytest.skip("this build has CUDA kernels")
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match=r"bnext::stats: got a CUDA tensor.*pip install --no-build-isolation"):
-        OPS.stats.default.redispatch(cuda, torch.randn(2, 3))
+    with pytest.raises(
+        RuntimeError, match=r"bnext::batch_norm_stats: got a CUDA tensor.*pip install --no-build-isolation"
+    ):
+        OPS.batch_norm_stats.default.redispatch(cuda, torch.randn(2, 3))

@@ -36,13 +36,13 @@ Four run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTe
     static const auto op =
         find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-                     std::string_view, bool)>("bnext::forward");
+                     std::string_view, bool)>("bnext::batch_norm_forward");
     return op.call(x, weight, bias, settings.running_mean, settings.running_var, settings.num_batches_tracked, residual,
                    settings.momentum, settings.eps, settings.activation, save_mask);
   }
   static const auto op =
       find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                   const OptionalTensor&, double, std::string_view, bool, bool)>("bnext::forward_eval");
+                   const OptionalTensor&, double, std::string_view, bool, bool)>("bnext::batch_norm_forward_eval");
   return op.call(x, weight, bias, *settings.running_mean, *settings.running_var, residual, settings.eps,
                  settings.activation, save, save_mask);
 }
@@ -53,7 +53,7 @@ Four run_backward(const Tensor& dy, const Saved& saved, std::array<bool, 4> need
   static const auto op =
       find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
                    const Tensor&, const OptionalTensor&, std::string_view, bool, std::array<bool, 4>)>(
-          "bnext::backward");
+          "bnext::batch_norm_backward");
   return op.call(dy, saved.x, saved.weight, saved.bias, saved.mean, saved.invstd, saved.mask, name_of(saved.activation),
                  saved.training, needs);
 }

@@ -3,7 +3,7 @@
 
 #include <ATen/Parallel.h>
 
-#include "ops.h"
+#include "batch_norm_ops.h"
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
 #error "compile with -fopenmp: without it at::parallel_for uses one thread"
@@ -30,6 +30,6 @@ struct Cpu {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnext, CPU, m) { register_ops<Cpu>(m); }
+TORCH_LIBRARY_IMPL(bnext, CPU, m) { register_batch_norm<Cpu>(m); }
 
 }  // namespace bnext

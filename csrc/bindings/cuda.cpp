@@ -1,5 +1,5 @@
 // The operators on CUDA tensors; in a build without CUDA, what to do about it.
-#include "ops.h"
+#include "batch_norm_ops.h"
 
 #if defined(BNEXT_WITH_CUDA)
 
@@ -205,7 +205,7 @@ std::string describe_plan(const Tensor& x, bool backward, bool relu, bool residu
   return cuda::describe(plan_of(p, properties, options));
 }
 
-TORCH_LIBRARY_IMPL(bnext, CUDA, m) { register_ops<Cuda>(m); }
+TORCH_LIBRARY_IMPL(bnext, CUDA, m) { register_batch_norm<Cuda>(m); }
 
 }  // namespace bnext
 
@@ -224,8 +224,8 @@ void refuse(const c10::OperatorHandle& op, c10::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  for (const char* name :
-       {"stats", "normalize", "forward", "forward_eval", "backward_reduce", "backward_input", "backward"}) {
+  for (const char* name : {"batch_norm_stats", "batch_norm_normalize", "batch_norm_forward", "batch_norm_forward_eval",
+                           "batch_norm_backward_reduce", "batch_norm_backward_input", "batch_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

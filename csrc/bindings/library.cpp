@@ -1,5 +1,5 @@
 // The operators' schemas, and their Meta kernels: what tracing needs.
-#include "ops.h"
+#include "batch_norm_ops.h"
 
 namespace bnext {
 
@@ -10,32 +10,35 @@ TORCH_LIBRARY(bnext, m) {
       "Tensor(c!)? num_batches_tracked, Tensor? residual, bool training, float? momentum, float eps, "
       "str activation='none') -> Tensor",
       tags);
-  m.def("stats(Tensor x) -> (Tensor mean, Tensor var)", tags);
+  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)", tags);
   m.def(
-      "normalize(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual=None, "
+      "batch_norm_normalize(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual=None, "
       "str activation='none', bool save_mask=False) -> (Tensor y, Tensor mask)",
       tags);
   m.def(
-      "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, str activation='none', "
       "bool save_mask=False) -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
   m.def(
-      "forward_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "batch_norm_forward_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "Tensor? residual, float eps, str activation='none', bool save=False, bool save_mask=False) "
       "-> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
   m.def(
-      "backward_reduce(Tensor dy, Tensor x, Tensor mean, Tensor invstd, Tensor? weight=None, Tensor? bias=None, "
+      "batch_norm_backward_reduce(Tensor dy, Tensor x, Tensor mean, Tensor invstd, Tensor? weight=None, Tensor? "
+      "bias=None, "
       "Tensor? mask=None, str activation='none') "
       "-> (Tensor sum_dy, Tensor sum_dy_xmu, Tensor dweight, Tensor dbias)",
       tags);
   m.def(
-      "backward_input(Tensor dy, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? mask, "
+      "batch_norm_backward_input(Tensor dy, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, "
+      "Tensor? mask, "
       "Tensor sum_dy, Tensor sum_dy_xmu, SymInt count, str activation='none') -> (Tensor dx, Tensor dresidual)",
       tags);
   m.def(
-      "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor? mask, "
+      "batch_norm_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor? "
+      "mask, "
       "str activation, bool training, bool[4] needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       tags);
@@ -46,6 +49,6 @@ struct Meta {
   using Int = c10::SymInt;
 };
 
-TORCH_LIBRARY_IMPL(bnext, Meta, m) { register_ops<Meta>(m); }
+TORCH_LIBRARY_IMPL(bnext, Meta, m) { register_batch_norm<Meta>(m); }
 
 }  // namespace bnext

@@ -23,8 +23,8 @@ y: Tensor = fused(x)
 y = fused(x, x)
 y = fused(x, residual=x)
 y = batch_norm(x, None, None, training=True, activation="relu", residual=x)
-mean, var = bnext.ops.stats(x)
-y, mask = bnext.ops.normalize(x, mean, var.rsqrt(), None, None, activation="relu", save_mask=True)
+mean, var = bnext.ops.batch_norm_stats(x)
+y, mask = bnext.ops.batch_norm_normalize(x, mean, var.rsqrt(), None, None, activation="relu", save_mask=True)
 
 
 class Wide(bnext.BatchNorm2d):

@@ -78,7 +78,7 @@ class Buffer {
 };
 
 template <class Backend>
-struct Ops {
+struct BatchNormOps {
   static constexpr bool executes = Backend::executes;
 
   static std::tuple<Tensor, Tensor> stats(const Tensor& x) {
@@ -436,14 +436,14 @@ struct Ops {
 };
 
 template <class Backend>
-void register_ops(torch::Library& m) {
-  m.impl("stats", &Ops<Backend>::stats);
-  m.impl("normalize", &Ops<Backend>::normalize);
-  m.impl("forward", &Ops<Backend>::forward);
-  m.impl("forward_eval", &Ops<Backend>::forward_eval);
-  m.impl("backward_reduce", &Ops<Backend>::backward_reduce);
-  m.impl("backward_input", &Ops<Backend>::backward_input);
-  m.impl("backward", &Ops<Backend>::backward);
+void register_batch_norm(torch::Library& m) {
+  m.impl("batch_norm_stats", &BatchNormOps<Backend>::stats);
+  m.impl("batch_norm_normalize", &BatchNormOps<Backend>::normalize);
+  m.impl("batch_norm_forward", &BatchNormOps<Backend>::forward);
+  m.impl("batch_norm_forward_eval", &BatchNormOps<Backend>::forward_eval);
+  m.impl("batch_norm_backward_reduce", &BatchNormOps<Backend>::backward_reduce);
+  m.impl("batch_norm_backward_input", &BatchNormOps<Backend>::backward_input);
+  m.impl("batch_norm_backward", &BatchNormOps<Backend>::backward);
 }
 
 }  // namespace bnext
