@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from bnext._activation import Activation, operator_name
 from bnext._extension import extension
+from bnext.activation import Activation, resolve
 
 __all__ = ["Activation", "batch_norm"]
 
@@ -26,6 +26,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     activation: Activation = None,
+    activation_param: float | None = None,
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
@@ -33,7 +34,7 @@ def batch_norm(
 
         y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         y = y + residual                      # if given
-        y = torch.nn.functional.relu(y)       # if activation == "relu"
+        y = torch.nn.functional.relu(y)       # if activation == "relu", and so on
 
     and, in training with `num_batches_tracked` given, `num_batches_tracked += 1`.
 
@@ -53,7 +54,10 @@ def batch_norm(
         momentum: the weight of the new batch in the running statistics. None weighs all batches
             equally, and needs `num_batches_tracked`.
         eps: added to the variance.
-        activation: None or "relu".
+        activation: None; or "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or "tanh"; or the
+            class of one in `torch.nn`, an instance such as `nn.LeakyReLU(0.2)`, or its function in
+            `torch` or `torch.nn.functional`.
+        activation_param: leaky_relu's slope, 0.01 where it is None.
         residual: shape, dtype and device of `input`.
         num_batches_tracked: int64 of one element, on the device of `input`.
 
@@ -62,8 +66,8 @@ def batch_norm(
 
     Raises:
         ValueError: `input` has fewer than 2 dimensions; one value a channel in training; `eps` is
-            not positive; unknown `activation`; one of the running statistics is missing;
-            `momentum=None` without `num_batches_tracked`.
+            not positive; unknown `activation`, or one with options that the kernels do not know; one of
+            the running statistics is missing; `momentum=None` without `num_batches_tracked`.
         RuntimeError: a shape, dtype or device does not match; evaluation without running
             statistics; integer or complex input. Nothing has been changed then.
     """
@@ -80,6 +84,7 @@ def batch_norm(
             momentum,
             eps,
             activation=activation,
+            activation_param=activation_param,
             residual=residual,
             num_batches_tracked=num_batches_tracked,
         )
@@ -96,7 +101,7 @@ def batch_norm(
         training,
         momentum,
         eps,
-        operator_name(activation),
+        *resolve(activation, activation_param),
     )
 
 

@@ -6,20 +6,22 @@
     >>> torch.testing.assert_close(norm(x), torch.nn.BatchNorm2d(64)(x))
     >>> torch.testing.assert_close(fused(x), norm(x).relu())
     >>> torch.testing.assert_close(fused(x, residual), (norm(x) + residual).relu())
+    >>> torch.testing.assert_close(bnext.BatchNorm2d(64, activation=torch.nn.SiLU())(x), torch.nn.functional.silu(norm(x)))
 
-Constructor arguments are those of the installed torch, plus the keyword `activation`. Attributes,
+Constructor arguments are those of the installed torch, plus the keywords `activation` and, for the slope of
+leaky_relu, `activation_param`; `bnext.functional.batch_norm` says what they may be. Attributes,
 buffers, state dicts and pickles are those of `torch.nn`, in both directions.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bnext._activation import Activation, operator_name
 from bnext._extension import extension
+from bnext.activation import Activation, ActivationName, has_parameter, resolve
 from bnext.functional import batch_norm
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -28,7 +30,8 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """The forward of all layers here; `torch.nn`'s class after it says what shapes it takes."""
 
-    activation: Activation = None
+    activation: ActivationName | None = None  # always a name, whatever is assigned to it
+    activation_param: float | None = None  # assigning to `activation` sets it, too
 
     def __init__(
         self,
@@ -42,12 +45,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         activation: Activation = None,
+        activation_param: float | None = None,
     ) -> None:
-        operator_name(activation)  # raises before anything is made
+        resolve(activation, activation_param)  # raises before anything is made
         # Older torch has no `bias`: its own TypeError answers whoever asks for a layer without one.
         without_bias = {} if bias else {"bias": False}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
-        self.activation = activation
+        self._set_activation(activation, activation_param)
         extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training
 
     if TYPE_CHECKING:  # torch types the call of every module as Any
@@ -78,19 +82,35 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.momentum,
             self.eps,
             activation=self.activation,
+            activation_param=self.activation_param,
             residual=residual,
             num_batches_tracked=counter,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.nn would register a module as a child, where no forward looks for it.
+        if name == "activation":
+            self._set_activation(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_activation(self, activation: Activation, param: float | None = None) -> None:
+        name, value = resolve(activation, param)
+        super().__setattr__("activation", None if name == "none" else name)
+        self.activation_param = value if has_parameter(name) else None
+
     def extra_repr(self) -> str:
-        activation = "" if self.activation is None else f", activation={self.activation!r}"
-        return super().extra_repr() + activation
+        text = super().extra_repr()
+        for name in ("activation", "activation_param"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)!r}"
+        return text
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L): see `torch.nn.BatchNorm1d`.
 
-    `activation` is None or "relu"; `forward(input, residual=None)` returns
+    `activation` is None, a name such as "relu", `nn.SiLU()` or `F.silu`; `forward(input, residual=None)` returns
     activation(bn(input) + residual) in the shape of `input`. Raises what `torch.nn.BatchNorm1d`
     raises, and what `bnext.functional.batch_norm` lists.
     """
@@ -99,7 +119,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W): see `torch.nn.BatchNorm2d`.
 
-    `activation` is None or "relu"; `forward(input, residual=None)` returns
+    `activation` is None, a name such as "relu", `nn.SiLU()` or `F.silu`; `forward(input, residual=None)` returns
     activation(bn(input) + residual) in the shape of `input`. Raises what `torch.nn.BatchNorm2d`
     raises, and what `bnext.functional.batch_norm` lists.
     """
@@ -108,7 +128,7 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W): see `torch.nn.BatchNorm3d`.
 
-    `activation` is None or "relu"; `forward(input, residual=None)` returns
+    `activation` is None, a name such as "relu", `nn.SiLU()` or `F.silu`; `forward(input, residual=None)` returns
     activation(bn(input) + residual) in the shape of `input`. Raises what `torch.nn.BatchNorm3d`
     raises, and what `bnext.functional.batch_norm` lists.
     """

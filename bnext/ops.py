@@ -8,12 +8,12 @@
 The stages, of which synchronised and other statistics can be composed:
 
 - `batch_norm_stats(x) -> (mean, var)`: over all axes but 1; var is biased.
-- `batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, save_mask)
+- `batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, activation_param, save_mask)
   -> (y, mask)`.
-- `batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, activation)
+- `batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, residual, activation, activation_param)
   -> (sum_dy, sum_dy_xmu, dweight, dbias)`.
-- `batch_norm_backward_input(dy, x, mean, invstd, weight, bias, mask, sum_dy, sum_dy_xmu, count, activation)
-  -> (dx, dresidual)`.
+- `batch_norm_backward_input(dy, x, mean, invstd, weight, bias, mask, residual, sum_dy, sum_dy_xmu, count, activation,
+  activation_param) -> (dx, dresidual)`.
 
 The fusions that the layers use:
 
@@ -24,8 +24,10 @@ The fusions that the layers use:
 
 `torch.ops.bnext.batch_norm_stats.default._schema` and so on give the full signatures. x is float32, float64,
 float16 or bfloat16 of shape (N, C, *); mean, var, invstd and sums are (C,), float64 for float64 x
-and float32 for all others; `activation` is "none" or "relu"; `mask` is uint8 with one bit for each
-element in memory order, set where relu let a value pass. All but `batch_norm` know no autograd.
+and float32 for all others. `activation` is "none" or one of `bnext.activation.NAMES`; `activation_param` is
+leaky_relu's slope, and 0 for all others. Behind a residual a backward takes what says where the activation was: the
+`mask` of relu, relu6 and leaky_relu, uint8 with one bit for each element in memory order, set where the derivative
+is 1; or, for any activation, the `residual` itself. All but `batch_norm` know no autograd.
 """
 
 import torch

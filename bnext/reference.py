@@ -1,12 +1,13 @@
 """Batch normalization by its definition, in float64: what tests and benchmarks compare with.
 
-Slow and plain. Nothing here uses autograd, the extension or `torch.nn`.
+Slow and plain. Nothing here uses the extension; the activations, and their derivatives, are `torch.nn.functional`'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -43,6 +44,7 @@ def forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    activation_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Forward:
     """act((x - mean) / sqrt(var + eps) * weight + bias + residual) for x of shape (N, C, *)."""
@@ -61,9 +63,7 @@ def forward(
         mean, var = running_mean, running_var
     invstd = 1 / (var + eps).sqrt()
     y = _before_activation(x, mean, invstd, weight, bias, residual)
-    if activation == "relu":
-        y = y.clamp(min=0)
-    return Forward(y, mean, var, invstd, running_mean, running_var)
+    return Forward(_activate(y, activation, activation_param), mean, var, invstd, running_mean, running_var)
 
 
 def backward(
@@ -76,18 +76,26 @@ def backward(
     *,
     training: bool = True,
     activation: str | None = None,
+    activation_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Backward:
     """The gradients of `forward`, given its mean and invstd."""
     dy, x = dy.detach().double(), x.detach().double()
     axes, m = _axes(x), x.numel() // x.shape[1]
-    if activation == "relu":
-        dy = dy * (_before_activation(x, mean, invstd, weight, bias, residual) > 0)
+    z = _before_activation(x, mean, invstd, weight, bias, residual).requires_grad_()
+    with torch.enable_grad():
+        (dy,) = torch.autograd.grad(_activate(z, activation, activation_param), z, dy)
     xhat = (x - _channel(mean, x)) * _channel(invstd, x)
     dbias, dweight = dy.sum(axes), (dy * xhat).sum(axes)
     dx = dy - (_channel(dbias, x) + xhat * _channel(dweight, x)) / m if training else dy
     scale = invstd if weight is None else invstd * weight.detach().double()
     return Backward(dx * _channel(scale, x), dweight, dbias, dy)
+
+
+def _activate(z: Tensor, activation: str | None, param: float | None) -> Tensor:
+    if activation is None:
+        return z
+    return getattr(torch.nn.functional, activation)(z, *([] if param is None else [param]))
 
 
 def _axes(x: Tensor) -> list[int]:

@@ -116,12 +116,15 @@ class Tolerance:
     def rounded(self, exact, dtype):
         return exact.detach().double().abs() * eps_of(dtype)
 
-    def y(self, exact, *addends):
-        """`addends`: what the sum has besides xhat * weight."""
+    def z(self, *addends):
+        """Of the activation's argument. `addends`: what the sum has besides xhat * weight."""
         size = self.reach * self.w
         for t in addends:
             size = size + t.detach().double().abs()
-        return self.u * size + self.rounded(exact, self.dtype) + torch.finfo(self.dtype).tiny
+        return self.u * size
+
+    def y(self, exact, *addends):
+        return self.z(*addends) + self.rounded(exact, self.dtype) + torch.finfo(self.dtype).tiny
 
     def dx(self, exact, dy):
         dy = dy.detach().double().abs()

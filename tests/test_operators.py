@@ -34,10 +34,12 @@ def test_opcheck_batch_norm(device, layout, training):
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_opcheck_forward(device, layout):
     x, _, residual, weight, bias = problem(device, layout)
-    opcheck(OPS.batch_norm_forward.default, (x, weight, bias, *buffers(device), residual, None, 1e-5, "relu", True))
+    opcheck(
+        OPS.batch_norm_forward.default, (x, weight, bias, *buffers(device), residual, None, 1e-5, "relu", 0.0, True)
+    )
     opcheck(OPS.batch_norm_forward.default, (x, None, None, None, None, None, None, 0.1, 1e-5))
     mean, var, _ = buffers(device)
-    opcheck(OPS.batch_norm_forward_eval.default, (x, weight, bias, mean, var, residual, 1e-5, "relu", True, True))
+    opcheck(OPS.batch_norm_forward_eval.default, (x, weight, bias, mean, var, residual, 1e-5, "relu", 0.0, True, True))
     opcheck(OPS.batch_norm_forward_eval.default, (x, weight, None, mean, var, None, 1e-5))
 
 
@@ -45,26 +47,34 @@ def test_opcheck_forward(device, layout):
 def test_opcheck_stages(device, layout):
     x, dy, residual, weight, bias = problem(device, layout)
     opcheck(OPS.batch_norm_stats.default, (x,))
-    _, mean, invstd, mask = OPS.batch_norm_forward(x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", True)
-    opcheck(OPS.batch_norm_normalize.default, (x, mean, invstd, weight, bias, residual, "relu", True))
+    _, mean, invstd, mask = OPS.batch_norm_forward(
+        x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", 0.0, True
+    )
+    opcheck(OPS.batch_norm_normalize.default, (x, mean, invstd, weight, bias, residual, "relu", 0.0, True))
     opcheck(OPS.batch_norm_normalize.default, (x, mean, invstd, None, None))
-    opcheck(OPS.batch_norm_backward_reduce.default, (dy, x, mean, invstd, weight, bias, mask, "relu"))
-    sums = OPS.batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, "relu")[:2]
+    opcheck(OPS.batch_norm_backward_reduce.default, (dy, x, mean, invstd, weight, bias, mask, None, "relu"))
+    sums = OPS.batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, None, "relu")[:2]
     opcheck(
-        OPS.batch_norm_backward_input.default, (dy, x, mean, invstd, weight, bias, mask, *sums, x.numel() // 3, "relu")
+        OPS.batch_norm_backward_input.default,
+        (dy, x, mean, invstd, weight, bias, mask, None, *sums, x.numel() // 3, "relu"),
     )
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_opcheck_backward(device, layout):
     x, dy, residual, weight, bias = problem(device, layout)
-    _, mean, invstd, mask = OPS.batch_norm_forward(x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", True)
+    _, mean, invstd, mask = OPS.batch_norm_forward(
+        x, weight, bias, None, None, None, residual, 0.1, 1e-5, "relu", 0.0, True
+    )
     for training in (True, False):
         opcheck(
-            OPS.batch_norm_backward.default, (dy, x, weight, bias, mean, invstd, mask, "relu", training, [True] * 4)
+            OPS.batch_norm_backward.default,
+            (dy, x, weight, bias, mean, invstd, mask, None, "relu", 0.0, training, [True] * 4),
         )
     only_dx = [True, False, False, False]
-    opcheck(OPS.batch_norm_backward.default, (dy, None, weight, None, mean, invstd, None, "none", False, only_dx))
+    opcheck(
+        OPS.batch_norm_backward.default, (dy, None, weight, None, mean, invstd, None, None, "none", 0.0, False, only_dx)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -91,11 +101,11 @@ def test_stages_compose_to_a_synchronised_batch_norm(device, layout, dtype, with
     ys, masks, sums = [], [], []
     for part in cut:
         r = None if residual is None else residual[part]
-        y, mask = OPS.batch_norm_normalize(x[part], mean, invstd, weight, bias, r, "relu", with_residual)
+        y, mask = OPS.batch_norm_normalize(x[part], mean, invstd, weight, bias, r, "relu", 0.0, with_residual)
         mask = mask if with_residual else None
         ys.append(y)
         masks.append(mask)
-        sums.append(OPS.batch_norm_backward_reduce(dy[part], x[part], mean, invstd, weight, bias, mask, "relu"))
+        sums.append(OPS.batch_norm_backward_reduce(dy[part], x[part], mean, invstd, weight, bias, mask, None, "relu"))
     y = torch.cat(ys)
     tight = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
     torch.testing.assert_close(y.double(), exact.y, **tight)
@@ -105,7 +115,7 @@ def test_stages_compose_to_a_synchronised_batch_norm(device, layout, dtype, with
     torch.testing.assert_close(dweight.double(), gradient.dweight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dbias.double(), gradient.dbias, rtol=1e-4, atol=1e-4)
     for part, mask in zip(cut, masks, strict=True):
-        operands = dy[part], x[part], mean, invstd, weight, bias, mask
+        operands = dy[part], x[part], mean, invstd, weight, bias, mask, None
         dx, dresidual = OPS.batch_norm_backward_input(*operands, sum_dy, sum_dy_xmu, total, "relu")
         torch.testing.assert_close(dx.double(), gradient.dx[part], **tight)
         if with_residual:
@@ -120,7 +130,7 @@ def test_mask_is_one_bit_an_element_in_memory_order(device, layout):
     x = layout(torch.randn(3, 5, 3, 3, device=device))
     residual = torch.randn(3, 5, 3, 3, device=device)
     mean, invstd = torch.zeros(5, device=device), torch.ones(5, device=device)
-    _, mask = OPS.batch_norm_normalize(x, mean, invstd, None, None, residual, "relu", True)
+    _, mask = OPS.batch_norm_normalize(x, mean, invstd, None, None, residual, "relu", 0.0, True)
     passed = (x + residual) > 0
     in_memory = (passed if layout is contiguous else passed.movedim(1, -1)).flatten()
     bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1).flatten().bool()

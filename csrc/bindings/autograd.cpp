@@ -26,9 +26,10 @@ struct Settings {
   std::optional<double> momentum;
   double eps;
   std::string_view activation;
+  double activation_param;
 };
 
-// y, mean, invstd, mask. `save`: for a backward; `save_mask`: of the activation's signs.
+// y, mean, invstd, mask. `save`: for a backward; `save_mask`: what an activation keeps as bits.
 Four run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& residual, const Settings& settings, bool save, bool save_mask) {
   const at::AutoDispatchBelowAutograd guard;
@@ -36,15 +37,16 @@ Four run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTe
     static const auto op =
         find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-                     std::string_view, bool)>("bnext::batch_norm_forward");
+                     std::string_view, double, bool)>("bnext::batch_norm_forward");
     return op.call(x, weight, bias, settings.running_mean, settings.running_var, settings.num_batches_tracked, residual,
-                   settings.momentum, settings.eps, settings.activation, save_mask);
+                   settings.momentum, settings.eps, settings.activation, settings.activation_param, save_mask);
   }
   static const auto op =
       find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                   const OptionalTensor&, double, std::string_view, bool, bool)>("bnext::batch_norm_forward_eval");
+                   const OptionalTensor&, double, std::string_view, double, bool, bool)>(
+          "bnext::batch_norm_forward_eval");
   return op.call(x, weight, bias, *settings.running_mean, *settings.running_var, residual, settings.eps,
-                 settings.activation, save, save_mask);
+                 settings.activation, settings.activation_param, save, save_mask);
 }
 
 // dx, dweight, dbias, dresidual; those not needed are empty.
@@ -52,19 +54,20 @@ Four run_backward(const Tensor& dy, const Saved& saved, std::array<bool, 4> need
   const at::AutoDispatchBelowAutograd guard;
   static const auto op =
       find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                   const Tensor&, const OptionalTensor&, std::string_view, bool, std::array<bool, 4>)>(
-          "bnext::batch_norm_backward");
-  return op.call(dy, saved.x, saved.weight, saved.bias, saved.mean, saved.invstd, saved.mask, name_of(saved.activation),
-                 saved.training, needs);
+                   const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool,
+                   std::array<bool, 4>)>("bnext::batch_norm_backward");
+  return op.call(dy, saved.x, saved.weight, saved.bias, saved.mean, saved.invstd, saved.mask, saved.residual,
+                 name_of(saved.activation), saved.activation_param, saved.training, needs);
 }
 
 void save(AutogradContext* ctx, const Saved& saved, const Tensor& dy = {}) {
   const auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
-  variable_list tensors = {tensor(saved.x), tensor(saved.weight), tensor(saved.bias),
-                           saved.mean,      saved.invstd,         tensor(saved.mask)};
+  variable_list tensors = {tensor(saved.x), tensor(saved.weight), tensor(saved.bias),    saved.mean,
+                           saved.invstd,    tensor(saved.mask),   tensor(saved.residual)};
   if (dy.defined()) tensors.push_back(dy);
   ctx->save_for_backward(std::move(tensors));
   ctx->saved_data["activation"] = static_cast<int64_t>(saved.activation);
+  ctx->saved_data["activation_param"] = saved.activation_param;
   ctx->saved_data["training"] = saved.training;
   ctx->saved_data["eps"] = saved.eps;
 }
@@ -77,7 +80,9 @@ Saved restore(AutogradContext* ctx, const variable_list& tensors) {
           tensors[3],
           tensors[4],
           optional(tensors[5]),
+          optional(tensors[6]),
           static_cast<Activation>(ctx->saved_data["activation"].toInt()),
+          ctx->saved_data["activation_param"].toDouble(),
           ctx->saved_data["training"].toBool(),
           ctx->saved_data["eps"].toDouble()};
 }
@@ -95,7 +100,8 @@ class Needs {
 
 struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& dy, const OptionalTensor& /*x*/,
-                               const OptionalTensor& /*weight*/, const Saved& saved, std::array<bool, 4> needs) {
+                               const OptionalTensor& /*weight*/, const OptionalTensor& /*bias*/,
+                               const OptionalTensor& /*residual*/, const Saved& saved, std::array<bool, 4> needs) {
     ctx->set_materialize_grads(false);
     save(ctx, saved, dy);
     auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
@@ -107,10 +113,11 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
     const Saved saved = restore(ctx, tensors);
     Needs needs(ctx);
     needs.next(true);
-    const bool need_dx = needs.next(given(saved.x)), need_dweight = needs.next(given(saved.weight));
-    auto [ddy, dx, dweight] =
-        double_backward(saved, tensors[6], grads[0], grads[1], grads[2], grads[3], need_dx, need_dweight);
-    return {ddy, dx, dweight, Tensor(), Tensor()};
+    const std::array<bool, 4> wanted = {needs.next(given(saved.x)), needs.next(given(saved.weight)),
+                                        needs.next(given(saved.bias)), needs.next(given(saved.residual))};
+    auto [ddy, dx, dweight, dbias, dresidual] =
+        double_backward(saved, tensors[7], grads[0], grads[1], grads[2], grads[3], wanted);
+    return {ddy, dx, dweight, dbias, dresidual, Tensor(), Tensor()};
   }
 };
 
@@ -118,9 +125,11 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& residual, const Settings& settings) {
     ctx->set_materialize_grads(false);
-    const Activation activation = parse_activation(settings.activation);
+    const Activation activation = parse_activation(settings.activation, settings.activation_param);
     const bool active = activation != Activation::none;
-    const bool use_mask = active && given(residual);  // else the sign follows from x
+    // Without a residual the activation's argument follows from x.
+    const bool use_mask = given(residual) && kept_of(activation) == Kept::bit;
+    const bool use_residual = given(residual) && kept_of(activation) == Kept::residual;
     auto [y, mean, invstd, mask] = run_forward(x, weight, bias, residual, settings, /*save=*/true, use_mask);
 
     // With frozen statistics and parameters, dx is dy times a constant.
@@ -128,7 +137,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                         (given(bias) && bias->requires_grad());
     const OptionalTensor none;
     save(ctx, {need_x ? OptionalTensor(x) : none, weight, active && !use_mask ? bias : none, mean, invstd,
-               use_mask ? OptionalTensor(mask) : none, activation, settings.training, settings.eps});
+               use_mask ? OptionalTensor(mask) : none, use_residual ? residual : none, activation,
+               settings.activation_param, settings.training, settings.eps});
     ctx->saved_data["given"] = given(weight) + 2 * given(bias) + 4 * given(residual);
     return y;
   }
@@ -152,7 +162,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       }
     };
     if (at::GradMode::is_enabled()) {  // create_graph
-      keep(BatchNormBackward::apply(dy, saved.x, saved.weight, saved, needs));
+      keep(BatchNormBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs));
     } else {
       auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
       keep({dx, dweight, dbias, dresidual});
@@ -171,14 +181,15 @@ bool tracked(const OptionalTensor& t) { return given(t) && tracked(*t); }
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
-                  std::optional<double> momentum, double eps, std::string_view activation) {
+                  std::optional<double> momentum, double eps, std::string_view activation, double activation_param) {
   check_dense("input", input);
   check_dense("residual", residual);
   TORCH_CHECK(training || given(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(training || given(running_var), "running_var must be defined in evaluation mode");
   TORCH_CHECK(!tracked(running_mean) && !tracked(running_var),
               "running_mean and running_var cannot require gradients: batch_norm has none for them");
-  const Settings settings = {running_mean, running_var, num_batches_tracked, training, momentum, eps, activation};
+  const Settings settings = {running_mean, running_var, num_batches_tracked, training,
+                             momentum,     eps,         activation,          activation_param};
   if (tracked(input) || tracked(weight) || tracked(bias) || tracked(residual)) {
     return BatchNorm::apply(input, weight, bias, residual, settings);
   }

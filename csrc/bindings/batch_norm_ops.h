@@ -37,7 +37,7 @@ inline Tensor channel_vector(const Tensor& x, at::ScalarType dtype) {
 
 inline Tensor statistic(const Tensor& x) { return channel_vector(x, acc_type_of(x)); }
 
-inline Tensor sign_mask(const Tensor& x, bool wanted) {
+inline Tensor kept_mask(const Tensor& x, bool wanted) {
   const c10::SymInt bytes = wanted ? (x.sym_numel() + 7) / 8 : c10::SymInt(0);
   return at::empty_symint({bytes}, x.options().dtype(at::kByte));
 }
@@ -109,10 +109,10 @@ struct BatchNormOps {
 
   static std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Tensor& mean, const Tensor& invstd,
                                               const OptionalTensor& weight, const OptionalTensor& bias,
-                                              const OptionalTensor& residual, std::string_view activation,
+                                              const OptionalTensor& residual, std::string_view activation, double param,
                                               bool save_mask) {
     // Validate.
-    const Activation act = parse_activation(activation);
+    const Activation act = parse_activation(activation, param);
     check_input(x);
     check_statistic("mean", mean, x);
     check_statistic("invstd", invstd, x);
@@ -126,11 +126,11 @@ struct BatchNormOps {
 
     // Allocate.
     Tensor y = at::empty_like(apply.x, apply.format);
-    Tensor mask = sign_mask(x, save_mask && act != Activation::none);
+    Tensor mask = kept_mask(x, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
-      ForwardParams p = apply.params(act, y, mask);
+      ForwardParams p = apply.params(act, param, y, mask);
       p.mean = mean_d.data_ptr();
       p.invstd = invstd_d.data_ptr();
       if (p.shape.numel() != 0) Backend::normalize(p, apply.x);
@@ -142,9 +142,9 @@ struct BatchNormOps {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
-      std::optional<double> momentum, double eps, std::string_view activation, bool save_mask) {
+      std::optional<double> momentum, double eps, std::string_view activation, double param, bool save_mask) {
     // Validate.
-    const Activation act = parse_activation(activation);
+    const Activation act = parse_activation(activation, param);
     check_input(x);
     check_batch(x);
     check_eps(eps, /*training=*/true);
@@ -165,15 +165,15 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = at::empty_like(apply.x, apply.format);
     Tensor mean = statistic(x), invstd = statistic(x);
-    Tensor mask = sign_mask(x, save_mask && act != Activation::none);
+    Tensor mask = kept_mask(x, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
       const Buffer running_mean_d(running_mean), running_var_d(running_var), counter_d(num_batches_tracked);
-      ForwardParams p = apply.params(act, y, mask);
+      ForwardParams p = apply.params(act, param, y, mask);
       p.mean = data(mean);
       p.invstd = data(invstd);
-      p.running_dtype = to_dtype(given(running_mean) ? running_mean->scalar_type() : acc_type_of(x));
+      p.running_dtype = to_dtype("running_mean", given(running_mean) ? running_mean->scalar_type() : acc_type_of(x));
       p.running_mean = running_mean_d.data();
       p.running_var = running_var_d.data();
       p.num_batches_tracked = static_cast<int64_t*>(counter_d.data());
@@ -197,10 +197,10 @@ struct BatchNormOps {
                                                                  const OptionalTensor& bias, const Tensor& running_mean,
                                                                  const Tensor& running_var,
                                                                  const OptionalTensor& residual, double eps,
-                                                                 std::string_view activation, bool save,
+                                                                 std::string_view activation, double param, bool save,
                                                                  bool save_mask) {
     // Validate.
-    const Activation act = parse_activation(activation);
+    const Activation act = parse_activation(activation, param);
     check_input(x);
     check_eps(eps, /*training=*/false);
     check_parameters(x, weight, bias);
@@ -215,14 +215,14 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = at::empty_like(apply.x, apply.format);
     Tensor mean = save ? statistic(x) : nothing(x), invstd = save ? statistic(x) : nothing(x);
-    Tensor mask = sign_mask(x, save_mask && act != Activation::none);
+    Tensor mask = kept_mask(x, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
-      ForwardParams p = apply.params(act, y, mask);
+      ForwardParams p = apply.params(act, param, y, mask);
       p.mean = data(mean);
       p.invstd = data(invstd);
-      p.running_dtype = to_dtype(running_mean.scalar_type());
+      p.running_dtype = to_dtype("running_mean", running_mean.scalar_type());
       p.running_mean = running_mean_d.data_ptr();
       p.running_var = running_var_d.data_ptr();
       p.eps = eps;
@@ -237,14 +237,15 @@ struct BatchNormOps {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(
       const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
-      const OptionalTensor& bias, const OptionalTensor& mask, std::string_view activation) {
+      const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& residual,
+      std::string_view activation, double param) {
     // Validate.
-    const Activation act = parse_activation(activation);
-    check_backward(dy, x, mean, invstd, weight, bias, mask);
+    const Activation act = parse_activation(activation, param);
+    check_backward(dy, x, mean, invstd, weight, bias, mask, residual, act);
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
-    const Gradient gradient(dy, x, mean, invstd, weight, bias, mask);
+    const Gradient gradient(dy, x, mean, invstd, weight, bias, mask, residual);
 
     // Allocate.
     Tensor sum_dy = statistic(x), sum_dy_xmu = statistic(x);
@@ -252,7 +253,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      BackwardParams p = gradient.params(act);
+      BackwardParams p = gradient.params(act, param);
       p.sum_dy = data(sum_dy);
       p.sum_dy_xmu = data(sum_dy_xmu);
       p.dweight = data(dweight);
@@ -272,26 +273,27 @@ struct BatchNormOps {
   static std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, const Tensor& mean,
                                                    const Tensor& invstd, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& mask,
-                                                   const Tensor& sum_dy, const Tensor& sum_dy_xmu,
-                                                   typename Backend::Int count, std::string_view activation) {
+                                                   const OptionalTensor& residual, const Tensor& sum_dy,
+                                                   const Tensor& sum_dy_xmu, typename Backend::Int count,
+                                                   std::string_view activation, double param) {
     // Validate.
-    const Activation act = parse_activation(activation);
-    check_backward(dy, x, mean, invstd, weight, bias, mask);
+    const Activation act = parse_activation(activation, param);
+    check_backward(dy, x, mean, invstd, weight, bias, mask, residual, act);
     check_statistic("sum_dy", sum_dy, x);
     check_statistic("sum_dy_xmu", sum_dy_xmu, x);
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
-    const Gradient gradient(dy, x, mean, invstd, weight, bias, mask);
+    const Gradient gradient(dy, x, mean, invstd, weight, bias, mask, residual);
     const Tensor sum_dy_d = sum_dy.contiguous(), sum_dy_xmu_d = sum_dy_xmu.contiguous();
 
     // Allocate.
     Tensor dx = at::empty_like(gradient.x);
-    Tensor dresidual = given(mask) ? at::empty_like(gradient.x) : nothing(x);
+    Tensor dresidual = given(mask) || given(residual) ? at::empty_like(gradient.x) : nothing(x);
 
     // Fill in and launch.
     if constexpr (executes) {
-      BackwardParams p = gradient.params(act);
+      BackwardParams p = gradient.params(act, param);
       p.training = true;
       p.count = count;
       p.sum_dy = sum_dy_d.data_ptr();
@@ -303,25 +305,27 @@ struct BatchNormOps {
     return {dx, dresidual};
   }
 
-  // `needs` asks for (dx, dweight, dbias, dresidual). Without a mask dresidual would be dy.
-  // x may be missing where only dx is asked for, training is false, and there is no activation.
+  // `needs` asks for (dx, dweight, dbias, dresidual). dresidual takes a mask or the residual; without an activation it
+  // would be dy. x may be missing where only dx is asked for, training is false, and there is no activation.
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x,
                                                              const OptionalTensor& weight, const OptionalTensor& bias,
                                                              const Tensor& mean, const Tensor& invstd,
-                                                             const OptionalTensor& mask, std::string_view activation,
-                                                             bool training, std::array<bool, 4> needs) {
+                                                             const OptionalTensor& mask, const OptionalTensor& residual,
+                                                             std::string_view activation, double param, bool training,
+                                                             std::array<bool, 4> needs) {
     // Validate.
-    const Activation act = parse_activation(activation);
+    const Activation act = parse_activation(activation, param);
     const auto [need_dx, need_dweight, need_dbias, need_dresidual] = needs;
     const bool reduces = need_dweight || need_dbias || (training && need_dx);
     const Tensor& like = given(x) ? *x : dy;
-    check_backward(dy, like, mean, invstd, weight, bias, mask);
+    check_backward(dy, like, mean, invstd, weight, bias, mask, residual, act);
     TORCH_CHECK(given(x) || !(reduces || act != Activation::none), "x is needed for this gradient");
-    TORCH_CHECK(given(mask) || !need_dresidual, "mask is needed for the gradient of residual");
+    TORCH_CHECK(given(mask) || given(residual) || !need_dresidual,
+                "mask or residual is needed for the gradient of residual");
 
     // Choose the layout.
     const c10::DeviceGuard guard(like.device());
-    const Gradient gradient(dy, like, mean, invstd, weight, bias, mask);
+    const Gradient gradient(dy, like, mean, invstd, weight, bias, mask, residual);
 
     // Allocate.
     Tensor dx = need_dx ? at::empty_like(gradient.x) : nothing(like);
@@ -331,7 +335,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      BackwardParams p = gradient.params(act);
+      BackwardParams p = gradient.params(act, param);
       if (!given(x)) p.x = nullptr;
       p.training = training;
       p.dweight = data(dweight);
@@ -357,9 +361,9 @@ struct BatchNormOps {
                                       const OptionalTensor& bias) {
     ForwardParams p = {};
     p.shape = shape_of(x, format);
-    p.dtype = to_dtype(x.scalar_type());
-    p.weight_dtype = to_dtype(parameter_type(x, weight, bias));
-    p.running_dtype = to_dtype(acc_type_of(x));
+    p.dtype = to_dtype("input", x.scalar_type());
+    p.weight_dtype = to_dtype("weight", parameter_type(x, weight, bias));
+    p.running_dtype = to_dtype("running_mean", acc_type_of(x));
     p.x = x.const_data_ptr();
     return p;
   }
@@ -377,9 +381,10 @@ struct BatchNormOps {
           bias(contiguous(bias)),
           residual(given(residual) ? OptionalTensor(dense(*residual, format, executes)) : OptionalTensor()) {}
 
-    ForwardParams params(Activation activation, const Tensor& y, const Tensor& mask) const {
+    ForwardParams params(Activation activation, double param, const Tensor& y, const Tensor& mask) const {
       ForwardParams p = forward_params(x, format, weight, bias);
       p.activation = activation;
+      p.activation_param = param;
       p.residual = const_data(residual);
       p.weight = const_data(weight);
       p.bias = const_data(bias);
@@ -390,23 +395,24 @@ struct BatchNormOps {
   };
 
   static void check_backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd,
-                             const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask) {
+                             const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mask,
+                             const OptionalTensor& residual, Activation activation) {
     check_input(x);
     check_like("dy", dy, x);
     check_statistic("mean", mean, x);
     check_statistic("invstd", invstd, x);
     check_parameters(x, weight, bias);
-    if (given(mask)) check_mask(*mask, x);
+    check_kept(mask, residual, activation, x);
   }
 
   // The operands of a backward, all in the layout of x.
   struct Gradient {
     at::MemoryFormat format;
     Tensor x, dy, mean, invstd;
-    OptionalTensor weight, bias, mask;
+    OptionalTensor weight, bias, mask, residual;
 
     Gradient(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
-             const OptionalTensor& bias, const OptionalTensor& mask)
+             const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& residual)
         : format(format_of(x)),
           x(dense(x, format, executes)),
           dy(dense(dy, format, executes)),
@@ -414,17 +420,20 @@ struct BatchNormOps {
           invstd(invstd.contiguous()),
           weight(contiguous(weight)),
           bias(contiguous(bias)),
-          mask(contiguous(mask)) {}
+          mask(contiguous(mask)),
+          residual(given(residual) ? OptionalTensor(dense(*residual, format, executes)) : OptionalTensor()) {}
 
-    BackwardParams params(Activation activation) const {
+    BackwardParams params(Activation activation, double param) const {
       BackwardParams p = {};
       p.shape = shape_of(x, format);
-      p.dtype = to_dtype(x.scalar_type());
-      p.weight_dtype = to_dtype(parameter_type(x, weight, bias));
+      p.dtype = to_dtype("input", x.scalar_type());
+      p.weight_dtype = to_dtype("weight", parameter_type(x, weight, bias));
       p.activation = activation;
+      p.activation_param = param;
       p.dy = dy.const_data_ptr();
       p.x = x.const_data_ptr();
       p.mask = static_cast<const uint8_t*>(const_data(mask));
+      p.residual = const_data(residual);
       p.weight = const_data(weight);
       p.bias = const_data(bias);
       p.mean = mean.const_data_ptr();

@@ -4,12 +4,28 @@
 #include <c10/core/ScalarType.h>
 
 #include <string>
+#include <vector>
 
 namespace bnext {
 
 namespace {
 
 std::string name_of(at::ScalarType t) { return std::string(c10::getDtypeNames(t).first); }
+
+// "a, b or c"
+std::string alternatives(const std::vector<std::string>& names) {
+  std::string text;
+  for (size_t i = 0; i < names.size(); ++i) {
+    text += (i == 0 ? "" : i + 1 == names.size() ? " or " : ", ") + names[i];
+  }
+  return text;
+}
+
+Activation parsed(Activation activation, double param) {
+  TORCH_CHECK_VALUE(param == 0 || activation == Activation::leaky_relu, "activation_param should be 0 for '",
+                    name_of(activation), "', which has no parameter, not ", param);
+  return activation;
+}
 
 bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
@@ -40,10 +56,29 @@ void check_same_dtype(const char* name, const Tensor& t, const char* other_name,
 
 at::ScalarType acc_type_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-Activation parse_activation(std::string_view name) {
-  if (name == "none") return Activation::none;
-  TORCH_CHECK_VALUE(name == "relu", "activation should be None or 'relu', not '", name, "'");
-  return Activation::relu;
+DType to_dtype(const char* name, at::ScalarType t) {
+  switch (t) {
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    default: break;
+  }
+#define BNEXT_PYTHON_NAME(dtype, type, python) python,
+  const std::vector<std::string> names = {BNEXT_DTYPES(BNEXT_PYTHON_NAME)};
+#undef BNEXT_PYTHON_NAME
+  TORCH_CHECK_NOT_IMPLEMENTED(false, name, " should be ", alternatives(names), ", not ", name_of(t));
+}
+
+Activation parse_activation(std::string_view name, double param) {
+#define BNEXT_PARSE(activation, type) \
+  if (name == #activation) return parsed(Activation::activation, param);
+  BNEXT_ACTIVATIONS(BNEXT_PARSE)
+#undef BNEXT_PARSE
+#define BNEXT_QUOTED(activation, type) "'" #activation "'",
+  const std::vector<std::string> names = {BNEXT_ACTIVATIONS(BNEXT_QUOTED)};
+#undef BNEXT_QUOTED
+  TORCH_CHECK_VALUE(false, "activation should be ", alternatives(names), ", not '", name, "'");
 }
 
 void check_dense(const char* name, const OptionalTensor& t) {
@@ -53,9 +88,7 @@ void check_dense(const char* name, const OptionalTensor& t) {
 void check_input(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions, (N, C) or (N, C, *) (got ", x.dim(),
                     "D input)");
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble || is_half(dtype),
-                              "input should be float32, float64, float16 or bfloat16, not ", name_of(dtype));
+  to_dtype("input", x.scalar_type());
 }
 
 void check_batch(const Tensor& x) {
@@ -114,7 +147,18 @@ void check_statistic(const char* name, const Tensor& t, const Tensor& x) {
               name_of(x.scalar_type()), ", not ", name_of(t.scalar_type()));
 }
 
-void check_mask(const Tensor& mask, const Tensor& x) {
+void check_kept(const OptionalTensor& given_mask, const OptionalTensor& residual, Activation activation,
+                const Tensor& x) {
+  if (given(residual)) {
+    TORCH_CHECK(activation != Activation::none,
+                "residual is not needed here without an activation: its gradient is dy");
+    TORCH_CHECK(!given(given_mask), "mask and residual say the same of an activation: give one of them");
+    check_like("residual", *residual, x);
+  }
+  if (!given(given_mask)) return;
+  TORCH_CHECK(kept_of(activation) == Kept::bit, "mask is for an activation that keeps a bit an element, not '",
+              name_of(activation), "'");
+  const Tensor& mask = *given_mask;
   const auto bytes = (x.sym_numel() + 7) / 8;
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.sym_numel() == bytes, "mask should be uint8 with ", bytes,
               " elements, not ", name_of(mask.scalar_type()), " with ", mask.sym_numel());

@@ -21,7 +21,11 @@ inline bool given(const OptionalTensor& t) { return t.has_value() && t->defined(
 // The dtype that statistics of x are kept in.
 at::ScalarType acc_type_of(const Tensor& x);
 
-Activation parse_activation(std::string_view name);
+// `name` is an argument of the operator or one that it stands for.
+DType to_dtype(const char* name, at::ScalarType t);
+
+// Only leaky_relu has a parameter.
+Activation parse_activation(std::string_view name, double param);
 
 // Not sparse. The dispatcher refuses sparse tensors too, but in words that help nobody.
 void check_dense(const char* name, const OptionalTensor& t);
@@ -50,7 +54,8 @@ void check_like(const char* name, const Tensor& t, const Tensor& x);
 // A channel vector of statistics: mean, invstd, sums.
 void check_statistic(const char* name, const Tensor& t, const Tensor& x);
 
-// The sign mask that a forward over x wrote.
-void check_mask(const Tensor& mask, const Tensor& x);
+// What the forward over x kept of the activation's argument: the mask of an activation that keeps a bit an element, or
+// the residual, which says the same of any activation.
+void check_kept(const OptionalTensor& mask, const OptionalTensor& residual, Activation activation, const Tensor& x);
 
 }  // namespace bnext

@@ -1,6 +1,6 @@
 // The gradient of the gradient. With, for each channel, m values, mu = mean(x), s = invstd,
-// xhat = (x - mu) * s, the weight w, and g = dy where the activation let the value pass, 0
-// elsewhere, the backward computes
+// xhat = (x - mu) * s, the weight w, the bias c, the activation f of z = w xhat + c + residual, and
+// g = dy f'(z), the backward computes
 //
 //   training:  dx = w s P(g)    with P(a) = a - mean(a) - xhat mean(a xhat)
 //   eval:      dx = w s g
@@ -13,20 +13,27 @@
 //
 // L is linear in g, and P is symmetric, since it projects onto the complement of (1, xhat):
 //
-//   dL/dg = w s P(u) + v xhat + b + r                    dL/ddy = dL/dg where the value passed
-//   dL/dw = s Q,  Q = sum(u P(g))
+//   dL/dg = w s P(u) + v xhat + b + r                    dL/ddy = dL/dg f'(z)
 //
-// x enters through xhat, and in training through s before Q. At fixed s,
+// g depends on z as well, wherever f is not piecewise linear:
 //
-//   dL/dxhat = h = v g - (w s / m) (sum(g xhat) u + sum(u xhat) g).
+//   dL/dz = q = dL/dg dy f''(z)                          dL/dresidual = q,  dL/dc = sum(q)
+//
+// w enters through dx and through z:
+//
+//   dL/dw = s Q + sum(q xhat),  Q = sum(u P(g))
+//
+// x enters through xhat (in dx, in dweight, in z), and in training through s before Q. At fixed s,
+//
+//   dL/dxhat = h = v g - (w s / m) (sum(g xhat) u + sum(u xhat) g) + w q.
 //
 // d(xhat)/dx takes h to s P(h), as in any batch normalization, and ds/dx_i = -s^2 xhat_i / m:
 //
 //   dL/dx = s P(h) - (w s^2 / m) Q xhat.
 //
-// In eval mode mu and s are constants: P is the identity, Q = sum(u g), h = v g, and dL/dx = s h.
-// These formulas hold with eps inside s. The activation's mask is constant: its derivative is 0
-// wherever it has one.
+// In eval mode mu and s are constants: P is the identity, Q = sum(u g), h = v g + w q, and dL/dx = s h.
+// These formulas hold with eps inside s. Where the forward kept a bit an element, f is piecewise
+// linear: f' is a constant, and q is 0.
 //
 // Everything is written in differentiable operators. A third derivative sees mu and s as functions
 // of x, because they are taken from x anew when someone may ask for it.
@@ -35,7 +42,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <array>
+
 #include "layout.h"
+#include "tensor_math.h"
 
 namespace bnext {
 
@@ -43,18 +53,17 @@ namespace bnext {
 struct Saved {
   OptionalTensor x, weight, bias;
   Tensor mean, invstd;
-  OptionalTensor mask;
+  OptionalTensor mask, residual;
   Activation activation;
+  double activation_param;
   bool training;
   double eps;
 };
 
-struct SecondOrder { Tensor ddy, dx, dweight; };
+struct SecondOrder { Tensor ddy, dx, dweight, dbias, dresidual; };
 
-// 1 where the activation let the value pass: from the mask, which holds a bit an element in
-// memory order, or from x.
-inline Tensor passed(const Saved& saved, const Tensor& xhat, const Tensor& weight, const Tensor& bias) {
-  if (!given(saved.mask)) return (xhat * weight + bias).le(0).logical_not();
+// The mask as a tensor of bool like x: it holds a bit an element in memory order.
+inline Tensor unpacked_mask(const Saved& saved) {
   const Tensor& x = *saved.x;
   const Tensor bits = saved.mask->unsqueeze(1).bitwise_right_shift(at::arange(8, saved.mask->options())).bitwise_and(1);
   const Tensor flat = bits.reshape(-1).narrow_symint(0, 0, x.sym_numel()).to(at::kBool);
@@ -65,9 +74,10 @@ inline Tensor passed(const Saved& saved, const Tensor& xhat, const Tensor& weigh
   return flat.view_symint(sizes).movedim(-1, 1);
 }
 
-// u, v, b, r may each be undefined, and x may be missing where only ddy depends on nothing of it.
+// u, v, b, r may each be undefined, and x may be missing where only ddy depends on nothing of it. `needs` asks for
+// (dx, dweight, dbias, dresidual).
 inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const Tensor& u, const Tensor& v,
-                                   const Tensor& b, const Tensor& r, bool need_dx, bool need_dweight) {
+                                   const Tensor& b, const Tensor& r, std::array<bool, 4> needs) {
   const auto acc = saved.mean.scalar_type();
   std::vector<int64_t> others = {0};
   for (int64_t d = 2; d < dy.dim(); ++d) others.push_back(d);
@@ -90,11 +100,22 @@ inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const T
   const Tensor w = given(saved.weight) ? vector(*saved.weight) : at::ones_like(s);
   const auto P = [&](const Tensor& a) { return saved.training ? a - mean(a) - xhat * mean(a * xhat) : a; };
 
-  Tensor g = dy.to(acc), mask;
-  if (saved.activation != Activation::none) {
-    mask = passed(saved, xhat, w, given(saved.bias) ? vector(*saved.bias) : at::zeros_like(s));
-    g = g * mask;
+  const Tensor dya = dy.to(acc);
+  Tensor g = dya, slope, curvature;  // f'(z), f''(z)
+  if (given(saved.mask)) {
+    slope = at::where(unpacked_mask(saved), at::ones_like(s), at::full_like(s, saved.activation_param));
+  } else if (saved.activation != Activation::none) {
+    Tensor z = xhat * w;
+    if (given(saved.bias)) z = z + vector(*saved.bias);
+    if (given(saved.residual)) z = z + saved.residual->to(acc);
+    const Operand argument(z), param = constant_like(argument, saved.activation_param);
+    with_activation(saved.activation, [&](auto type) {
+      using Act = decltype(type);
+      slope = Act::grad(argument, param);
+      if (Act::kept == Kept::residual) curvature = Act::second(argument, param);
+    });
   }
+  if (slope.defined()) g = through(Operand(dya), Operand(slope));
 
   Tensor dg = at::zeros_like(g), Q, h;
   if (u.defined()) {
@@ -109,8 +130,17 @@ inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const T
   }
   if (b.defined()) dg = dg + vector(b);
   if (r.defined()) dg = dg + r.to(acc);
-  if (mask.defined()) dg = dg * mask;
+  Tensor q;
+  if (curvature.defined()) {
+    q = dg * dya * curvature;
+    h = h.defined() ? h + w * q : w * q;
+  }
+  if (slope.defined()) dg = through(Operand(dg), Operand(slope));
 
+  const auto [need_dx, need_dweight, need_dbias, need_dresidual] = needs;
+  const auto parameter = [&](const Tensor& t, const OptionalTensor& like) {
+    return t.reshape_symint(like->sym_sizes()).to(like->scalar_type());
+  };
   SecondOrder result;
   result.ddy = dg.to(dy.scalar_type());
   if (need_dx && h.defined()) {
@@ -118,9 +148,14 @@ inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const T
     if (saved.training && u.defined()) dx = dx - w * s * s * Q * xhat / (dy.sym_numel() / dy.sym_size(1));
     result.dx = dx.to(dy.scalar_type());
   }
-  if (need_dweight && u.defined()) {
-    result.dweight = (s * Q).reshape_symint(saved.weight->sym_sizes()).to(saved.weight->scalar_type());
+  if (need_dweight && (u.defined() || q.defined())) {
+    Tensor dweight = at::zeros_like(s);
+    if (u.defined()) dweight = dweight + s * Q;
+    if (q.defined()) dweight = dweight + sum(q * xhat);
+    result.dweight = parameter(dweight, saved.weight);
   }
+  if (need_dbias && q.defined()) result.dbias = parameter(sum(q), saved.bias);
+  if (need_dresidual && q.defined()) result.dresidual = q.to(dy.scalar_type());
   return result;
 }
 

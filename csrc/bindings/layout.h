@@ -8,15 +8,6 @@
 
 namespace bnext {
 
-inline DType to_dtype(at::ScalarType t) {
-  switch (t) {
-    case at::kDouble: return DType::f64;
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    default: return DType::f32;
-  }
-}
-
 // The memory format that x is normalized in, which is also the one that torch.nn gives y. Where
 // strides of size-1 dimensions leave it open, torch takes contiguous.
 inline at::MemoryFormat format_of(const Tensor& x) {

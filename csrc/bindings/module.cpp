@@ -2,6 +2,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <string>
+#include <vector>
+
 #include "autograd.h"
 #include "plans.h"
 
@@ -9,6 +12,9 @@ namespace bnext {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
+#define BNEXT_NAME(activation, type) #activation,
+  m.attr("activations") = std::vector<std::string>{BNEXT_ACTIVATIONS(BNEXT_NAME)};
+#undef BNEXT_NAME
 #if defined(BNEXT_WITH_CUDA)
   m.attr("with_cuda") = true;
   m.def("plans", &plans);

@@ -4,9 +4,10 @@
 // A struct has, for z the activation's argument and `param` its parameter (leaky_relu's slope; 0 for all others),
 //   value(z, param), grad(z, param), second(z, param)   the function and its first two derivatives
 //   kept                                                 what the backward needs besides x, behind a residual
-// written for V a float or double (CUDA kernels, tails of loops), a vector of them (csrc/cpu/vec.h), or a tensor of
-// torch (csrc/bindings/double_backward.h). V has + - * /, unary -, and constant_like, where_le, where_ge, exp, tanh.
-// Comparisons are false for NaN, and the derivatives there are torch's.
+// written for V a float or double (CUDA kernels), a vector of them (csrc/cpu/vec_math.h), or a tensor of torch
+// (csrc/bindings/tensor_math.h). V has + - * /, unary -, and constant_like, where_le, where_ge, exp, tanh.
+// Comparisons are false for NaN, and the derivatives there are torch's, but for leaky_relu's: torch takes the slope,
+// and the value is NaN either way.
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,7 @@
 
 namespace bnext {
 
-// The name that Python sees, and the struct below. An activation of one's own is added here.
+// The name that Python sees, and the struct below. An activation is added here and in bnext/activation.py.
 #define BNEXT_ACTIVATIONS(X) \
   X(none, Identity)          \
   X(relu, Relu)              \
@@ -85,7 +86,6 @@ struct Relu6 {
   template <class V> BNEXT_HD static V second(const V& z, const V&) { return constant_like(z, 0); }
 };
 
-// torch's leaky_relu takes the slope where z is NaN too, where its value is NaN either way.
 struct LeakyRelu {
   static constexpr Kept kept = Kept::bit;
   template <class V> BNEXT_HD static V value(const V& z, const V& slope) { return where_le(z, 0, z * slope, z); }
@@ -154,6 +154,12 @@ struct Tanh {
 
 // ---- from a value of the enumeration to its struct
 
+// What Kept::bit keeps of z: 1 where the derivative is 1, 0 where it is `param`.
+template <class Act, class V>
+BNEXT_HD V kept_bit(const V& z) {
+  return Act::grad(z, constant_like(z, 0));
+}
+
 // f(Relu{}), say. `otherwise` is returned for a value that is no activation.
 template <class F, class R>
 BNEXT_HD R with_activation(Activation activation, R otherwise, F&& f) {
@@ -164,6 +170,16 @@ BNEXT_HD R with_activation(Activation activation, R otherwise, F&& f) {
 #undef BNEXT_CASE
   }
   return otherwise;
+}
+
+template <class F>
+BNEXT_HD void with_activation(Activation activation, F&& f) {
+  switch (activation) {
+#define BNEXT_CASE(name, type) \
+  case Activation::name: f(type{}); return;
+    BNEXT_ACTIVATIONS(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
 }
 
 inline const char* name_of(Activation activation) {

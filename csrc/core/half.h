@@ -81,22 +81,24 @@ template <class A>
 BNEXT_HD A load_scalar(const void* p, DType t, int64_t i, A fallback) {
   if (p == nullptr) return fallback;
   switch (t) {
-    case DType::f32: return static_cast<A>(static_cast<const float*>(p)[i]);
-    case DType::f64: return static_cast<A>(static_cast<const double*>(p)[i]);
-    case DType::f16: return static_cast<A>(to_float(static_cast<const f16*>(p)[i]));
-    default: return static_cast<A>(to_float(static_cast<const bf16*>(p)[i]));
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return static_cast<A>(widen(static_cast<const type*>(p)[i]));
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
   }
+  BNEXT_UNREACHABLE();
 }
 
 template <class A>
 BNEXT_HD void store_scalar(void* p, DType t, int64_t i, A v) {
   if (p == nullptr) return;
   switch (t) {
-    case DType::f32: static_cast<float*>(p)[i] = static_cast<float>(v); break;
-    case DType::f64: static_cast<double*>(p)[i] = static_cast<double>(v); break;
-    case DType::f16: static_cast<f16*>(p)[i] = to_f16(static_cast<float>(v)); break;
-    default: static_cast<bf16*>(p)[i] = to_bf16(static_cast<float>(v)); break;
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: static_cast<type*>(p)[i] = narrow<type>(static_cast<acc_t<type>>(v)); return;
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
   }
+  BNEXT_UNREACHABLE();
 }
 
 }  // namespace bnext

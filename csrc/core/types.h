@@ -10,24 +10,52 @@
 #define BNEXT_HD inline
 #endif
 
+// What follows a switch that has a case for every value.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define BNEXT_UNREACHABLE() __assume(false)
+#else
+#define BNEXT_UNREACHABLE() __builtin_unreachable()
+#endif
+
 namespace bnext {
 
-enum class DType : int32_t { f32, f64, f16, bf16 };
+// 16-bit storage types are plain bits; half.h converts them.
+struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };
+
+// Storage types: the enumerator, the type in memory, and the name that Python sees.
+#define BNEXT_DTYPES(X)     \
+  X(f32, float, "float32")  \
+  X(f64, double, "float64") \
+  X(f16, f16, "float16")    \
+  X(bf16, bf16, "bfloat16")
+
+enum class DType : int32_t {
+#define BNEXT_ENUMERATOR(name, type, python) name,
+  BNEXT_DTYPES(BNEXT_ENUMERATOR)
+#undef BNEXT_ENUMERATOR
+};
 
 enum class Layout : int32_t {
   planar,       // (n, c, s), s contiguous: NCHW and friends
   interleaved,  // (n * s, c), c contiguous: NHWC and every (N, C) input
 };
 
+BNEXT_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Bytes of one element in memory.
-BNEXT_HD constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+BNEXT_HD constexpr int64_t size_of(DType t) {
+  switch (t) {
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return sizeof(type);
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
+}
 
 // Bytes of one statistic of a tensor of type t: float32, except that float64 keeps float64.
 BNEXT_HD constexpr int64_t acc_size_of(DType t) { return t == DType::f64 ? 8 : 4; }
-
-// 16-bit storage types are plain bits; half.h converts them.
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
 
 // Accumulation type of a storage type.
 template <class T> struct acc { using type = float; };
@@ -35,9 +63,9 @@ template <> struct acc<double> { using type = double; };
 template <class T> using acc_t = typename acc<T>::type;
 
 template <class T> struct dtype_of;
-template <> struct dtype_of<float> { static constexpr DType value = DType::f32; };
-template <> struct dtype_of<double> { static constexpr DType value = DType::f64; };
-template <> struct dtype_of<f16> { static constexpr DType value = DType::f16; };
-template <> struct dtype_of<bf16> { static constexpr DType value = DType::bf16; };
+#define BNEXT_SPECIALIZATION(name, type, python) \
+  template <> struct dtype_of<type> { static constexpr DType value = DType::name; };
+BNEXT_DTYPES(BNEXT_SPECIALIZATION)
+#undef BNEXT_SPECIALIZATION
 
 }  // namespace bnext

@@ -66,6 +66,13 @@ struct RunningUpdate {
   A factor;    // weight of the new batch
   A unbiased;  // m / (m - 1)
 
+  // For a batch of m numbers a channel. momentum=None (`cumulative`) weighs all batches alike, `batches` of which
+  // went before; without a counter there is nothing to update either.
+  static BNEXT_HD RunningUpdate of(int64_t m, double momentum, bool cumulative, const int64_t* batches) {
+    const double factor = cumulative && batches != nullptr ? 1.0 / static_cast<double>(*batches + 1) : momentum;
+    return {static_cast<A>(factor), static_cast<A>(static_cast<double>(m) / (static_cast<double>(m) - 1.0))};
+  }
+
   BNEXT_HD A mean(A running, A batch) const { return (A(1) - factor) * running + factor * batch; }
   BNEXT_HD A var(A running, A batch) const { return (A(1) - factor) * running + factor * (batch * unbiased); }
 };

@@ -8,35 +8,33 @@ namespace {
 template <class A>
 void reduce_and_differentiate(const BackwardParams& p, const ParallelFor& parallel) {
   const Plan plan = make_plan(p.shape);
-  Backward<A> b(p, plan);
+  const BackwardOperands<A> operands(p, plan);
+  InputGradient<A> gradient(operands);
+  const auto finish = [&](int64_t ch, const Sums& sums) {
+    store_sums<A>(p, ch, sums);
+    gradient.set(ch);
+  };
+
   if (!plan.by_column && plan.pieces == 1) {
     for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
-      for (int64_t ch = first; ch < end; ch++) {
-        store_sums<A>(p, ch, sums_of_strip(b, ch));
-        load_sums(b, ch);
-      }
-      for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient(b, block); });
+      for (int64_t ch = first; ch < end; ch++) finish(ch, sums_of_strip(operands, ch));
+      for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient.run(block); });
     });
-    return;
+  } else {
+    const std::vector<Sums> all = sums_of_all(operands, parallel);
+    for (int64_t ch = 0; ch < plan.channels; ch++) finish(ch, all[ch]);
+    gradient.run_all(parallel);
   }
-  const std::vector<Sums> all = sums_of_all(b, parallel);
-  for (int64_t ch = 0; ch < plan.channels; ch++) {
-    store_sums<A>(p, ch, all[ch]);
-    load_sums(b, ch);
-  }
-  gradient_of_all(b, parallel);
 }
 
 }  // namespace
 
 void backward(const BackwardParams& p, const ParallelFor& parallel) {
-  const bool wants_input = p.dx != nullptr || p.dresidual != nullptr;
-  const bool wants_sums = p.dweight != nullptr || p.dbias != nullptr || (p.training && p.dx != nullptr);
-  if (wants_sums && wants_input) {
+  if (p.reduces() && p.elementwise()) {
     with_acc_type(p.dtype, [&](auto acc) { reduce_and_differentiate<decltype(acc)>(p, parallel); });
-  } else if (wants_sums) {
+  } else if (p.reduces()) {
     backward_reduce(p, parallel);
-  } else if (wants_input) {
+  } else if (p.elementwise()) {
     backward_input(p, parallel);
   }
 }

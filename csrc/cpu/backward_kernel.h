@@ -1,5 +1,5 @@
 // The two halves of the backward on one block: the sums of dy' and dy' * (x - mean), and the
-// input gradient. dy' is dy where the activation let the value pass.
+// input gradient. dy' is dy times the activation's derivative.
 #pragma once
 
 #include "normalize_kernel.h"
@@ -24,6 +24,20 @@ template <class T, Gate gate, bool by_column> struct Gated {
   }
 };
 
+// The derivatives that the `general` variant works out for a row before anything else.
+template <class A, Gate gate> struct Derivatives {};
+template <class A> struct Derivatives<A, Gate::general> { A row[kGeneralRow + kPadding]; };
+
+template <class T, bool by_column> struct Gated<T, Gate::general, by_column> {
+  using A = acc_t<T>;
+  const T* dy;
+  const A* derivatives;
+
+  template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>&, int64_t = 0) const {
+    return through(load(dy + j, part), load(derivatives + j, Full{}));
+  }
+};
+
 template <class A, Gate gate, class F>
 void sweep_gated(int64_t first, int64_t width, F f) {
   if constexpr (gate == Gate::mask) {
@@ -33,13 +47,35 @@ void sweep_gated(int64_t first, int64_t width, F f) {
   }
 }
 
+template <class T, bool by_column>
+[[gnu::noinline, gnu::flatten]] void derivatives_of_row(const BackwardArgs<acc_t<T>>& args, int64_t first,
+                                                        int64_t channel, int64_t width, acc_t<T>* row) {
+  using A = acc_t<T>;
+  if (args.mask == nullptr) {
+    arguments_of_row<T, by_column>(args, first, channel, width, row);
+    derivatives(args.activation, args.activation_param, row, width);
+    return;
+  }
+  const Vec<A> one(A(1)), other(args.activation_param);
+  sweep_bytes<A>(first, width, [&](int64_t j, auto, auto part) {
+    const Vec<A> bits = select_or_zero(get_bits(args.mask, first + j, lanes_of<A>(part)), one);
+    store(row + j, Full{}, where_le(bits, 0, other, one));
+  });
+}
+
 template <class T, Gate gate, bool by_column>
-Gated<T, gate, by_column> gated_row(const BackwardArgs<acc_t<T>>& args, int64_t first, int64_t channel) {
-  using P = Parameter<acc_t<T>, by_column>;
-  // Without an activation scale and bias may be null: mean stands in for them, unread.
-  const acc_t<T>* scale = (gate == Gate::recompute ? args.scale : args.mean) + channel;
-  const acc_t<T>* bias = (gate == Gate::recompute ? args.bias : args.mean) + channel;
-  return {static_cast<const T*>(args.dy) + first, args.mask, first, P(scale), P(bias)};
+Gated<T, gate, by_column> gated_row(const BackwardArgs<acc_t<T>>& args, int64_t first, int64_t channel, int64_t width,
+                                    Derivatives<acc_t<T>, gate>& derivatives) {
+  if constexpr (gate == Gate::general) {
+    derivatives_of_row<T, by_column>(args, first, channel, width, derivatives.row);
+    return {static_cast<const T*>(args.dy) + first, derivatives.row};
+  } else {
+    using P = Parameter<acc_t<T>, by_column>;
+    // Without an activation scale and bias may be null: mean stands in for them, unread.
+    const acc_t<T>* scale = (gate == Gate::recompute ? args.scale : args.mean) + channel;
+    const acc_t<T>* bias = (gate == Gate::recompute ? args.bias : args.mean) + channel;
+    return {static_cast<const T*>(args.dy) + first, args.mask, first, P(scale), P(bias)};
+  }
 }
 
 template <class T, Gate gate>
@@ -48,12 +84,13 @@ template <class T, Gate gate>
   using A = acc_t<T>;
   using V = Vec<A>;
   V dys[4] = {V(0), V(0), V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
+  Derivatives<A, gate> derivatives;
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + first;
     const V mean(args.mean[channel]);
-    const auto gated = gated_row<T, gate, false>(args, first, channel);
+    const auto gated = gated_row<T, gate, false>(args, first, channel, block.width, derivatives);
     const Ahead<T> next_dy(args.dy, next + r * block.stride), next_x(args.x, next + r * block.stride);
     sweep_gated<A, gate>(first, block.width, [&](int64_t j, auto which, auto part) {
       next_dy.fetch(j);
@@ -70,12 +107,12 @@ template <class T, Gate gate>
 
 // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
 template <class T, Gate gate, int rows, class A = acc_t<T>>
-void add_rows(const BackwardArgs<A>& args, int64_t first, int64_t stride, int64_t width, int64_t param, A* dys,
-              A* products) {
+void add_rows(const BackwardArgs<A>& args, Derivatives<A, gate>& derivatives, int64_t first, int64_t stride,
+              int64_t width, int64_t param, A* dys, A* products) {
   using V = Vec<A>;
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, true> mean(args.mean + param);
-  const auto gated = gated_row<T, gate, true>(args, first, param);
+  const auto gated = gated_row<T, gate, true>(args, first, param, width, derivatives);
   const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
   sweep_gated<A, gate>(first, width, [&](int64_t j, auto, auto part) {
     const V m = mean.at(j);
@@ -105,6 +142,7 @@ template <class T, Gate gate>
   }
   // Rows that are taken at once must begin at the same bit of a byte.
   const bool together = gate != Gate::mask || block.stride % 8 == 0;
+  Derivatives<A, gate> derivatives;
   A dys[kColumns + kPadding], products[kColumns + kPadding];
   for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
     const int64_t end = begin + kColumnRows < block.rows ? begin + kColumnRows : block.rows;
@@ -113,10 +151,14 @@ template <class T, Gate gate>
       store(products + j, Full{}, V(0));
     }
     int64_t r = begin;
-    for (; together && r + 4 <= end; r += 4)
-      add_rows<T, gate, 4>(args, block.first + r * block.stride, block.stride, block.width, block.param, dys, products);
+    if constexpr (gate != Gate::general) {
+      for (; together && r + 4 <= end; r += 4)
+        add_rows<T, gate, 4>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
+                             dys, products);
+    }
     for (; r < end; r++)
-      add_rows<T, gate, 1>(args, block.first + r * block.stride, block.stride, block.width, block.param, dys, products);
+      add_rows<T, gate, 1>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
+                           dys, products);
     for (int64_t j = 0; j < block.width; j += D::lanes) {
       store(sum_dy + j, Full{}, wide(sum_dy + j) + wide(dys + j));
       store(sum_dy_xmu + j, Full{}, wide(sum_dy_xmu + j) + wide(products + j));
@@ -132,6 +174,7 @@ template <class T, Gate gate, bool training, bool by_column>
   using V = Vec<A>;
   using P = Parameter<A, by_column>;
   constexpr bool reads_x = training || gate == Gate::recompute;
+  Derivatives<A, gate> derivatives;
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
@@ -143,7 +186,7 @@ template <class T, Gate gate, bool training, bool by_column>
     const P mean(args.mean + channel), scale(args.scale + channel);
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
-    const auto gated = gated_row<T, gate, by_column>(args, first, channel);
+    const auto gated = gated_row<T, gate, by_column>(args, first, channel, block.width, derivatives);
     const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
     sweep_gated<A, gate>(first, block.width, [&](int64_t j, auto, auto part) {
       V xmu(0);

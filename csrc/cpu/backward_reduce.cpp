@@ -8,14 +8,26 @@
 namespace bnext::cpu {
 namespace {
 
+Gate gate_of(const BackwardParams& p) {
+  // Of the activations that keep a bit, these have a derivative of 0 where it is not set.
+  const bool zero = p.activation == Activation::relu || p.activation == Activation::relu6;
+  switch (act_grad_of(p.activation, p.mask != nullptr)) {
+    case ActGrad::none: return Gate::none;
+    case ActGrad::mask: return zero ? Gate::mask : Gate::general;
+    case ActGrad::recompute:
+      return p.activation == Activation::relu && p.residual == nullptr ? Gate::recompute : Gate::general;
+  }
+  BNEXT_UNREACHABLE();
+}
+
 template <class A>
-Sums sums_of_piece(const Backward<A>& b, int64_t channel, int64_t piece) {
+Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece) {
   const int64_t strip = b.plan.outer * b.plan.inner, begin = piece * b.plan.piece;
   const int64_t end = std::min(begin + b.plan.piece, strip);
   Sums total = {};
   for_each_block_of_strip(b.plan, channel, begin, end, [&](const SubMatrix& block, int64_t next) {
     Sums part;
-    b.kernels.sums[b.gate](b.args, block, next, &part.dy, &part.dy_xmu);
+    b.kernels.sums[static_cast<int>(b.gate)](b.args, block, next, &part.dy, &part.dy_xmu);
     total.dy += part.dy;
     total.dy_xmu += part.dy_xmu;
   });
@@ -23,7 +35,7 @@ Sums sums_of_piece(const Backward<A>& b, int64_t channel, int64_t piece) {
 }
 
 template <class A>
-std::vector<Sums> sums_of_strips(const Backward<A>& b, const ParallelFor& parallel) {
+std::vector<Sums> sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel) {
   const Plan& plan = b.plan;
   std::vector<Sums> result(plan.channels);
   if (plan.pieces == 1) {
@@ -43,15 +55,16 @@ std::vector<Sums> sums_of_strips(const Backward<A>& b, const ParallelFor& parall
 }
 
 template <class A>
-std::vector<Sums> sums_of_columns(const Backward<A>& b, const ParallelFor& parallel) {
+std::vector<Sums> sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel) {
   const Plan& plan = b.plan;
   const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
   std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
+  const auto kernel = b.kernels.column_sums[static_cast<int>(b.gate)];
   for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
     const int64_t down = task / plan.blocks_across;
     const SubMatrix block = block_of_columns(plan, down, task % plan.blocks_across);
     const int64_t at = down * plan.pitch + block.param;
-    if (block.width > 0) b.kernels.column_sums[b.gate](b.args, block, &dy[at], &dy_xmu[at]);
+    if (block.width > 0) kernel(b.args, block, &dy[at], &dy_xmu[at]);
   });
 
   std::vector<Sums> result(plan.channels);
@@ -69,7 +82,38 @@ std::vector<Sums> sums_of_columns(const Backward<A>& b, const ParallelFor& paral
 }  // namespace
 
 template <class A>
-Sums sums_of_strip(const Backward<A>& b, int64_t channel) {
+BackwardOperands<A>::BackwardOperands(const BackwardParams& p, const Plan& pl)
+    : params(p),
+      plan(pl),
+      kernels(cpu::kernels<A>(p.dtype)),
+      gate(gate_of(p)),
+      mean(pl),
+      scale(pl),
+      bias(pl),
+      args{p.dy,
+           p.x,
+           p.mask,
+           p.residual,
+           mean.data(),
+           scale.data(),
+           bias.data(),
+           nullptr,
+           nullptr,
+           p.activation,
+           static_cast<A>(p.activation_param),
+           p.dx,
+           p.dresidual,
+           pl.streams(size_of(p.dtype))} {
+  for (int64_t ch = 0; ch < plan.channels; ch++) {
+    mean.set(ch, static_cast<const A*>(p.mean)[ch]);
+    // As the forward computed them, to the bit.
+    scale.set(ch, load_scalar<A>(p.weight, p.weight_dtype, ch, A(1)) * static_cast<const A*>(p.invstd)[ch]);
+    bias.set(ch, load_scalar<A>(p.bias, p.weight_dtype, ch, A(0)));
+  }
+}
+
+template <class A>
+Sums sums_of_strip(const BackwardOperands<A>& b, int64_t channel) {
   Sums total = {};
   for (int64_t i = 0; i < b.plan.pieces; i++) {
     const Sums part = sums_of_piece(b, channel, i);
@@ -80,7 +124,7 @@ Sums sums_of_strip(const Backward<A>& b, int64_t channel) {
 }
 
 template <class A>
-std::vector<Sums> sums_of_all(const Backward<A>& b, const ParallelFor& parallel) {
+std::vector<Sums> sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel) {
   if (b.plan.numel() == 0) return std::vector<Sums>(b.plan.channels);
   return b.plan.by_column ? sums_of_columns(b, parallel) : sums_of_strips(b, parallel);
 }
@@ -94,10 +138,12 @@ void store_sums(const BackwardParams& p, int64_t channel, const Sums& sums) {
   store_scalar(p.dbias, p.weight_dtype, channel, dy);
 }
 
-template Sums sums_of_strip(const Backward<float>&, int64_t);
-template Sums sums_of_strip(const Backward<double>&, int64_t);
-template std::vector<Sums> sums_of_all(const Backward<float>&, const ParallelFor&);
-template std::vector<Sums> sums_of_all(const Backward<double>&, const ParallelFor&);
+template struct BackwardOperands<float>;
+template struct BackwardOperands<double>;
+template Sums sums_of_strip(const BackwardOperands<float>&, int64_t);
+template Sums sums_of_strip(const BackwardOperands<double>&, int64_t);
+template std::vector<Sums> sums_of_all(const BackwardOperands<float>&, const ParallelFor&);
+template std::vector<Sums> sums_of_all(const BackwardOperands<double>&, const ParallelFor&);
 template void store_sums<float>(const BackwardParams&, int64_t, const Sums&);
 template void store_sums<double>(const BackwardParams&, int64_t, const Sums&);
 
@@ -105,7 +151,7 @@ void backward_reduce(const BackwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    const std::vector<Sums> all = sums_of_all(Backward<A>(p, plan), parallel);
+    const std::vector<Sums> all = sums_of_all(BackwardOperands<A>(p, plan), parallel);
     for (int64_t ch = 0; ch < p.shape.c; ch++) store_sums<A>(p, ch, all[ch]);
   });
 }

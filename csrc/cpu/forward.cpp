@@ -7,13 +7,6 @@ namespace bnext::cpu {
 namespace {
 
 template <class A>
-RunningUpdate<A> running_update(const ForwardParams& p) {
-  const A m = static_cast<A>(p.shape.per_channel());
-  const bool cumulative = p.cumulative && p.num_batches_tracked != nullptr;
-  return {cumulative ? A(1) / static_cast<A>(*p.num_batches_tracked + 1) : static_cast<A>(p.momentum), m / (m - A(1))};
-}
-
-template <class A>
 void update_running(const ForwardParams& p, const RunningUpdate<A>& update, int64_t ch, A mean, A var) {
   const A old_mean = load_scalar<A>(p.running_mean, p.running_dtype, ch, A(0));
   const A old_var = load_scalar<A>(p.running_var, p.running_dtype, ch, A(0));
@@ -28,7 +21,7 @@ void forward(const ForwardParams& p, const ParallelFor& parallel) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan);
-    const RunningUpdate<A> update = running_update<A>(p);
+    const auto update = RunningUpdate<A>::of(p.shape.per_channel(), p.momentum, p.cumulative, p.num_batches_tracked);
     const auto finish = [&](int64_t ch, const Welford<double>& stats) {
       const A mean = static_cast<A>(stats.mean()), var = static_cast<A>(stats.var);
       const A invstd = inverse_std(var, p.eps);

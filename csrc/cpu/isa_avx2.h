@@ -20,11 +20,13 @@ inline __m256d broadcast(double v) { return _mm256_set1_pd(v); }
 inline __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
 inline __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
 inline __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+inline __m256 div(__m256 a, __m256 b) { return _mm256_div_ps(a, b); }
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 inline __m256 fnma(__m256 a, __m256 b, __m256 c) { return _mm256_fnmadd_ps(a, b, c); }
 inline __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
 inline __m256d sub(__m256d a, __m256d b) { return _mm256_sub_pd(a, b); }
 inline __m256d mul(__m256d a, __m256d b) { return _mm256_mul_pd(a, b); }
+inline __m256d div(__m256d a, __m256d b) { return _mm256_div_pd(a, b); }
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 inline __m256d fnma(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a, b, c); }
 
@@ -51,6 +53,21 @@ inline __m256d select_or_zero(uint32_t bits, __m256d dy) {
   const __m256i each = _mm256_setr_epi64x(1, 2, 4, 8);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), each);
   return _mm256_and_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(set, each)), dy);
+}
+
+inline __m256 select_le(__m256 a, __m256 b, __m256 r, __m256 s) {
+  return _mm256_blendv_ps(s, r, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
+inline __m256d select_le(__m256d a, __m256d b, __m256d r, __m256d s) {
+  return _mm256_blendv_pd(s, r, _mm256_cmp_pd(a, b, _CMP_LE_OQ));
+}
+inline __m256 shift_to_exponent(__m256 v) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_castps_si256(_mm256_set1_ps(1))));
+}
+inline __m256d shift_to_exponent(__m256d v) {
+  const __m256i exponent = _mm256_slli_epi64(_mm256_castpd_si256(v), 52);
+  return _mm256_castsi256_pd(_mm256_add_epi64(exponent, _mm256_castpd_si256(_mm256_set1_pd(1))));
 }
 
 // 8 values of 16 bits <-> 8 floats.

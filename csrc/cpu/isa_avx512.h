@@ -25,11 +25,13 @@ inline __m512d broadcast(double v) { return _mm512_set1_pd(v); }
 inline __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 inline __m512 sub(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
 inline __m512 mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+inline __m512 div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
 inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 inline __m512 fnma(__m512 a, __m512 b, __m512 c) { return _mm512_fnmadd_ps(a, b, c); }
 inline __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
 inline __m512d sub(__m512d a, __m512d b) { return _mm512_sub_pd(a, b); }
 inline __m512d mul(__m512d a, __m512d b) { return _mm512_mul_pd(a, b); }
+inline __m512d div(__m512d a, __m512d b) { return _mm512_div_pd(a, b); }
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 inline __m512d fnma(__m512d a, __m512d b, __m512d c) { return _mm512_fnmadd_pd(a, b, c); }
 
@@ -43,6 +45,21 @@ inline __m512d select_or_zero(uint32_t bits, __m512d dy) {
 }
 inline __m512 select_if_positive(__m512 v, __m512 dy) { return select_or_zero(positive_bits(v), dy); }
 inline __m512d select_if_positive(__m512d v, __m512d dy) { return select_or_zero(positive_bits(v), dy); }
+
+inline __m512 select_le(__m512 a, __m512 b, __m512 r, __m512 s) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), s, r);
+}
+inline __m512d select_le(__m512d a, __m512d b, __m512d r, __m512d s) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), s, r);
+}
+inline __m512 shift_to_exponent(__m512 v) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(_mm512_set1_ps(1))));
+}
+inline __m512d shift_to_exponent(__m512d v) {
+  const __m512i exponent = _mm512_slli_epi64(_mm512_castpd_si512(v), 52);
+  return _mm512_castsi512_pd(_mm512_add_epi64(exponent, _mm512_castpd_si512(_mm512_set1_pd(1))));
+}
 
 // 16 values of 16 bits <-> 16 floats.
 inline __m512 widen(__m256i v, const f16*) { return _mm512_cvtph_ps(v); }

@@ -42,6 +42,7 @@ inline Doubles broadcast(double v) { return v - Doubles{}; }
 template <class R> R add(const R& a, const R& b) { return a + b; }
 template <class R> R sub(const R& a, const R& b) { return a - b; }
 template <class R> R mul(const R& a, const R& b) { return a * b; }
+template <class R> R div(const R& a, const R& b) { return a / b; }
 
 // Where the target has no fused multiply-add, std::fma is a library call, and a compiler cannot
 // fuse behind our back either: forward and backward still agree bit for bit.
@@ -67,6 +68,13 @@ template <class R> R fnma(const R& a, const R& b, const R& c) { return fma(-a, b
 
 template <class R> R max_keep_nan(const R& low, const R& v) { return low > v ? low : v; }
 template <class R> R select_if_positive(const R& v, const R& dy) { return v <= R{} ? R{} : dy; }
+template <class R> R select_le(const R& a, const R& b, const R& r, const R& s) { return a <= b ? r : s; }
+template <class Bits, class A> typename native<A>::type shift_lanes(Lanes<A> l, int mantissa_bits) {
+  for (A& v : l.v) v = bit_cast<A>((bit_cast<Bits>(v) << mantissa_bits) + bit_cast<Bits>(A(1)));
+  return l.pack();
+}
+inline Floats shift_to_exponent(const Floats& v) { return shift_lanes<uint32_t>(Lanes<float>(v), 23); }
+inline Doubles shift_to_exponent(const Doubles& v) { return shift_lanes<uint64_t>(Lanes<double>(v), 52); }
 template <class A> typename native<A>::type keep_lanes(uint32_t bits, Lanes<A> dy) {
   for (int i = 0; i < dy.n; i++) dy.v[i] = bits >> i & 1u ? dy.v[i] : A(0);
   return dy.pack();

@@ -15,15 +15,19 @@ constexpr Kernels<acc_t<T>> kernels_of() {
       column_moments<T>,
       {{normalize<T, Addend::none, false>, normalize<T, Addend::none, true>},
        {normalize<T, Addend::residual, false>, normalize<T, Addend::residual, true>},
-       {normalize<T, Addend::residual_with_mask, false>, normalize<T, Addend::residual_with_mask, true>}},
-      {sums<T, Gate::none>, sums<T, Gate::recompute>, sums<T, Gate::mask>},
-      {column_sums<T, Gate::none>, column_sums<T, Gate::recompute>, column_sums<T, Gate::mask>},
+       {normalize<T, Addend::residual_with_mask, false>, normalize<T, Addend::residual_with_mask, true>},
+       {normalize_general<T, false>, normalize_general<T, true>}},
+      {sums<T, Gate::none>, sums<T, Gate::recompute>, sums<T, Gate::mask>, sums<T, Gate::general>},
+      {column_sums<T, Gate::none>, column_sums<T, Gate::recompute>, column_sums<T, Gate::mask>,
+       column_sums<T, Gate::general>},
       {{{gradient<T, Gate::none, false, false>, gradient<T, Gate::none, false, true>},
         {gradient<T, Gate::none, true, false>, gradient<T, Gate::none, true, true>}},
        {{gradient<T, Gate::recompute, false, false>, gradient<T, Gate::recompute, false, true>},
         {gradient<T, Gate::recompute, true, false>, gradient<T, Gate::recompute, true, true>}},
        {{gradient<T, Gate::mask, false, false>, gradient<T, Gate::mask, false, true>},
-        {gradient<T, Gate::mask, true, false>, gradient<T, Gate::mask, true, true>}}},
+        {gradient<T, Gate::mask, true, false>, gradient<T, Gate::mask, true, true>}},
+       {{gradient<T, Gate::general, false, false>, gradient<T, Gate::general, false, true>},
+        {gradient<T, Gate::general, true, false>, gradient<T, Gate::general, true, true>}}},
   };
 }
 

@@ -31,6 +31,12 @@ constexpr int64_t kRowElements = 32 * kRowStep;
 // Columns of a block of a column kernel, at most.
 constexpr int64_t kColumns = 512;
 
+// Kernels come in variants. Without an activation and with relu, the two that are everywhere, an element takes an
+// instruction or two, and has kernels of its own. All other activations share the `general` variant, which keeps a
+// row's z, the activation's argument, in a buffer, and goes over that with one activation's loop. Rows of the `general`
+// elementwise kernels are at most this long; sums are limited anyway.
+constexpr int64_t kGeneralRow = kRowElements;
+
 template <class A>
 struct NormalizeArgs {
   const void* x;
@@ -38,24 +44,40 @@ struct NormalizeArgs {
   void* y;
   uint8_t* mask;
   const A *mean, *scale, *bias;
-  A low;        // relu is max(v, 0), no activation is max(v, -infinity)
+  A low;  // relu is max(v, 0), no activation is max(v, -infinity)
+  Activation activation;
+  A activation_param;
   bool stream;  // y is too large to be found in cache by whoever reads it next
 };
 
-// Which elements of dy count.
-enum class Gate : int32_t {
-  none,       // all
-  recompute,  // those whose affine(x) passes relu
-  mask,       // those whose bit is set
+// What is added before the activation, and what is kept of the sum.
+enum class Addend : int32_t {
+  none,
+  residual,
+  residual_with_mask,
+  general,  // as residual and mask say, with any activation
 };
+constexpr int kAddends = 4;
+
+// What dy' is, dy times the activation's derivative.
+enum class Gate : int32_t {
+  none,       // dy
+  recompute,  // dy where affine(x) passes relu, else 0
+  mask,       // dy where the bit is set, else 0
+  general,    // by any activation, from affine(x), the residual where there is one, or a mask
+};
+constexpr int kGates = 4;
 
 template <class A>
 struct BackwardArgs {
   const void* dy;
   const void* x;
   const uint8_t* mask;
+  const void* residual;  // `general` only
   const A *mean, *scale, *bias;
   const A *mean_dy, *slope;  // gradient in training only
+  Activation activation;
+  A activation_param;
   void* dx;
   void* dresidual;
   bool stream;  // likewise of dx and dresidual
@@ -69,16 +91,16 @@ struct Kernels {
   // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
   void (*column_moments)(const void* x, const SubMatrix&, A* shift, double* offset, double* var);
 
-  // y and, with a residual, the sign mask. Variants: no residual, residual, residual with mask.
-  void (*normalize[3][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [variant][by column]
+  // y and, with a residual, the mask.
+  void (*normalize[kAddends][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [addend][by column]
 
   // Sums of dy' and of dy' * (x - mean), of the block as a whole or of each column: same limits.
-  void (*sums[3])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,
-                  double* sum_dy_xmu);                                                                   // [gate]
-  void (*column_sums[3])(const BackwardArgs<A>&, const SubMatrix&, double* sum_dy, double* sum_dy_xmu);  // [gate]
+  void (*sums[kGates])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,
+                       double* sum_dy_xmu);                                                                   // [gate]
+  void (*column_sums[kGates])(const BackwardArgs<A>&, const SubMatrix&, double* sum_dy, double* sum_dy_xmu);  // [gate]
 
   // dx and, where not null, dresidual.
-  void (*gradient[3][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [gate][training][by column]
+  void (*gradient[kGates][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [gate][training][by column]
 };
 
 // One for each storage type: the list to extend for a new one, with its loads and stores in isa_*.h.
@@ -95,7 +117,13 @@ template <class A> const Kernels<A>& kernels(DType);
 template <> inline const Kernels<double>& kernels<double>(DType) { return kernel_set().f64; }
 template <> inline const Kernels<float>& kernels<float>(DType t) {
   const KernelSet& set = kernel_set();
-  return t == DType::f32 ? set.f32 : t == DType::f16 ? set.f16 : set.bf16;
+  switch (t) {
+    case DType::f32: return set.f32;
+    case DType::f16: return set.f16;
+    case DType::bf16: return set.bf16;
+    case DType::f64: break;  // accumulates in double: the other function's
+  }
+  BNEXT_UNREACHABLE();
 }
 
 }  // namespace bnext::cpu

@@ -6,16 +6,34 @@
 #include "stages.h"
 
 namespace bnext::cpu {
+namespace {
+
+Addend addend_of(const ForwardParams& p) {
+  if (p.activation != Activation::none && p.activation != Activation::relu) return Addend::general;
+  if (p.residual == nullptr) return Addend::none;
+  return p.mask == nullptr ? Addend::residual : Addend::residual_with_mask;
+}
+
+}  // namespace
 
 template <class A>
 Normalizer<A>::Normalizer(const ForwardParams& p, const Plan& plan)
     : params_(p), plan_(plan), mean_(plan), scale_(plan), bias_(plan) {
-  const bool relu = p.activation == Activation::relu;
-  const A low = relu ? A(0) : -std::numeric_limits<A>::infinity();
-  args_ = {p.x, p.residual, p.y, p.mask, mean_.data(), scale_.data(), bias_.data(), low, false};
+  args_ = {};
+  args_.x = p.x;
+  args_.residual = p.residual;
+  args_.y = p.y;
+  args_.mask = p.mask;
+  args_.mean = mean_.data();
+  args_.scale = scale_.data();
+  args_.bias = bias_.data();
+  args_.low = p.activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity();
+  args_.activation = p.activation;
+  args_.activation_param = static_cast<A>(p.activation_param);
   args_.stream = plan.streams(size_of(p.dtype));
-  const int variant = p.residual == nullptr ? 0 : p.mask == nullptr || !relu ? 1 : 2;
-  kernel_ = kernels<A>(p.dtype).normalize[variant][plan.by_column];
+  const Addend addend = addend_of(p);
+  widest_ = widest_row(addend == Addend::general);
+  kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(addend)][plan.by_column];
 }
 
 template <class A>

@@ -1,8 +1,7 @@
 // y = act(affine(x) + residual) on one block.
 #pragma once
 
-#include "kernels.h"
-#include "vec.h"
+#include "activation_kernel.h"
 
 namespace bnext::cpu {
 namespace {
@@ -26,7 +25,25 @@ template <class A, bool by_column> struct VecAffine {
   Vec<A> operator()(const Vec<A>& x, int64_t j) const { return fma(x - mean.at(j), scale.at(j), bias.at(j)); }
 };
 
-enum class Addend { none, residual, residual_with_mask };
+// z of the `width` elements of a row that begin at element `first`, the rest of its last vector included. Forward and
+// backward both take it from here, so that they stand on the same side of an activation's kinks.
+template <class T, bool by_column, class Args>
+[[gnu::noinline, gnu::flatten]] void arguments_of_row(const Args& args, int64_t first, int64_t channel, int64_t width,
+                                                      acc_t<T>* z) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(args.x) + first;
+  const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
+  const VecAffine<A, by_column> affine{mean, scale, bias};
+  const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
+  sweep<A>(width, [&](int64_t j, auto, auto part) {
+    if constexpr (by_column) ahead.fetch(j);
+    store(z + j, Full{}, affine(load(x + j, part, mean.at(j)), j));
+  });
+  if (args.residual == nullptr) return;
+  const T* residual = static_cast<const T*>(args.residual) + first;
+  sweep<A>(width,
+           [&](int64_t j, auto, auto part) { store(z + j, Full{}, load(z + j, Full{}) + load(residual + j, part)); });
+}
 
 template <class T, Addend addend, bool by_column>
 [[gnu::flatten]] void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
@@ -56,6 +73,28 @@ template <class T, Addend addend, bool by_column>
     } else {
       sweep<A>(block.width, body);
     }
+  }
+  if (args.stream) stream_fence();
+}
+
+template <class T, bool by_column>
+[[gnu::flatten]] void normalize_general(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
+  using A = acc_t<T>;
+  A z[kGeneralRow + kPadding], kept[kGeneralRow + kPadding];
+  for (int64_t r = 0; r < block.rows; r++) {
+    const int64_t first = block.first + r * block.stride;
+    arguments_of_row<T, by_column>(args, first, block.param + r * block.param_step, block.width, z);
+    if (args.mask != nullptr) {
+      sweep<A>(block.width, [&](int64_t j, auto, auto) { store(kept + j, Full{}, load(z + j, Full{})); });
+      kept_bits(args.activation, kept, block.width);
+      sweep_bytes<A>(first, block.width, [&](int64_t j, auto, auto part) {
+        put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(load(kept + j, Full{})));
+      });
+    }
+    values(args.activation, args.activation_param, z, block.width);
+    T* y = static_cast<T*>(args.y) + first;
+    const bool stream = args.stream && can_stream(y);
+    sweep<A>(block.width, [&](int64_t j, auto, auto part) { store(y + j, part, load(z + j, Full{}), stream); });
   }
   if (args.stream) stream_fence();
 }

@@ -29,14 +29,14 @@ void plan_strips(Plan& p) {
   const int64_t strip = p.outer * p.inner;
   const bool cut = p.channels < kEnoughChannels;
   const int64_t wanted = cut ? std::clamp<int64_t>(strip / kGrain, 1, kTasks / p.channels + 1) : 1;
-  p.piece = std::max<int64_t>(1, divide_up(strip, wanted));
-  p.pieces = std::max<int64_t>(1, divide_up(strip, p.piece));
+  p.piece = std::max<int64_t>(1, ceil_div(strip, wanted));
+  p.pieces = std::max<int64_t>(1, ceil_div(strip, p.piece));
 
   // Adjacent channels, where runs are short, so that a task reads and writes longer pieces of
   // memory; but few enough that they stay in the second-level cache between the two looks.
   const int64_t bytes_step = 8 / std::gcd(p.inner, int64_t{8});
-  int64_t each = std::max(divide_up(kGrain, strip), std::min(divide_up(kLongRun, p.inner), kCached / strip));
-  each = std::min(each, std::max(divide_up(kGrain, strip), p.channels / kEnoughChannels));
+  int64_t each = std::max(ceil_div(kGrain, strip), std::min(ceil_div(kLongRun, p.inner), kCached / strip));
+  each = std::min(each, std::max(ceil_div(kGrain, strip), p.channels / kEnoughChannels));
   p.channels_per_task = round_up(std::max<int64_t>(1, each), bytes_step);
   p.whole_bytes = p.channels * p.inner % 8 == 0;
 }
@@ -46,7 +46,7 @@ void plan_columns(Plan& p) {
   int64_t fold = 1;
   if (period < kWidth) {
     fold = 16 / std::gcd(period, int64_t{16});
-    fold *= divide_up(kWidth, fold * period);
+    fold *= ceil_div(kWidth, fold * period);
     fold = std::clamp<int64_t>(fold, 1, std::max<int64_t>(1, p.outer / 16));
   }
   p.width = period * fold;
@@ -56,11 +56,11 @@ void plan_columns(Plan& p) {
 
   const int64_t tasks = std::clamp<int64_t>(p.numel() / kGrain, 1, kTasks);
   const int64_t down = std::clamp<int64_t>(std::min(p.rows / kHeight, tasks), 1, kTasks);
-  p.block_rows = std::max<int64_t>(1, divide_up(p.rows, down));
-  p.blocks_down = divide_up(p.rows, p.block_rows);
-  const int64_t across = divide_up(tasks, down);
-  p.block_width = std::min(round_up(divide_up(p.width, across), kNarrowestBlock), kColumns);
-  p.blocks_across = divide_up(p.width, p.block_width);
+  p.block_rows = std::max<int64_t>(1, ceil_div(p.rows, down));
+  p.blocks_down = ceil_div(p.rows, p.block_rows);
+  const int64_t across = ceil_div(tasks, down);
+  p.block_width = std::min(round_up(ceil_div(p.width, across), kNarrowestBlock), kColumns);
+  p.blocks_across = ceil_div(p.width, p.block_width);
 }
 
 }  // namespace
@@ -75,8 +75,8 @@ Plan make_plan(const Shape& shape) {
     p.inner *= p.outer;
     p.outer = 1;
   }
-  p.grain = std::max(kGrain, round_up(divide_up(p.numel(), 1024), 64));
-  p.grains = divide_up(p.numel(), p.grain);
+  p.grain = std::max(kGrain, round_up(ceil_div(p.numel(), 1024), 64));
+  p.grains = ceil_div(p.numel(), p.grain);
   if (p.numel() == 0) return p;
   p.by_column = p.channels > 1 && p.inner < kShortestRun;
   if (p.by_column) {

@@ -16,8 +16,7 @@
 
 namespace bnext::cpu {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // An output of this size would only push other data out of a last-level cache.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;

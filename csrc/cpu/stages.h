@@ -3,6 +3,7 @@
 // strips, or has to be cut, they run the first on all channels and then the second.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "cpu.h"
@@ -31,7 +32,7 @@ void for_each_task_reversed(const ParallelFor& parallel, int64_t tasks, F run) {
 template <class F>
 void for_each_group(const ParallelFor& parallel, const Plan& plan, F run) {
   const int64_t each = plan.channels_per_task;
-  for_each_task(parallel, divide_up(plan.channels, each),
+  for_each_task(parallel, ceil_div(plan.channels, each),
                 [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
 }
 
@@ -41,6 +42,18 @@ template <class F>
 void for_each_block_of_group(const Plan& plan, int64_t first, int64_t end, F f) {
   for (int64_t o = plan.outer; o-- > 0;)
     f(SubMatrix{(o * plan.channels + first) * plan.inner, end - first, plan.inner, plan.inner, first, 1});
+}
+
+// A block in pieces of at most `width` columns.
+template <class F>
+void for_each_piece(const Plan& plan, const SubMatrix& block, int64_t width, F f) {
+  if (block.width <= width) return f(block);
+  for (int64_t r = 0; r < block.rows; r++) {
+    for (int64_t j = 0; j < block.width; j += width) {
+      const int64_t param = block.param + r * block.param_step + (plan.by_column ? j : 0);
+      f(SubMatrix{block.first + r * block.stride + j, 1, std::min(width, block.width - j), block.stride, param, 0});
+    }
+  }
 }
 
 // Calls visit(column) for all columns of a channel.
@@ -80,7 +93,9 @@ class Normalizer {
  public:
   Normalizer(const ForwardParams&, const Plan&);
   void set(int64_t channel, A mean, A invstd);
-  void run(const SubMatrix& block) const { kernel_(args_, block); }
+  void run(const SubMatrix& block) const {
+    for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
+  }
   void run_all(const ParallelFor&) const;
 
  private:
@@ -88,40 +103,57 @@ class Normalizer {
   const Plan& plan_;
   PerChannel<A> mean_, scale_, bias_;
   NormalizeArgs<A> args_;
+  int64_t widest_;
   void (*kernel_)(const NormalizeArgs<A>&, const SubMatrix&);
-};
-
-// What both halves of the backward read. backward_input.cpp
-template <class A>
-struct Backward {
-  Backward(const BackwardParams&, const Plan&);
-
-  const BackwardParams& params;
-  const Plan& plan;
-  const Kernels<A>& kernels;
-  const int gate;
-  PerChannel<A> mean, scale, bias, mean_dy, slope;
-  const BackwardArgs<A> args;
 };
 
 struct Sums { double dy, dy_xmu; };
 
-// backward_reduce.cpp
-template <class A> Sums sums_of_strip(const Backward<A>&, int64_t channel);
-template <class A> std::vector<Sums> sums_of_all(const Backward<A>&, const ParallelFor&);
+// What both halves of the backward read. backward_reduce.cpp
+template <class A>
+struct BackwardOperands {
+  BackwardOperands(const BackwardParams&, const Plan&);
+
+  const BackwardParams& params;
+  const Plan& plan;
+  const Kernels<A>& kernels;
+  const Gate gate;
+  PerChannel<A> mean, scale, bias;
+  const BackwardArgs<A> args;
+};
+template <class A> Sums sums_of_strip(const BackwardOperands<A>&, int64_t channel);
+template <class A> std::vector<Sums> sums_of_all(const BackwardOperands<A>&, const ParallelFor&);
 // Rounds a channel's sums to A and stores them, and the parameters' gradients where they are wanted.
 template <class A> void store_sums(const BackwardParams&, int64_t channel, const Sums&);
 
 // backward_input.cpp
-// Takes a channel's sums from where store_sums left them, in training.
-template <class A> void load_sums(Backward<A>&, int64_t channel);
-template <class A> void gradient(const Backward<A>&, const SubMatrix&);
-template <class A> void gradient_of_all(const Backward<A>&, const ParallelFor&);
+template <class A>
+class InputGradient {
+ public:
+  explicit InputGradient(const BackwardOperands<A>&);
+  // Takes the channel's sums from where store_sums left them. Not needed in eval mode, which has none.
+  void set(int64_t channel);
+  void run(const SubMatrix& block) const {
+    for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
+  }
+  void run_all(const ParallelFor&) const;
+
+ private:
+  const BackwardParams& params_;
+  const Plan& plan_;
+  PerChannel<A> mean_dy_, slope_;
+  BackwardArgs<A> args_;
+  int64_t widest_;
+  void (*kernel_)(const BackwardArgs<A>&, const SubMatrix&);
+};
+
+// The longest row that a kernel of a variant takes.
+constexpr int64_t widest_row(bool general) { return general ? kGeneralRow : std::numeric_limits<int64_t>::max(); }
 
 // The three dtypes that accumulate in float share all code above the kernels.
 template <class F>
 void with_acc_type(DType t, F f) {
-  if (t == DType::f64) {
+  if (acc_size_of(t) == sizeof(double)) {
     f(double{});
   } else {
     f(float{});

@@ -5,16 +5,19 @@
 //
 // Include after exactly one isa_*.h, which supplies these on a native register r:
 //   broadcast(a)                        every lane a
-//   add sub mul fma(a,b,c) fnma(a,b,c)  ..., a*b + c, c - a*b
-//   at_least(low, v)                    low > v ? low : v, so that NaN passes: relu with low 0 (its
+//   add sub mul div                     + - * /
+//   fma(a,b,c) fnma(a,b,c)              a*b + c, c - a*b
+//   select_le(a, b, r, s)               a <= b ? r : s, hence s where either is NaN
+//   shift_to_exponent(v)                2^n for v = n + 1.5 * 2^23 (double: 2^52), whose low bits are n's
+//   max_keep_nan(low, v)                low > v ? low : v, so that NaN passes: relu with low 0 (its
 //                                       -0 is as good as 0), nothing with low -infinity
-//   passing_bits(v)                     a bit for each lane: epilogue.h's passes(v)
-//   zero_unless_passing(v, dy)          passes(v) ? dy : 0
-//   zero_unless_set(bits, dy)           the same by bits
+//   positive_bits(v)                    a bit for each lane: epilogue.h's is_positive(v)
+//   select_if_positive(v, dy)           is_positive(v) ? dy : 0
+//   select_or_zero(bits, dy)            the same by bits
 //   load(p) store(p, r)                 of any storage type, with its conversion
 //   load(p, n, fill) store(p, n, r)     of the first n lanes only; the others are `fill`, untouched
 //   load_double(p) store(float*, r)     a double register from and to floats
-//   stream(p, r) end_of_stream()        a store past the caches, to a multiple of its size, and the
+//   stream(p, r) stream_fence()         a store past the caches, to a multiple of its size, and the
 //                                       fence that must follow before another thread may look
 //   prefetch(p)                         of any address
 //
@@ -60,6 +63,10 @@ struct Vec {
   friend Vec operator*(const Vec& a, const Vec& b) {
     return each([&](int i) { return mul(a.r[i], b.r[i]); });
   }
+  friend Vec operator/(const Vec& a, const Vec& b) {
+    return each([&](int i) { return div(a.r[i], b.r[i]); });
+  }
+  friend Vec operator-(const Vec& a) { return Vec(A(-0.0)) - a; }
 };
 
 template <class A> Vec<A> fma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c) {

@@ -1,0 +1,106 @@
+"""The activations that batch normalization fuses, and the ways to name one.
+
+    activation="silu"               its name
+    activation=nn.SiLU              a class of torch.nn, or an instance: nn.LeakyReLU(0.2)
+    activation=nn.functional.silu   a function of torch
+
+Adding one takes a row here and an entry, with its derivatives, in csrc/core/activation.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _Row(NamedTuple):
+    module: type[nn.Module]
+    functions: tuple[Callable[..., Tensor], ...]
+    parameter: str | None = None  # the attribute of the module that `activation_param` stands for
+    default: float = 0.0
+
+
+_TABLE = {
+    "none": _Row(nn.Identity, ()),
+    "relu": _Row(nn.ReLU, (F.relu, torch.relu, Tensor.relu)),
+    "relu6": _Row(nn.ReLU6, (F.relu6,)),
+    "leaky_relu": _Row(nn.LeakyReLU, (F.leaky_relu,), "negative_slope", 0.01),
+    "silu": _Row(nn.SiLU, (F.silu,)),
+    "hardswish": _Row(nn.Hardswish, (F.hardswish,)),
+    "sigmoid": _Row(nn.Sigmoid, (F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit)),
+    "tanh": _Row(nn.Tanh, (F.tanh, torch.tanh, Tensor.tanh)),
+}
+#: What `activation` may be, besides None, a class of torch.nn and a function.
+NAMES = tuple(name for name in _TABLE if name != "none")
+
+_BY_CLASS = {row.module: name for name, row in _TABLE.items()}
+_BY_OBJECT = _BY_CLASS | {f: name for name, row in _TABLE.items() for f in row.functions}
+
+ActivationName: TypeAlias = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh"]
+Activation: TypeAlias = ActivationName | type[nn.Module] | nn.Module | Callable[..., Tensor] | None
+"""What `activation` takes, everywhere in this package: a name, a class of torch.nn or an instance of one, a
+function of torch, or None."""
+
+
+def resolve(activation: Activation, param: float | None = None) -> tuple[str, float]:
+    """The operators' `activation` and `activation_param`.
+
+    Raises:
+        ValueError: there is no such activation, it has options or hooks that the kernels do not know, or `param` is
+            given to one that has no parameter.
+        TypeError: `param` is no number.
+    """
+    if activation is None and param is None:
+        return "none", 0.0
+    name, default = _find(activation)
+    if param is None:
+        return name, default
+    if isinstance(param, bool) or not isinstance(param, (int, float)):
+        raise TypeError(f"activation_param should be a number, not {param!r}")
+    if not has_parameter(name):
+        raise ValueError(f"activation_param should be None for {activation!r}, which has no parameter, not {param!r}")
+    if isinstance(activation, nn.Module) and param != default:
+        raise ValueError(f"activation_param should be None or {default!r} for {activation!r}, not {param!r}")
+    return name, float(param)
+
+
+def has_parameter(name: str) -> bool:
+    """Whether `activation_param` says anything to the operators' activation `name`."""
+    return _TABLE[name].parameter is not None
+
+
+def _find(activation: Activation) -> tuple[str, float]:
+    """Its name in the table, and its parameter where nobody gives another one."""
+    if isinstance(activation, str):
+        if activation in NAMES:
+            return activation, _TABLE[activation].default
+    elif activation is None:
+        return "none", 0.0
+    elif isinstance(activation, nn.Module):
+        if type(activation) in _BY_CLASS:
+            name = _BY_CLASS[type(activation)]
+            return name, _parameter_of(activation, _TABLE[name])
+    elif callable(activation) and activation.__hash__ is not None and activation in _BY_OBJECT:
+        name = _BY_OBJECT[activation]
+        return name, _TABLE[name].default
+    modules = ", ".join(f"nn.{row.module.__name__}" for row in _TABLE.values())
+    raise ValueError(
+        f"activation should be None, {', '.join(map(repr, NAMES))}, a class of torch.nn or an instance of one "
+        f"({modules}), or its function in torch or torch.nn.functional, not {activation!r}"
+    )
+
+
+def _parameter_of(module: nn.Module, row: _Row) -> float:
+    """Refuses what else the module may do."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError(f"activation {module!r} has hooks, which would not be called")
+    known = {"training", "inplace", row.parameter}
+    usual = vars(row.module())
+    for option, value in vars(module).items():
+        if not option.startswith("_") and option not in known and value != usual.get(option):
+            raise ValueError(f"activation {module!r} has {option}={value!r}, where only {usual.get(option)!r} is fused")
+    return row.default if row.parameter is None else float(getattr(module, row.parameter))

@@ -1,0 +1,93 @@
+"""exp and tanh of csrc/cpu/vec_math.h over their whole range, against numpy in higher precision."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]}  # fmt: skip
+#: In units in the last place: exp rounds a sum next to 1, which is nearly all of its error; tanh is a quotient of two
+#: such sums, the smaller of which has lost a bit.
+ULPS = {"exp": 1.1, "tanh": 2.5, "negative": 0.0}
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def vec_math(request, tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    isa = request.param
+    capability = torch.backends.cpu.get_cpu_capability()
+    library = tmp_path_factory.mktemp("vec_math") / f"{isa}.so"
+    header = ROOT / "csrc" / "cpu" / f"isa_{isa}.h"
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f'-DISA="{header}"', *FLAGS[isa]]
+    subprocess.run([*command, str(ROOT / "tests" / "vec_math.cpp"), "-o", str(library)], check=True)
+    if isa not in ("portable", capability.lower()) and capability != "AVX512":
+        pytest.skip(f"compiles, but this processor has {capability}")
+
+    functions = ctypes.CDLL(str(library))
+
+    def call(name, x):
+        padded = np.zeros(-(-x.size // 16) * 16, x.dtype)
+        padded[: x.size] = x
+        out = np.empty_like(padded)
+        kind = "float" if x.dtype == np.float32 else "double"
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (padded, out)]
+        getattr(functions, f"{name}_{kind}")(*pointers, ctypes.c_int64(padded.size))
+        return out[: x.size]
+
+    return call
+
+
+def points(dtype):
+    """Every magnitude of either sign, every value that exp takes, and what is special about them."""
+    random = np.random.default_rng(0)
+    bits = np.uint32 if dtype == np.float32 else np.uint64
+    anything = random.integers(0, np.iinfo(bits).max, 200_000, dtype=bits, endpoint=True).view(dtype)
+    reach = -np.log(np.finfo(dtype).smallest_subnormal) + 1
+    inside = random.uniform(-reach, reach, 400_000).astype(dtype)
+    near = random.uniform(-2, 2, 200_000).astype(dtype)
+    small = (near * dtype(2) ** random.integers(-40, 0, near.size).astype(dtype)).astype(dtype)
+    halves = (np.arange(-1200, 1200) * (np.log(2) / 2)).astype(dtype)
+    limits = [np.log(float(v)) for v in (np.finfo(dtype).max, np.finfo(dtype).tiny, np.finfo(dtype).smallest_subnormal)]
+    steps = np.arange(-200, 201) * np.finfo(dtype).eps * 64
+    edges = np.concatenate([np.asarray(limit * (1 + steps)) for limit in limits]).astype(dtype)
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1, -1], dtype)
+    return np.concatenate([anything, inside, near, small, halves, edges, special])
+
+
+def assert_close_in_ulps(actual, exact, allowed):
+    dtype = actual.dtype
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = exact.astype(dtype)
+    same = (actual == rounded) | (np.isnan(actual) & np.isnan(rounded))
+    finite = np.isfinite(actual) & np.isfinite(rounded)
+    with np.errstate(invalid="ignore"):
+        unit = np.spacing(np.minimum(np.abs(rounded), np.nextafter(np.finfo(dtype).max, dtype.type(0)))).astype(
+            exact.dtype
+        )
+        off = np.abs(actual.astype(exact.dtype) - exact) / unit
+    bad = ~same & ~(finite & (off <= allowed))
+    assert not bad.any(), f"{bad.sum()} of {bad.size} are off, the first by {off[bad][0]} units: {actual[bad][0]!r}"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("function", ["exp", "tanh", "negative"])
+def test_accuracy(vec_math, function, dtype):
+    if dtype == np.float64 and np.finfo(np.longdouble).nmant <= np.finfo(np.float64).nmant:
+        pytest.skip("nothing more precise than float64 to compare with")
+    x = points(dtype)
+    with np.errstate(all="ignore"):
+        exact = getattr(np, function)(x.astype(np.longdouble if dtype == np.float64 else np.float64))
+        actual = vec_math(function, x)
+    assert_close_in_ulps(actual, exact, ULPS[function])
+    if function == "tanh":
+        assert (np.abs(actual[~np.isnan(actual)]) <= 1).all()
+    if function != "exp":  # odd: the sign of 0 is kept
+        number = ~np.isnan(x)
+        assert (np.signbit(actual) == (np.signbit(x) ^ (function == "negative")))[number].all()
