@@ -49,17 +49,21 @@ template <class A> struct InverseFactorials {
 template <class A> constexpr InverseFactorials<A> kInverseFactorials;
 
 // e^x = 2^n e^r with |r| <= ln(2) / 2, after Cody and Waite ("Software Manual for the Elementary Functions", 1980,
-// chapter 6): ln(2) comes in two parts, so that r has hardly an error. `fraction` is e^r - 1, by its Taylor series.
-template <class A> struct ReducedExp { Vec<A> n, fraction; };
+// chapter 6): ln(2) comes in two parts, so that r has hardly an error. This is n. (It is no field of one result with
+// the next function's: GCC copies a struct of registers through memory.)
+template <class A> Vec<A> exponent_of_exp(const Vec<A>& x) {
+  const Vec<A> round(ExpConstants<A>::round);
+  return fma(x, Vec<A>(A(1.4426950408889634)), round) - round;
+}
 
-template <class A> ReducedExp<A> reduce_exp(const Vec<A>& x) {
+// e^r - 1, by its Taylor series.
+template <class A> Vec<A> fraction_of_exp(const Vec<A>& x, const Vec<A>& n) {
   using C = ExpConstants<A>;
   using V = Vec<A>;
-  const V round(C::round), n = fma(x, V(A(1.4426950408889634)), round) - round;
   const V r = fnma(n, V(C::ln2_low), fnma(n, V(C::ln2_high), x));
   V sum(kInverseFactorials<A>.at[C::degree]);
   for (int k = C::degree - 1; k >= 2; k--) sum = fma(sum, r, V(kInverseFactorials<A>.at[k]));
-  return {n, fma(sum, r * r, r)};
+  return fma(sum, r * r, r);
 }
 
 // 2^n, for n an integer and 2^n a normal number.
@@ -71,8 +75,8 @@ template <class A> Vec<A> power_of_two(const Vec<A>& n) {
 template <class A> Vec<A> exp(const Vec<A>& x) {
   using C = ExpConstants<A>;
   using V = Vec<A>;
-  const auto [n, fraction] =
-      reduce_exp(where_le(x, C::lowest, V(C::lowest), where_ge(x, C::highest, V(C::highest), x)));
+  const V bounded = where_le(x, C::lowest, V(C::lowest), where_ge(x, C::highest, V(C::highest), x));
+  const V n = exponent_of_exp(bounded), fraction = fraction_of_exp(bounded, n);
   // In two steps, as 2^n may be infinite or subnormal where the result is not; only the last one rounds.
   const V round(C::round), half = fma(n, V(A(0.5)), round) - round;
   return (V(A(1)) + fraction) * power_of_two(half) * power_of_two(n - half);
@@ -83,7 +87,7 @@ template <class A> Vec<A> tanh(const Vec<A>& z) {
   using C = ExpConstants<A>;
   using V = Vec<A>;
   const V a = where_le(z, 0, -z, z), bounded = where_ge(a, C::tanh_is_one, V(C::tanh_is_one), a);
-  const auto [n, fraction] = reduce_exp(bounded + bounded);
+  const V x = bounded + bounded, n = exponent_of_exp(x), fraction = fraction_of_exp(x, n);
   const V scale = power_of_two(n), e = fma(scale, fraction, scale - V(A(1)));
   const V t = e / (e + V(A(2)));
   return where_le(a, C::tanh_is_argument, z, where_le(z, 0, -t, t));
