@@ -5,6 +5,9 @@ from torch import Tensor
 #: Whether it was built with CUDA; without, it has batch_norm alone.
 with_cuda: bool
 
+#: The names of the activations, in the order of csrc/core/activation.h.
+activations: list[str]
+
 def batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -17,6 +20,7 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     activation: str,
+    activation_param: float,
     /,
 ) -> Tensor: ...
 def plans() -> list[str]: ...

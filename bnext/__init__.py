@@ -14,7 +14,18 @@ import sys
 
 __version__ = "0.1.0"
 
-__all__ = ["Activation", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "activation", "cuda", "functional", "nn", "ops", "reference"]
+__all__ = [
+    "Activation",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "activation",
+    "cuda",
+    "functional",
+    "nn",
+    "ops",
+    "reference",
+]
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):

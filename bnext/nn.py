@@ -6,7 +6,8 @@
     >>> torch.testing.assert_close(norm(x), torch.nn.BatchNorm2d(64)(x))
     >>> torch.testing.assert_close(fused(x), norm(x).relu())
     >>> torch.testing.assert_close(fused(x, residual), (norm(x) + residual).relu())
-    >>> torch.testing.assert_close(bnext.BatchNorm2d(64, activation=torch.nn.SiLU())(x), torch.nn.functional.silu(norm(x)))
+    >>> swish = bnext.BatchNorm2d(64, activation=torch.nn.SiLU())
+    >>> torch.testing.assert_close(swish(x), torch.nn.functional.silu(norm(x)))
 
 Constructor arguments are those of the installed torch, plus the keywords `activation` and, for the slope of
 leaky_relu, `activation_param`; `bnext.functional.batch_norm` says what they may be. Attributes,
@@ -96,7 +97,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _set_activation(self, activation: Activation, param: float | None = None) -> None:
         name, value = resolve(activation, param)
-        super().__setattr__("activation", None if name == "none" else name)
+        object.__setattr__(self, "activation", None if name == "none" else name)
         self.activation_param = value if has_parameter(name) else None
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     activation: str = "none",
+    activation_param: float = 0.0,
 ) -> Tensor: ...
 def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
 def batch_norm_normalize(
@@ -26,6 +27,7 @@ def batch_norm_normalize(
     bias: Tensor | None,
     residual: Tensor | None = None,
     activation: str = "none",
+    activation_param: float = 0.0,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 def batch_norm_forward(
@@ -39,6 +41,7 @@ def batch_norm_forward(
     momentum: float | None,
     eps: float,
     activation: str = "none",
+    activation_param: float = 0.0,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def batch_norm_forward_eval(
@@ -50,6 +53,7 @@ def batch_norm_forward_eval(
     residual: Tensor | None,
     eps: float,
     activation: str = "none",
+    activation_param: float = 0.0,
     save: bool = False,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
@@ -61,7 +65,9 @@ def batch_norm_backward_reduce(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str = "none",
+    activation_param: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def batch_norm_backward_input(
     dy: Tensor,
@@ -71,10 +77,12 @@ def batch_norm_backward_input(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    residual: Tensor | None,
     sum_dy: Tensor,
     sum_dy_xmu: Tensor,
     count: int,
     activation: str = "none",
+    activation_param: float = 0.0,
 ) -> tuple[Tensor, Tensor]: ...
 def batch_norm_backward(
     dy: Tensor,
@@ -84,7 +92,9 @@ def batch_norm_backward(
     mean: Tensor,
     invstd: Tensor,
     mask: Tensor | None,
+    residual: Tensor | None,
     activation: str,
+    activation_param: float,
     training: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...

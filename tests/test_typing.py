@@ -90,7 +90,9 @@ def test_ops_tells_what_there_is():
     for name in bnext.ops.OPERATORS:
         assert re.search(rf"^- `{name}\(", inspect.getdoc(bnext.ops), re.MULTILINE), f"{name} is not documented"
         assert getattr(bnext.ops, name) is getattr(torch.ops.bnext, name)
-    with pytest.raises(AttributeError, match="'bnext.ops' has no attribute 'statistics'; there are batch_norm_backward, "):
+    with pytest.raises(
+        AttributeError, match="'bnext.ops' has no attribute 'statistics'; there are batch_norm_backward, "
+    ):
         _ = bnext.ops.statistics
 
 
