@@ -113,7 +113,8 @@ struct Case {
   bool counter = true;  // num_batches_tracked along with them
   bool cumulative = false;
   double momentum = 0.1, eps = 1e-5;
-  bool relu = false, residual = false, mask = true;
+  std::string act = "none";  // relu relu6 leaky_relu silu hardswish sigmoid tanh
+  bool residual = false, mask = true;
   bool saves = true;  // eval: mean and invstd as well
   bool dx = true, dweight = true, dbias = true, dresidual = true;
   bool x = true;                   // backward_eval: without x, where nothing needs it
@@ -174,7 +175,7 @@ Case parse(const std::string& line) {
       {"cumulative", flag(out.cumulative)},
       {"momentum", number(out.momentum)},
       {"eps", number(out.eps)},
-      {"relu", flag(out.relu)},
+      {"act", text(out.act)},
       {"residual", flag(out.residual)},
       {"mask", flag(out.mask)},
       {"saves", flag(out.saves)},
@@ -362,12 +363,100 @@ constexpr double kGradient = 1;
 // the scale, itself rounded, 4 more.
 constexpr double kDx = 10;
 
+// An activation's derivative, where it depends on z = affine(x) + residual: its own few roundings, and those of z,
+// which is off by kYResidual u of the terms that it is the sum of, times a second derivative of at most 1. Beyond 40
+// all that have one are straight to the last bit.
+real derivative_size(real z_size) { return 1 + std::min(z_size, real(40)); }
+// The functions themselves round a few times more than their argument, of which they are at most 1.1 times as steep.
+constexpr double kActivation = 8;
+
+// ---- Activations, by their definitions; independent of csrc/core/activation.h -----------------------
+
+constexpr real kSlope = 0.1L;  // leaky_relu's
+
+struct ActivationOracle {
+  Activation activation;
+  bool smooth;              // the derivative depends on z; else it is 0, 1 or kSlope
+  std::vector<real> kinks;  // where rounding may turn the derivative
+  real (*value)(real z);
+  real (*grad)(real z);
+};
+
+const ActivationOracle& oracle_of(const std::string& name) {
+  const auto sigmoid = [](real z) -> real { return 1 / (1 + std::exp(-z)); };
+  static const std::map<std::string, ActivationOracle> all = {
+      {"none", {Activation::none, false, {}, [](real z) { return z; }, [](real) -> real { return 1; }}},
+      {"relu",
+       {Activation::relu,
+        false,
+        {0},
+        [](real z) -> real { return z <= 0 ? 0 : z; },
+        [](real z) -> real { return z <= 0 ? 0 : 1; }}},
+      {"relu6",
+       {Activation::relu6,
+        false,
+        {0, 6},
+        [](real z) -> real { return z <= 0   ? 0
+                                    : z >= 6 ? 6
+                                             : z; },
+        [](real z) -> real { return z <= 0 || z >= 6 ? 0 : 1; }}},
+      {"leaky_relu",
+       {Activation::leaky_relu,
+        false,
+        {0},
+        [](real z) -> real { return z <= 0 ? kSlope * z : z; },
+        [](real z) -> real { return z <= 0 ? kSlope : 1; }}},
+      {"silu",
+       {Activation::silu,
+        true,
+        {},
+        [](real z) -> real { return z / (1 + std::exp(-z)); },
+        [](real z) -> real {
+          const real e = std::exp(-z);
+          return std::isinf(e) ? 0 : 1 / (1 + e) + z * e / ((1 + e) * (1 + e));
+        }}},
+      {"hardswish",
+       {Activation::hardswish,
+        true,
+        {-3, 3},
+        [](real z) -> real { return z <= -3  ? 0
+                                    : z >= 3 ? z
+                                             : z * (z + 3) / 6; },
+        [](real z) -> real { return z <= -3  ? 0
+                                    : z >= 3 ? 1
+                                             : (2 * z + 3) / 6; }}},
+      {"sigmoid",
+       {Activation::sigmoid,
+        true,
+        {},
+        sigmoid,
+        [](real z) -> real {
+          const real e = std::exp(-std::fabs(z));
+          return e / ((1 + e) * (1 + e));
+        }}},
+      {"tanh",
+       {Activation::tanh,
+        true,
+        {},
+        [](real z) -> real { return std::tanh(z); },
+        [](real z) -> real { return 1 / (std::cosh(z) * std::cosh(z)); }}},
+  };
+  const auto found = all.find(name);
+  if (found == all.end()) throw std::runtime_error("unknown activation " + name);
+  return found->second;
+}
+
 // ---- Running a case ------------------------------------------------------------------------------
 
 class Run {
  public:
   explicit Run(const Case& spec)
-      : c_(spec), device_(describe_device(spec)), random_(spec.seed), acc_(accumulation(spec.dtype)), errors_(acc_) {}
+      : c_(spec),
+        act_(oracle_of(spec.act)),
+        device_(describe_device(spec)),
+        random_(spec.seed),
+        acc_(accumulation(spec.dtype)),
+        errors_(acc_) {}
 
   std::string operator()() {
     const std::string plan = c_.backward() ? backward() : forward();
@@ -400,6 +489,8 @@ class Run {
   }
 
   int64_t numel() const { return c_.shape().numel(); }
+  // Behind a residual, of an activation whose derivative takes two values.
+  bool keeps_bits() const { return c_.residual && !act_.smooth && act_.activation != Activation::none; }
   int64_t count() const { return c_.ranks * c_.shape().per_channel(); }
   int64_t channel(int64_t i) const { return c_.layout == Layout::planar ? i / c_.s % c_.c : i % c_.c; }
   bool is_nan(int64_t channel) const { return c_.data == "nan" && channel == c_.c / 2; }
@@ -522,8 +613,8 @@ class Run {
   void check_running(const Exact& exact);
   void check_y();
   std::string backward();
-  void check_sums(const std::vector<bool>& gate);
-  void check_dx(const std::vector<bool>& gate);
+  void check_sums(const std::vector<real>& derivative, const std::vector<real>& z_size);
+  void check_dx(const std::vector<real>& derivative, const std::vector<real>& z_size);
 
   // The buffers on their own take a plan of two_pass.
   cuda::PlanOptions options() const {
@@ -534,6 +625,7 @@ class Run {
   }
 
   const Case c_;
+  const ActivationOracle& act_;
   cuda::Device device_;
   Random random_;
   const DType acc_;
@@ -571,7 +663,8 @@ std::string Run::forward() {
   p.dtype = c_.dtype;
   p.weight_dtype = c_.param;
   p.running_dtype = c_.running;
-  p.activation = c_.relu ? Activation::relu : Activation::none;
+  p.activation = act_.activation;
+  p.activation_param = c_.act == "leaky_relu" ? static_cast<double>(kSlope) : 0;
   p.momentum = c_.momentum;
   p.cumulative = c_.cumulative;
   p.eps = c_.eps;
@@ -613,7 +706,7 @@ std::string Run::forward() {
   }
   if (normalizes) {
     y_ = tensor("y");
-    if (c_.relu && c_.residual && c_.mask) mask_ = Buffer("mask", DType::f32, 0, (numel() + 7) / 8);
+    if (keeps_bits() && c_.mask) mask_ = Buffer("mask", DType::f32, 0, (numel() + 7) / 8);
     list(outputs, {&y_, &mask_});
   }
   list(inputs, {&x_, &residual_, &weight_, &bias_});
@@ -696,15 +789,19 @@ void Run::check_y() {
     const real v = scaled + bias(k) + added;
     const real scale = std::max({std::fabs(scaled), std::fabs(bias(k)), std::fabs(added)});
     const double limit = (residual_ ? kYResidual : kY) + (eval ? kInvstd : 0);
-    // The sign is certain only where rounding cannot turn it.
+    // A bit is certain only where rounding cannot turn it.
     const real margin = limit * std::ldexp(scale, -format(acc_).mantissa - 1);
+    const bool certain =
+        std::none_of(act_.kinks.begin(), act_.kinks.end(), [&](real at) { return std::fabs(v - at) <= margin; });
     const bool got_bit = mask_ && mask_.as<uint8_t>()[i / 8] >> (i % 8) & 1;
-    if (mask_ && got_bit != !(v <= 0) && !(std::fabs(v) <= margin)) {
+    if (mask_ && certain && got_bit != (act_.grad(v) == 1)) {
       throw Failure(say("mask[%" PRId64 "] is %d where the value is %.9Lg", i, got_bit, v));
     }
-    const real want = c_.relu && v <= 0 ? 0 : v;
-    errors_.expect("y", i, y_[i], want, scale, limit, c_.dtype);
-    if (mask_ && !got_bit && y_[i] != 0) throw Failure(say("y[%" PRId64 "] passed, but its mask bit is 0", i));
+    const bool straight = c_.act == "none" || c_.act == "relu";
+    errors_.expect("y", i, y_[i], act_.value(v), scale + (straight ? 0 : 1),
+                   straight ? limit : 1.1 * limit + kActivation, c_.dtype);
+    if (c_.act == "relu" && mask_ && !got_bit && y_[i] != 0)
+      throw Failure(say("y[%" PRId64 "] passed, but its mask bit is 0", i));
     if (c_.data == "constant" && !eval && c_.op == "forward" && scaled != 0) {
       throw Failure(say("channel %" PRId64 " is constant, but x - mean is not 0", k));
     }
@@ -734,27 +831,45 @@ std::string Run::backward() {
   dy_ = tensor("dy");
   dy_.fill([&](int64_t) { return 0.25 + random_.normal(); });
 
-  // The gate. Where it is recomputed from x, no value may be so close to 0 that rounding decides.
-  std::vector<bool> gate(numel(), true);
-  if (c_.relu && c_.residual) {
+  // dy' is dy times the derivative, which comes from the bits that the forward kept, or from z. Where it is computed
+  // from z, no value may be so close to a kink that rounding decides.
+  std::vector<real> derivative(numel(), 1), z_size(numel(), 0);
+  const bool by_bits = keeps_bits();
+  if (by_bits) {
     mask_ = Buffer("mask", DType::f32, 0, (numel() + 7) / 8);
     memset(mask_.get(), 0, (numel() + 7) / 8);
     for (int64_t i = 0; i < numel(); ++i) {
-      gate[i] = random_.uniform() < 0.6 || std::isnan(x_[i]);  // the forward lets NaN pass
-      if (gate[i]) mask_.as<uint8_t>()[i / 8] |= 1 << (i % 8);
+      const bool bit = random_.uniform() < 0.6 || std::isnan(x_[i]);  // the forward lets NaN pass
+      if (bit) mask_.as<uint8_t>()[i / 8] |= 1 << (i % 8);
+      derivative[i] = bit ? 1 : c_.act == "leaky_relu" ? kSlope : 0;
     }
     mask_.freeze();
-  } else if (c_.relu) {
+  } else if (c_.act != "none") {
+    if (c_.residual) {
+      residual_ = tensor("residual");
+      residual_.fill([&](int64_t) { return random_.normal(); });
+    }
+    const auto z = [&](int64_t i) {
+      const int64_t k = channel(i);
+      return (x_[i] - mean_[k]) * weight(k) * invstd_[k] + bias(k) + (residual_ ? residual_[i] : 0);
+    };
+    const auto terms = [&](int64_t i) {
+      const int64_t k = channel(i);
+      return std::fabs((x_[i] - mean_[k]) * weight(k) * invstd_[k]) + std::fabs(bias(k)) +
+             std::fabs(residual_ ? residual_[i] : 0);
+    };
     x_.fill([&](int64_t i) {
       const int64_t k = channel(i);
-      const real scale = weight(k) * invstd_[k], scaled = (x_[i] - mean_[k]) * scale, v = scaled + bias(k);
-      // One deviation on, v differs by |weight|.
-      const bool close = v != 0 && std::fabs(v) < 1e-3 * (std::fabs(scaled) + std::fabs(bias(k)));
+      const real scale = weight(k) * invstd_[k];
+      // One deviation on, z differs by |weight|.
+      const bool close = std::any_of(act_.kinks.begin(), act_.kinks.end(), [&](real at) {
+        return z(i) != at && std::fabs(z(i) - at) < 1e-3 * (terms(i) + std::fabs(at));
+      });
       return close ? x_[i] + std::copysign(1 / invstd_[k], scale) : x_[i];
     });
     for (int64_t i = 0; i < numel(); ++i) {
-      const int64_t k = channel(i);
-      gate[i] = !((x_[i] - mean_[k]) * weight(k) * invstd_[k] + bias(k) <= 0);
+      derivative[i] = act_.grad(z(i));
+      if (act_.smooth) z_size[i] = derivative_size(terms(i));
     }
   }
 
@@ -769,21 +884,23 @@ std::string Run::backward() {
   if (reduces && c_.dweight) dweight_ = vector("dweight", c_.param);
   if (reduces && c_.dbias) dbias_ = vector("dbias", c_.param);
   if (c_.op != "backward_reduce" && c_.dx) dx_ = tensor("dx");
-  if (c_.op != "backward_reduce" && c_.dresidual && mask_) dresidual_ = tensor("dresidual");
+  if (c_.op != "backward_reduce" && c_.dresidual && (mask_ || residual_)) dresidual_ = tensor("dresidual");
   const bool sums = c_.op == "backward_reduce" || (whole && (c_.dweight || c_.dbias || (training && c_.dx)));
   if (sums) list(outputs, {&sum_dy_, &sum_dy_xmu_});
   list(outputs, {&dweight_, &dbias_, &dx_, &dresidual_});
-  list(inputs, {&dy_, &x_, &mask_, &weight_, &bias_, &mean_, &invstd_});
+  list(inputs, {&dy_, &x_, &mask_, &residual_, &weight_, &bias_, &mean_, &invstd_});
 
   BackwardParams p = {};
   p.shape = c_.shape();
   p.dtype = c_.dtype;
   p.weight_dtype = c_.param;
-  p.activation = c_.relu ? Activation::relu : Activation::none;
+  p.activation = act_.activation;
+  p.activation_param = c_.act == "leaky_relu" ? static_cast<double>(kSlope) : 0;
   p.training = training;
   p.dy = dy_.get();
   p.x = c_.x ? x_.get() : nullptr;
   p.mask = mask_.as<uint8_t>();
+  p.residual = residual_.get();
   p.weight = weight_.get();
   p.bias = bias_.get();
   p.mean = mean_.get();
@@ -806,20 +923,21 @@ std::string Run::backward() {
     if (c_.op == "backward_input") return cuda::launch_backward_input(p, plan, nullptr);
     return cuda::launch_backward(p, plan, scratch, nullptr);
   });
-  if (sums) check_sums(gate);
-  check_dx(gate);
+  if (sums) check_sums(derivative, z_size);
+  check_dx(derivative, z_size);
   return describe(plan, whole);
 }
 
-void Run::check_sums(const std::vector<bool>& gate) {
+void Run::check_sums(const std::vector<real>& derivative, const std::vector<real>& z_size) {
   std::vector<Sum> dy(c_.c), dy_xmu(c_.c), dy_size(c_.c), dy_xmu_size(c_.c);
   for (int64_t i = 0; i < numel(); ++i) {
     const int64_t k = channel(i);
-    const real g = gate[i] ? dy_[i] : 0, product = g * (x_[i] - mean_[k]);
+    const real g = derivative[i] == 0 ? 0 : dy_[i] * derivative[i], xmu = x_[i] - mean_[k];
+    const real size = std::fabs(g) + std::fabs(dy_[i]) * z_size[i];
     dy[k].add(g);
-    dy_xmu[k].add(product);
-    dy_size[k].add(std::fabs(g));
-    dy_xmu_size[k].add(std::fabs(product));
+    dy_xmu[k].add(g * xmu);
+    dy_size[k].add(size);
+    dy_xmu_size[k].add(size * std::fabs(xmu));
   }
   for (int64_t k = 0; k < c_.c; ++k) {
     errors_.expect("sum_dy", k, sum_dy_[k], dy[k].sum, dy_size[k].sum, kSum, acc_);
@@ -832,20 +950,22 @@ void Run::check_sums(const std::vector<bool>& gate) {
   }
 }
 
-void Run::check_dx(const std::vector<bool>& gate) {
+void Run::check_dx(const std::vector<real>& derivative, const std::vector<real>& z_size) {
   const bool training = c_.op != "backward_eval";
   const real m = count();
   for (int64_t i = 0; i < numel(); ++i) {
     const int64_t k = channel(i);
-    const real g = gate[i] ? dy_[i] : 0;
-    if (dresidual_ && dresidual_[i] != g) {
+    const real g = derivative[i] == 0 ? 0 : dy_[i] * derivative[i];
+    const real g_size = std::fabs(g) + std::fabs(dy_[i]) * z_size[i];
+    if (dresidual_ && c_.act == "relu" && dresidual_[i] != g) {
       throw Failure(say("dresidual[%" PRId64 "] is %.9Lg, expected %.9Lg", i, dresidual_[i], g));
     }
+    if (dresidual_) errors_.expect("dresidual", i, dresidual_[i], g, g_size, kActivation, c_.dtype);
     if (!dx_) continue;
     const real scale = weight(k) * invstd_[k];
     const real mean_dy = training ? sum_dy_[k] / m : 0;
     const real sloped = training ? (x_[i] - mean_[k]) * sum_dy_xmu_[k] / m * invstd_[k] * invstd_[k] : 0;
-    const real size = (std::fabs(g) + std::fabs(mean_dy) + std::fabs(sloped)) * std::fabs(scale);
+    const real size = (g_size + std::fabs(mean_dy) + std::fabs(sloped)) * std::fabs(scale);
     errors_.expect("dx", i, dx_[i], (g - mean_dy - sloped) * scale, size, kDx, c_.dtype);
   }
 }

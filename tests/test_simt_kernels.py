@@ -64,6 +64,9 @@ BESIDE_STATIC = {
     "interleaved": [(256, 128, 1), (300, 64, 1), (32, 64, 64)],
 }
 
+# Activations whose kernels share one instance of each plan.
+GENERAL = ["relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh"]
+
 # Elements there are none of.
 EMPTY = [(0, 3, 8), (2, 3, 0), (0, 5, 1), (2, 0, 8)]
 
@@ -75,7 +78,7 @@ def line(**options):
 def case(rng, op, dtype, layout, shape, **fixed):
     """One case with every other option drawn at random, but legal."""
     n, c, s = shape
-    relu, residual = rng.choice([(False, False), (False, True), (True, False), (True, True)])
+    act, residual = rng.choice(["none", "relu", rng.choice(GENERAL)]), rng.random() < 0.5
     two_dtypes = ["f32", dtype] if dtype in ("f16", "bf16") else [dtype]
     options = {
         "op": op,
@@ -87,7 +90,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
         "param": rng.choice(two_dtypes),
         "weight": rng.random() < 0.75,
         "bias": rng.random() < 0.75,
-        "relu": relu,
+        "act": act,
         "residual": residual,
         "plan": rng.choice(PLANS),
         # The device to plan for: as it is, which is few multiprocessors, or an H100's; with clusters or without; with
@@ -121,7 +124,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
     if op in BACKWARD:
         options |= {key: rng.random() < 0.8 for key in ("dx", "dweight", "dbias", "dresidual")}
         options["ranks"] = rng.choice([1, 1, 3])
-    if op == "backward_eval" and not relu and rng.random() < 0.3:
+    if op == "backward_eval" and act == "none" and rng.random() < 0.3:
         options |= {"x": False, "dx": True, "dweight": False, "dbias": False}
     return line(**options)
 
@@ -148,12 +151,12 @@ def cases(op):
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
     # What the numerics contract names, each on its own.
     for where in grid:
-        out.append(case(rng, op, *where, (6, 5, 36), data="constant", relu=False, residual=False))
+        out.append(case(rng, op, *where, (6, 5, 36), data="constant", act="none", residual=False))
         out.append(case(rng, op, *where, (12, 3, 100), data="offset"))
     if op in ("forward", "backward"):
         device = {"shared": 0, "cc": 0, "sms": 0, "clusters": -1, "plan": "automatic"}
         for layout, shapes in BESIDE_STATIC.items():
-            out += [case(rng, op, "f64", layout, shape, relu=True, residual=True, **device) for shape in shapes]
+            out += [case(rng, op, "f64", layout, shape, act="relu", residual=True, **device) for shape in shapes]
     return out
 
 
@@ -217,7 +220,7 @@ def test_cases_reach_every_option():
         for dtype in DTYPES:
             params = {"f64"} if dtype == "f64" else {"f32", dtype}
             values = {
-                "relu": {"0", "1"},
+                "act": {"none", "relu", *GENERAL},
                 "residual": {"0", "1"},
                 "plan": set(PLANS),
                 "param": params,
@@ -246,7 +249,7 @@ def both_directions(**options):
 def test_static_shared_memory_counts_towards_48_kb():
     """float64 with a residual and relu has up to 37 KB of it, so that 12 KB more have to be asked for."""
     lines = [
-        line(op=op, dtype="f64", param="f64", layout=layout, n=n, c=c, s=s, relu=True, residual=True)
+        line(op=op, dtype="f64", param="f64", layout=layout, n=n, c=c, s=s, act="relu", residual=True)
         for op in ("forward", "backward")
         for layout, shapes in BESIDE_STATIC.items()
         for n, c, s in shapes
