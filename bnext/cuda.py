@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from bnext import _extension
+from bnext.activation import Activation, resolve
 
 __all__ = ["GPUS", "describe_plan", "force_plan", "plans", "refused_launches", "set_sm_margin"]
 
@@ -115,7 +116,7 @@ def describe_plan(
     *,
     memory_format: torch.memory_format = torch.contiguous_format,
     backward: bool = False,
-    activation: str | None = None,
+    activation: Activation = None,
     residual: bool = False,
     gpu: str | int | None = None,
     plan: str | None = None,
@@ -138,8 +139,7 @@ def describe_plan(
     'resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, in clusters; 52224 bytes of shared memory a block'
     """
     extension = _cuda_extension()
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation should be None or 'relu', not {activation!r}")
+    name, _ = resolve(activation)
     if isinstance(gpu, str):
         if gpu not in GPUS:
             raise ValueError(f"gpu should be one of {', '.join(GPUS)}, or a device's index, not {gpu!r}")
@@ -147,4 +147,4 @@ def describe_plan(
     else:
         properties = extension.device_properties(torch.cuda.current_device() if gpu is None else gpu)
     x = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format)
-    return extension.describe_plan(x, backward, activation == "relu", residual, list(properties), plan or "")
+    return extension.describe_plan(x, backward, name, residual, list(properties), plan or "")

@@ -78,7 +78,7 @@ def line(**options):
 def case(rng, op, dtype, layout, shape, **fixed):
     """One case with every other option drawn at random, but legal."""
     n, c, s = shape
-    act, residual = rng.choice(["none", "relu", rng.choice(GENERAL)]), rng.random() < 0.5
+    act, residual = rng.choice(["none", "relu", "relu", *GENERAL]), rng.random() < 0.5
     two_dtypes = ["f32", dtype] if dtype in ("f16", "bf16") else [dtype]
     options = {
         "op": op,

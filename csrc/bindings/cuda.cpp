@@ -175,8 +175,9 @@ std::vector<std::string> refused_launches(int64_t device) {
   return device_of(static_cast<c10::DeviceIndex>(device)).refused();
 }
 
-std::string describe_plan(const Tensor& x, bool backward, bool relu, bool residual, const DeviceNumbers& device,
-                          const std::string& plan) {
+std::string describe_plan(const Tensor& x, bool backward, const std::string& activation, bool residual,
+                          const DeviceNumbers& device, const std::string& plan) {
+  const Activation act = parse_activation(activation, /*param=*/0);
   check_input(x);
   const auto [capability, multiprocessors, shared, shared_per_block, l2, large_clusters] = device;
   const cuda::DeviceProperties properties = {
@@ -189,13 +190,14 @@ std::string describe_plan(const Tensor& x, bool backward, bool relu, bool residu
   const auto fill_in = [&](auto& p) {
     p.shape = shape_of(x, format_of(x));
     p.dtype = to_dtype(x.scalar_type());
-    p.activation = relu ? Activation::relu : Activation::none;
+    p.activation = act;
   };
   if (backward) {
     BackwardParams p = {};
     fill_in(p);
     p.training = true;
-    p.mask = relu && residual ? &present : nullptr;
+    p.mask = residual && kept_of(act) == Kept::bit ? &present : nullptr;
+    p.residual = residual && kept_of(act) == Kept::residual ? &present : nullptr;
     p.dx = p.dweight = &present;
     return cuda::describe(plan_of(p, properties, options));
   }

@@ -31,7 +31,7 @@ std::vector<std::string> refused_launches(int64_t device);
 
 // What a training forward or backward of a layer over x would get on such a device, in words. x may be a meta tensor.
 // By `plan`, or where that is empty by what holds.
-std::string describe_plan(const at::Tensor& x, bool backward, bool relu, bool residual, const DeviceNumbers& device,
-                          const std::string& plan);
+std::string describe_plan(const at::Tensor& x, bool backward, const std::string& activation, bool residual,
+                          const DeviceNumbers& device, const std::string& plan);
 
 }  // namespace bnext

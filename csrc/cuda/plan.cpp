@@ -30,8 +30,6 @@ constexpr int64_t kVecsPerThread = 4;
 // instead of twice moves 2/3 of the bytes forward, 3/5 backward: worth it if this many take part.
 constexpr double kLargeClustersPay = 0.75;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int32_t threads_for(int64_t work) {
   int32_t threads = 32;
   while (threads < kMaxThreads && threads < work) threads *= 2;
@@ -356,7 +354,9 @@ Partition resident_partition(const Problem& problem, const DeviceProperties& dev
   if (problem.shape.layout == Layout::planar) {
     return wanted.interleaved_details() ? Partition{} : resident_planar(problem, device, wanted.cluster);
   }
-  return wanted.cluster ? Partition{} : resident_columns(problem, problem.dtype == DType::f64 ? 1 : 2, device, options);
+  return wanted.cluster ? Partition{}
+                        : resident_columns(problem, resident_blocks_per_sm(size_of(problem.dtype), problem.general),
+                                           device, options);
 }
 
 // The wish that gives this pass.
@@ -415,13 +415,15 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
     }
   }
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
-  if (shape.numel() > 0 && device.cooperative &&
+  if (shape.numel() > 0 && device.cooperative && !problem.general &&
       (requested == PlanKind::cooperative || (requested == PlanKind::automatic && fits_caches))) {
     set_cooperative(plan, device, options);
   }
   if (refusal && requested != PlanKind::automatic && requested != plan.kind) {
     *refusal = shape.numel() == 0                   ? "it is empty"
-               : requested == PlanKind::cooperative ? "the device has no cooperative launches, or refuses them"
+               : requested == PlanKind::cooperative ? problem.general
+                                                          ? "it is not compiled for this activation"
+                                                          : "the device has no cooperative launches, or refuses them"
                                                     : why_not_resident(problem, device, options);
   }
 

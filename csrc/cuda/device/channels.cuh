@@ -61,10 +61,10 @@ __device__ __forceinline__ void load_vector(A (&out)[WIDTH], const void* p, DTyp
     return;
   }
   switch (t) {
-    case DType::f32: return load_vector<float>(out, p, channels);
-    case DType::f64: return load_vector<double>(out, p, channels);
-    case DType::f16: return load_vector<f16>(out, p, channels);
-    case DType::bf16: return load_vector<bf16>(out, p, channels);
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return load_vector<type>(out, p, channels);
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
   }
 }
 

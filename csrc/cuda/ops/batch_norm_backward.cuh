@@ -10,16 +10,17 @@
 
 namespace bnext::cuda {
 
-// Where the activation's derivative comes from. The common cases are template arguments and fold; `general` reads the
-// activation from the parameters, with uniform branches.
+// Where the activation's derivative comes from. The common cases are template arguments and fold; the last two read it
+// from the parameters, with uniform branches.
 enum class Derivative {
   none,       // there is no activation
   relu,       // recomputed from x
   relu_mask,  // from the forward's bits
   general,    // any activation, from its bits, or from x and the residual, if that is given
+  run_time,   // none, relu or relu_mask, read from the parameters: for kernels that instructions do not bound
 };
 
-constexpr bool masks(Derivative d) { return d == Derivative::relu_mask || d == Derivative::general; }
+constexpr bool masks(Derivative d) { return d >= Derivative::relu_mask; }
 
 inline Derivative derivative_of(const BackwardParams& p) {
   const ActGrad from = act_grad_of(p.activation, p.mask != nullptr);
@@ -49,8 +50,9 @@ struct BatchNormBackward {
   using T = Element;
   using A = acc_t<T>;
   static constexpr int N = VEC;
+  static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
-  static constexpr bool kResident = !(DERIVATIVE == Derivative::general && sizeof(T) == 8);
+  static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
   static constexpr int kInputs = 2;
   __device__ __forceinline__ static const void* input(const BackwardParams& p, int i) { return i == 0 ? p.dy : p.x; }
 
@@ -60,10 +62,9 @@ struct BatchNormBackward {
 
   // Vectors of each of dy and x in flight; fewer next to masked ends, to the states of N columns, and to the code of
   // all activations.
-  static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
   template <bool ALIGNED>
   static constexpr int kPlanarReduceChunk = vecs_in<T, N>(ALIGNED && !kGeneral ? 64 : 32);
-  static constexpr int kColumnReduceChunk = vecs_in<T, N>(32);
+  static constexpr int kColumnReduceChunk = vecs_in<T, N>(kGeneral ? 16 : 32);
 
   // One thread's part of a channel: up to 4 independent sums, for short chains of dependent additions.
   struct PlanarReducer {
@@ -207,7 +208,9 @@ struct BatchNormBackward {
 
   // Vectors of each of dy and x in flight; fewer next to the coefficients of N columns.
   template <bool COLUMNS>
-  static constexpr int kApplyChunk = vecs_in<T, N>(COLUMNS || kGeneral ? 32 : 64);
+  static constexpr int kApplyChunk = vecs_in<T, N>(COLUMNS && kGeneral   ? 16
+                                                   : COLUMNS || kGeneral ? 32
+                                                                         : 64);
 
   // at(e) is the coefficients of element e of a vector.
   template <int COUNT, bool WHOLE, class CoefficientsAt>
@@ -260,7 +263,7 @@ struct BatchNormBackward {
                                                            Body&& body) {
     // What the derivative takes besides x, all loads in flight together. The mask has a byte a vector of 8; plans see
     // to it that masked vectors are such.
-    const bool masked = DERIVATIVE == Derivative::relu_mask || (kGeneral && p.mask != nullptr);
+    const bool masked = DERIVATIVE == Derivative::relu_mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
     const bool adds = kGeneral && !masked && p.residual != nullptr;
     uint32_t bits[COUNT];
     Vec<T, N> added[COUNT];
@@ -294,8 +297,11 @@ struct BatchNormBackward {
       }
       return 0;
     };
-    if constexpr (!kGeneral) {
-      visit(Relu{}, DERIVATIVE == Derivative::relu_mask);
+    if constexpr (DERIVATIVE == Derivative::run_time) {
+      if (p.activation == Activation::none) visit(Identity{}, false);
+      else visit(Relu{}, masked);
+    } else if constexpr (!kGeneral) {
+      visit(Relu{}, masked);
     } else if (masked) {
       visit(Identity{}, true);
     } else {

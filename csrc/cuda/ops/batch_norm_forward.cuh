@@ -12,11 +12,17 @@
 
 namespace bnext::cuda {
 
-// What follows the affine step. The common cases are template arguments and fold; `general` reads them from the
-// parameters, with uniform branches.
-enum class Epilogue { none, relu, add, add_relu, general };
+// What follows the affine step. The common cases are template arguments and fold.
+enum class Epilogue {
+  none,
+  relu,
+  add,
+  add_relu,
+  general,   // any activation and residual, read from the parameters with uniform branches
+  run_time,  // likewise, but relu or none: for kernels that instructions do not bound
+};
 
-constexpr bool masks(Epilogue e) { return e == Epilogue::add_relu || e == Epilogue::general; }
+constexpr bool masks(Epilogue e) { return e >= Epilogue::add_relu; }
 
 inline Epilogue epilogue_of(const ForwardParams& p) {
   if (p.activation == Activation::none) return p.residual ? Epilogue::add : Epilogue::none;
@@ -42,8 +48,9 @@ struct BatchNormForward {
   using T = Element;
   using A = acc_t<T>;
   static constexpr int N = VEC;
+  static constexpr bool kGeneral = EPILOGUE == Epilogue::general;
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
-  static constexpr bool kResident = !(EPILOGUE == Epilogue::general && sizeof(T) == 8);
+  static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
   static constexpr int kInputs = 1;
   __device__ __forceinline__ static const void* input(const ForwardParams& p, int) { return p.x; }
 
@@ -155,9 +162,7 @@ struct BatchNormForward {
     if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(whole.var, p.eps);
     if (!p.running_mean) return;
     // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
-    const double factor = p.cumulative ? 1.0 / static_cast<double>(*p.num_batches_tracked + 1) : p.momentum;
-    const double m = static_cast<double>(p.shape.per_channel());
-    const RunningUpdate<A> update = {static_cast<A>(factor), static_cast<A>(m / (m - 1.0))};
+    const auto update = RunningUpdate<A>::of(p.shape.per_channel(), p.momentum, p.cumulative, p.num_batches_tracked);
     const A running_mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
     const A running_var = load_scalar<A>(p.running_var, p.running_dtype, channel, A(0));
     store_scalar<A>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
@@ -245,14 +250,14 @@ struct BatchNormForward {
 
   // Vectors of each of x and residual that a thread has in flight.
   template <bool COLUMNS>
-  static constexpr int kApplyChunk = vecs_in<T, N>(EPILOGUE == Epilogue::general ? 32 : 64);
+  static constexpr int kApplyChunk = vecs_in<T, N>(kGeneral ? 32 : 64);
 
   // affine_at(e) is the affine step of element e of a vector.
   template <int COUNT, bool WHOLE, class AffineAt>
   __device__ __forceinline__ static void apply(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
                                                const Vec<T, N> (&vecs)[1][COUNT], const AffineAt& affine_at) {
-    constexpr bool kGeneral = EPILOGUE == Epilogue::general;
-    const bool adds = kGeneral ? p.residual != nullptr : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
+    const bool adds = EPILOGUE >= Epilogue::general ? p.residual != nullptr
+                                                    : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
     Vec<T, N> added[COUNT];
     if (adds) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
     auto apply_as = [&](auto act) {
@@ -260,9 +265,15 @@ struct BatchNormForward {
       for (int k = 0; k < COUNT; ++k) apply_vec<decltype(act)>(p, chunk, k, vecs[0][k], adds, added[k], affine_at);
       return 0;
     };
-    if constexpr (kGeneral) with_activation(p.activation, 0, apply_as);
-    else if constexpr (EPILOGUE == Epilogue::relu || EPILOGUE == Epilogue::add_relu) apply_as(Relu{});
-    else apply_as(Identity{});
+    if constexpr (kGeneral) {
+      with_activation(p.activation, 0, apply_as);
+    } else if constexpr (EPILOGUE == Epilogue::run_time) {
+      p.activation == Activation::relu ? apply_as(Relu{}) : apply_as(Identity{});
+    } else if constexpr (EPILOGUE == Epilogue::relu || EPILOGUE == Epilogue::add_relu) {
+      apply_as(Relu{});
+    } else {
+      apply_as(Identity{});
+    }
   }
 
  private:

@@ -14,10 +14,10 @@ namespace bnext::cuda {
 template <class F>
 cudaError_t with_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::f16: return f(f16{});
-    case DType::bf16: return f(bf16{});
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return f(type{});
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
   }
   return cudaErrorInvalidValue;
 }
@@ -33,6 +33,7 @@ cudaError_t with_op(const ForwardParams& p, F&& f) {
       case Epilogue::add: return f(BatchNormForward<T, Epilogue::add>{});
       case Epilogue::add_relu: return f(BatchNormForward<T, Epilogue::add_relu>{});
       case Epilogue::general: return f(BatchNormForward<T, Epilogue::general>{});
+      case Epilogue::run_time: break;  // of cooperative.cu alone
     }
     return cudaErrorInvalidValue;
   });
@@ -47,6 +48,7 @@ cudaError_t with_op(const BackwardParams& p, F&& f) {
       case Derivative::relu: return f(BatchNormBackward<T, Derivative::relu>{});
       case Derivative::relu_mask: return f(BatchNormBackward<T, Derivative::relu_mask>{});
       case Derivative::general: return f(BatchNormBackward<T, Derivative::general>{});
+      case Derivative::run_time: break;  // of cooperative.cu alone
     }
     return cudaErrorInvalidValue;
   });

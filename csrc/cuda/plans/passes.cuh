@@ -6,6 +6,13 @@
 
 namespace bnext::cuda {
 
+// Blocks of one pass that a multiprocessor's registers must hold; the code of all activations takes more of them.
+template <class Op>
+constexpr int pass_blocks_per_sm(bool columns, bool aligned) {
+  const int blocks = blocks_per_sm(columns, aligned), general = sizeof(typename Op::T) == 8 ? 1 : 2;
+  return Op::kGeneral && general < blocks ? general : blocks;
+}
+
 template <class Op, bool ALIGNED>
 __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p, const Partition& partition,
                                                    const Scratch& scratch, const WorkTile& work) {

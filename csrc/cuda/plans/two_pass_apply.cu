@@ -12,7 +12,7 @@ namespace bnext::cuda {
 namespace {
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, true))
+__global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(false, true))
     apply_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                         const BNEXT_GRID_CONSTANT Partition partition) {
   wait_on_dependent_grids();
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, true))
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
+__global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(true, true))
     apply_columns_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                          const BNEXT_GRID_CONSTANT Partition partition) {
   wait_on_dependent_grids();

@@ -11,7 +11,7 @@ namespace bnext::cuda {
 namespace {
 
 template <class Op, bool ALIGNED>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED && sizeof(typename Op::T) < 8))
+__global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(false, ALIGNED && sizeof(typename Op::T) < 8))
     reduce_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p, const BNEXT_GRID_CONSTANT Partition partition,
                          const Scratch scratch) {
   if (partition.starts_next) launch_dependent_grids();
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(false, ALIGNED && s
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(true, true))
+__global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(true, true))
     reduce_columns_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                           const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
   if (partition.starts_next) launch_dependent_grids();
