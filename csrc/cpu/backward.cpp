@@ -8,7 +8,9 @@ namespace {
 template <class A>
 void reduce_and_differentiate(const BackwardParams& p, const ParallelFor& parallel) {
   const Plan plan = make_plan(p.shape);
-  const BackwardOperands<A> operands(p, plan);
+  // A smooth activation's derivative takes more instructions than a store and a load of dy', where those round nothing.
+  const bool keeps_dz = kept_of(p.activation) == Kept::residual && size_of(p.dtype) == acc_size_of(p.dtype);
+  const BackwardOperands<A> operands(p, plan, keeps_dz);
   InputGradient<A> gradient(operands);
   const auto finish = [&](int64_t ch, const Sums& sums) {
     store_sums<A>(p, ch, sums);

@@ -17,6 +17,11 @@ InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
       kernel_(operands.kernels.gradient[static_cast<int>(operands.gate)][params_.training][plan_.by_column]) {
   args_.mean_dy = mean_dy_.data();
   args_.slope = slope_.data();
+  if (args_.dz != nullptr) {
+    args_.dy = args_.dz;
+    args_.dresidual = nullptr;  // there already, where it is wanted
+    kernel_ = operands.kernels.gradient[static_cast<int>(Gate::none)][params_.training][plan_.by_column];
+  }
 }
 
 template <class A>

@@ -97,6 +97,9 @@ template <class T, Gate gate>
       next_x.fetch(j);
       const V xmu = load(x + j, part, mean) - mean;
       const V dy = gated(j, part, xmu);
+      if constexpr (gate == Gate::general) {
+        if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
+      }
       dys[which.value] = dys[which.value] + dy;
       products[which.value] = fma(dy, xmu, products[which.value]);
     });
@@ -122,6 +125,9 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, gate>& derivatives, in
       next_x.fetch(r * stride + j);
       const V xmu = load(x + r * stride + j, part, m) - m;
       const V dy = gated(j, part, xmu, r * stride);
+      if constexpr (gate == Gate::general) {
+        if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
+      }
       dy_sum = dy_sum + dy;
       product = fma(dy, xmu, product);
     }

@@ -82,7 +82,7 @@ std::vector<Sums> sums_of_columns(const BackwardOperands<A>& b, const ParallelFo
 }  // namespace
 
 template <class A>
-BackwardOperands<A>::BackwardOperands(const BackwardParams& p, const Plan& pl)
+BackwardOperands<A>::BackwardOperands(const BackwardParams& p, const Plan& pl, bool keeps_dz)
     : params(p),
       plan(pl),
       kernels(cpu::kernels<A>(p.dtype)),
@@ -103,6 +103,7 @@ BackwardOperands<A>::BackwardOperands(const BackwardParams& p, const Plan& pl)
            static_cast<A>(p.activation_param),
            p.dx,
            p.dresidual,
+           keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
            pl.streams(size_of(p.dtype))} {
   for (int64_t ch = 0; ch < plan.channels; ch++) {
     mean.set(ch, static_cast<const A*>(p.mean)[ch]);

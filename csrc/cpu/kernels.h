@@ -80,6 +80,7 @@ struct BackwardArgs {
   A activation_param;
   void* dx;
   void* dresidual;
+  void* dz;     // where not null, the `general` sums write dy' here, in the tensors' dtype
   bool stream;  // likewise of dx and dresidual
 };
 

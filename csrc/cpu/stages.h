@@ -112,7 +112,8 @@ struct Sums { double dy, dy_xmu; };
 // What both halves of the backward read. backward_reduce.cpp
 template <class A>
 struct BackwardOperands {
-  BackwardOperands(const BackwardParams&, const Plan&);
+  // `keeps_dz`: the sums leave dy' for the input gradient, which then need not find it a second time.
+  BackwardOperands(const BackwardParams&, const Plan&, bool keeps_dz = false);
 
   const BackwardParams& params;
   const Plan& plan;
