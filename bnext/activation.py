@@ -37,6 +37,7 @@ _TABLE = {
 #: What `activation` may be, besides None, a class of torch.nn and a function.
 NAMES = tuple(name for name in _TABLE if name != "none")
 
+_BY_NAME = {None: ("none", 0.0)} | {name: (name, _TABLE[name].default) for name in NAMES}
 _BY_CLASS = {row.module: name for name, row in _TABLE.items()}
 _BY_OBJECT = _BY_CLASS | {f: name for name, row in _TABLE.items() for f in row.functions}
 
@@ -54,8 +55,8 @@ def resolve(activation: Activation, param: float | None = None) -> tuple[str, fl
             given to one that has no parameter.
         TypeError: `param` is no number.
     """
-    if activation is None and param is None:
-        return "none", 0.0
+    if param is None and (activation is None or isinstance(activation, str)) and activation in _BY_NAME:
+        return _BY_NAME[activation]  # what a layer asks for at every call
     name, default = _find(activation)
     if param is None:
         return name, default
@@ -75,11 +76,9 @@ def has_parameter(name: str) -> bool:
 
 def _find(activation: Activation) -> tuple[str, float]:
     """Its name in the table, and its parameter where nobody gives another one."""
-    if isinstance(activation, str):
-        if activation in NAMES:
-            return activation, _TABLE[activation].default
-    elif activation is None:
-        return "none", 0.0
+    if activation is None or isinstance(activation, str):
+        if activation in _BY_NAME:
+            return _BY_NAME[activation]
     elif isinstance(activation, nn.Module):
         if type(activation) in _BY_CLASS:
             name = _BY_CLASS[type(activation)]
