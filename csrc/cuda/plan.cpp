@@ -459,7 +459,9 @@ Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const 
 
 Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                    std::string* refusal) {
-  const bool general = is_general(p.activation), masked = general || (p.mask && p.activation != Activation::none);
+  // As derivative_of() has it.
+  const bool general = is_general(p.activation) || p.residual != nullptr;
+  const bool masked = general || (p.mask && p.activation != Activation::none);
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
   return make_plan({p.shape, p.dtype, general, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, allowed, refusal);
