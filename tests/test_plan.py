@@ -1,6 +1,6 @@
 """Which kernels each shape gets on each GPU: a pure function, tested without one.
 
-`python tests/test_plan.py` writes tests/plan_table.txt anew; its diff is then part of the change.
+`python tests/test_plan.py` writes tests/plans/*.txt anew; their diff is then part of the change.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "tests" / "plan_table.txt"
+TABLES = ROOT / "tests" / "plans"
 sys.path.insert(0, str(ROOT))
 
 import bnext.cuda  # noqa: E402
@@ -63,26 +64,37 @@ def describe(plan: dict) -> str:
     return f"R {grid(p)}{turns}/{p['shared_bytes'] + p['resident_bytes']}"
 
 
-def table(program: Path) -> str:
-    layers = dict.fromkeys(layer.features[:2] for name in ("resnet50", "resnet18", "densenet")
-                           for layer in NETWORKS[name])  # fmt: skip
-    rows = list(itertools.product(GPUS, ("planar", "interleaved"), ("bf16", "f32"), layers, ("forward", "backward")))
+LEGEND = """\
+# R resident, C cooperative (and its blocks), T two passes; for each launch tiles x splits @ threads, and after / its
+# shared memory in bytes, if it has any. After *, how often a block takes a tile, if more than once: with + it
+# loads one while the one before is merged.
+"""
+
+
+def table(program: Path, gpu: str) -> str:
+    """The plans of ResNet-50's layers on one GPU: how many there are of each kind, then each."""
+    layers = list(dict.fromkeys(layer.features[:2] for layer in NETWORKS["resnet50"]))
+    blocks = list(itertools.product(("planar", "interleaved"), ("bf16", "f32"), ("forward", "backward")))
     problems = [
         f"{GPUS[gpu]} {layout} {dtype} {n} {c} {size * size} {direction} 0 automatic 0"
-        for gpu, layout, dtype, (c, size), direction in rows
+        for layout, dtype, direction in blocks
+        for c, size in layers
         for n in BATCHES
     ]
-    cells = iter(describe(plan) for plan in plans(program, problems))
-    lines = [
-        "# The plan at batch 32, 64, 128, 256: R resident, C cooperative (and its blocks), T two passes; for each launch",
-        "# tiles x splits @ threads, and after / its shared memory in bytes, if it has any. After *, how often a",
-        "# block takes a tile, if more than once: with + it loads one while the one before is merged.",
-    ]
-    for gpu, layout, dtype, (c, size), direction in rows:
-        lines.append(
-            f"{gpu} {layout} {dtype} {c}x{size}x{size} {direction}: " + ", ".join(next(cells) for _ in BATCHES)
-        )
-    return "\n".join(lines) + "\n"
+    cells = [describe(plan) for plan in plans(program, problems)]
+    of_a_block = len(layers) * len(BATCHES)
+    lines = [f"# ResNet-50 on {gpu}, {len(layers)} shapes at batch {', '.join(map(str, BATCHES))}: R, C and T"]
+    texts = []
+    for i, block in enumerate(blocks):
+        mine = cells[i * of_a_block : (i + 1) * of_a_block]
+        counts = [[cell[0] for cell in mine[k :: len(BATCHES)]] for k in range(len(BATCHES))]
+        summary = ", ".join("/".join(str(kinds.count(kind)) for kind in "RCT") for kinds in counts)
+        lines.append(f"#   {' '.join(block):28} {summary}")
+        texts += ["", " ".join(block)]
+        for j, (c, size) in enumerate(layers):
+            row = mine[j * len(BATCHES) : (j + 1) * len(BATCHES)]
+            texts.append(f"  {c}x{size}x{size}".ljust(15) + " | ".join(f"{cell:28}" for cell in row).rstrip())
+    return "\n".join([*lines, LEGEND.rstrip(), *texts]) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +102,12 @@ def program(tmp_path_factory):
     return compile_table(tmp_path_factory.mktemp("plan"))
 
 
-def test_network_layers_get_the_plans_of_the_table(program):
-    expected, actual = TABLE.read_text().splitlines(), table(program).splitlines()
+@pytest.mark.parametrize("gpu", GPUS)
+def test_network_layers_get_the_plans_of_the_table(program, gpu):
+    expected, actual = (TABLES / f"{gpu}.txt").read_text().splitlines(), table(program, gpu).splitlines()
     changed = [f"{a}\n  was: {e}" for e, a in zip(expected, actual, strict=False) if e != a]
     assert len(expected) == len(actual)
-    assert not changed, f"{len(changed)} plans changed, among them:\n" + "\n".join(changed[:5])
+    assert not changed, f"{len(changed)} lines changed, among them:\n" + "\n".join(changed[:5])
 
 
 def unit_size(dtype: str, masked: int) -> int:
@@ -425,7 +438,8 @@ def test_a_problem_too_large_for_the_kernels_says_so(program):
 
 
 if __name__ == "__main__":
-    import tempfile
-
+    TABLES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        TABLE.write_text(table(compile_table(Path(folder))))
+        compiled = compile_table(Path(folder))
+        for gpu in GPUS:
+            (TABLES / f"{gpu}.txt").write_text(table(compiled, gpu))
