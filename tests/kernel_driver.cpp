@@ -658,7 +658,7 @@ std::string Run::forward() {
   const bool eval = c_.op == "eval", normalizes = c_.op != "stats";
   std::vector<Buffer*> inputs, outputs, updated;
 
-  ForwardParams p = {};
+  BatchNormForwardParams p = {};
   p.shape = c_.shape();
   p.dtype = c_.dtype;
   p.weight_dtype = c_.param;
@@ -728,9 +728,9 @@ std::string Run::forward() {
     p.invstd = invstd_.get();
     p.y = y_.get();
     p.mask = mask_.as<uint8_t>();
-    if (c_.op == "stats") return cuda::launch_stats(p, plan, scratch, nullptr);
-    if (c_.op == "forward") return cuda::launch_forward(p, plan, scratch, nullptr);
-    return cuda::launch_normalize(p, plan, nullptr);
+    if (c_.op == "stats") return cuda::launch_batch_norm_stats(p, plan, scratch, nullptr);
+    if (c_.op == "forward") return cuda::launch_batch_norm_forward(p, plan, scratch, nullptr);
+    return cuda::launch_batch_norm_normalize(p, plan, nullptr);
   });
 
   // Without a single element there are no statistics to compare.
@@ -890,7 +890,7 @@ std::string Run::backward() {
   list(outputs, {&dweight_, &dbias_, &dx_, &dresidual_});
   list(inputs, {&dy_, &x_, &mask_, &residual_, &weight_, &bias_, &mean_, &invstd_});
 
-  BackwardParams p = {};
+  BatchNormBackwardParams p = {};
   p.shape = c_.shape();
   p.dtype = c_.dtype;
   p.weight_dtype = c_.param;
@@ -919,9 +919,9 @@ std::string Run::backward() {
     p.dbias = dbias_.get();
     p.dx = dx_.get();
     p.dresidual = dresidual_.get();
-    if (c_.op == "backward_reduce") return cuda::launch_backward_reduce(p, plan, scratch, nullptr);
-    if (c_.op == "backward_input") return cuda::launch_backward_input(p, plan, nullptr);
-    return cuda::launch_backward(p, plan, scratch, nullptr);
+    if (c_.op == "backward_reduce") return cuda::launch_batch_norm_backward_reduce(p, plan, scratch, nullptr);
+    if (c_.op == "backward_input") return cuda::launch_batch_norm_backward_input(p, plan, nullptr);
+    return cuda::launch_batch_norm_backward(p, plan, scratch, nullptr);
   });
   if (sums) check_sums(derivative, z_size);
   check_dx(derivative, z_size);

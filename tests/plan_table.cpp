@@ -57,7 +57,7 @@ int main(int argc, char** argv) {
     Plan plan;
     uint8_t present = 0;  // plans look at whether a pointer is null only
     if (direction == "forward") {
-      ForwardParams p = {};
+      BatchNormForwardParams p = {};
       p.shape = shape;
       p.dtype = type;
       p.activation = masked ? Activation::relu : Activation::none;
@@ -65,7 +65,7 @@ int main(int argc, char** argv) {
       p.mask = masked ? &present : nullptr;
       plan = plan_forward(p, device, options, &refusal);
     } else {
-      BackwardParams p = {};
+      BatchNormBackwardParams p = {};
       p.shape = shape;
       p.dtype = type;
       p.activation = masked ? Activation::relu : Activation::none;

@@ -2,8 +2,8 @@
 //
 //   executes     false: shapes only (Meta); nothing is filled in, nothing runs
 //   Int          its type for a number that may be symbolic
-//   stats, normalize, forward (const ForwardParams&, const Tensor& x)
-//   backward_reduce, backward_input, backward (const BackwardParams&, const Tensor& x)
+//   stats, normalize, forward (const BatchNormForwardParams&, const Tensor& x)
+//   backward_reduce, backward_input, backward (const BatchNormBackwardParams&, const Tensor& x)
 //
 // Tracing and execution share this code, so that they cannot disagree on a size or a stride.
 // Outputs that are not asked for are empty: an operator of torch returns tensors.
@@ -95,7 +95,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      ForwardParams p = forward_params(xd, format, {}, {});
+      BatchNormForwardParams p = forward_params(xd, format, {}, {});
       p.mean = data(mean);
       p.var = data(var);
       if (p.shape.numel() == 0) {
@@ -130,7 +130,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      ForwardParams p = apply.params(act, param, y, mask);
+      BatchNormForwardParams p = apply.params(act, param, y, mask);
       p.mean = mean_d.data_ptr();
       p.invstd = invstd_d.data_ptr();
       if (p.shape.numel() != 0) Backend::normalize(p, apply.x);
@@ -170,7 +170,7 @@ struct BatchNormOps {
     // Fill in and launch.
     if constexpr (executes) {
       const Buffer running_mean_d(running_mean), running_var_d(running_var), counter_d(num_batches_tracked);
-      ForwardParams p = apply.params(act, param, y, mask);
+      BatchNormForwardParams p = apply.params(act, param, y, mask);
       p.mean = data(mean);
       p.invstd = data(invstd);
       p.running_dtype = to_dtype("running_mean", given(running_mean) ? running_mean->scalar_type() : acc_type_of(x));
@@ -219,7 +219,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      ForwardParams p = apply.params(act, param, y, mask);
+      BatchNormForwardParams p = apply.params(act, param, y, mask);
       p.mean = data(mean);
       p.invstd = data(invstd);
       p.running_dtype = to_dtype("running_mean", running_mean.scalar_type());
@@ -253,7 +253,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      BackwardParams p = gradient.params(act, param);
+      BatchNormBackwardParams p = gradient.params(act, param);
       p.sum_dy = data(sum_dy);
       p.sum_dy_xmu = data(sum_dy_xmu);
       p.dweight = data(dweight);
@@ -293,7 +293,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      BackwardParams p = gradient.params(act, param);
+      BatchNormBackwardParams p = gradient.params(act, param);
       p.training = true;
       p.count = count;
       p.sum_dy = sum_dy_d.data_ptr();
@@ -335,7 +335,7 @@ struct BatchNormOps {
 
     // Fill in and launch.
     if constexpr (executes) {
-      BackwardParams p = gradient.params(act, param);
+      BatchNormBackwardParams p = gradient.params(act, param);
       if (!given(x)) p.x = nullptr;
       p.training = training;
       p.dweight = data(dweight);
@@ -357,9 +357,9 @@ struct BatchNormOps {
   }
 
  private:
-  static ForwardParams forward_params(const Tensor& x, at::MemoryFormat format, const OptionalTensor& weight,
-                                      const OptionalTensor& bias) {
-    ForwardParams p = {};
+  static BatchNormForwardParams forward_params(const Tensor& x, at::MemoryFormat format, const OptionalTensor& weight,
+                                               const OptionalTensor& bias) {
+    BatchNormForwardParams p = {};
     p.shape = shape_of(x, format);
     p.dtype = to_dtype("input", x.scalar_type());
     p.weight_dtype = to_dtype("weight", parameter_type(x, weight, bias));
@@ -381,8 +381,8 @@ struct BatchNormOps {
           bias(contiguous(bias)),
           residual(given(residual) ? OptionalTensor(dense(*residual, format, executes)) : OptionalTensor()) {}
 
-    ForwardParams params(Activation activation, double param, const Tensor& y, const Tensor& mask) const {
-      ForwardParams p = forward_params(x, format, weight, bias);
+    BatchNormForwardParams params(Activation activation, double param, const Tensor& y, const Tensor& mask) const {
+      BatchNormForwardParams p = forward_params(x, format, weight, bias);
       p.activation = activation;
       p.activation_param = param;
       p.residual = const_data(residual);
@@ -423,8 +423,8 @@ struct BatchNormOps {
           mask(contiguous(mask)),
           residual(given(residual) ? OptionalTensor(dense(*residual, format, executes)) : OptionalTensor()) {}
 
-    BackwardParams params(Activation activation, double param) const {
-      BackwardParams p = {};
+    BatchNormBackwardParams params(Activation activation, double param) const {
+      BatchNormBackwardParams p = {};
       p.shape = shape_of(x, format);
       p.dtype = to_dtype("input", x.scalar_type());
       p.weight_dtype = to_dtype("weight", parameter_type(x, weight, bias));

@@ -20,12 +20,14 @@ struct Cpu {
   static constexpr bool executes = true;
   using Int = int64_t;
 
-  static void stats(const ForwardParams& p, const Tensor&) { cpu::stats(p, parallel_for); }
-  static void normalize(const ForwardParams& p, const Tensor&) { cpu::normalize(p, parallel_for); }
-  static void forward(const ForwardParams& p, const Tensor&) { cpu::forward(p, parallel_for); }
-  static void backward_reduce(const BackwardParams& p, const Tensor&) { cpu::backward_reduce(p, parallel_for); }
-  static void backward_input(const BackwardParams& p, const Tensor&) { cpu::backward_input(p, parallel_for); }
-  static void backward(const BackwardParams& p, const Tensor&) { cpu::backward(p, parallel_for); }
+  static void stats(const BatchNormForwardParams& p, const Tensor&) { cpu::stats(p, parallel_for); }
+  static void normalize(const BatchNormForwardParams& p, const Tensor&) { cpu::normalize(p, parallel_for); }
+  static void forward(const BatchNormForwardParams& p, const Tensor&) { cpu::forward(p, parallel_for); }
+  static void backward_reduce(const BatchNormBackwardParams& p, const Tensor&) {
+    cpu::backward_reduce(p, parallel_for);
+  }
+  static void backward_input(const BatchNormBackwardParams& p, const Tensor&) { cpu::backward_input(p, parallel_for); }
+  static void backward(const BatchNormBackwardParams& p, const Tensor&) { cpu::backward(p, parallel_for); }
 };
 
 }  // namespace

@@ -70,12 +70,12 @@ static_assert(std::atomic<cuda::PlanChoice>::is_always_lock_free);
 
 // ---- Running a plan
 
-cuda::Plan make_plan(const ForwardParams& p, const cuda::DeviceProperties& device, const cuda::PlanOptions& options,
-                     std::string* refusal) {
+cuda::Plan make_plan(const BatchNormForwardParams& p, const cuda::DeviceProperties& device,
+                     const cuda::PlanOptions& options, std::string* refusal) {
   return cuda::plan_forward(p, device, options, refusal);
 }
-cuda::Plan make_plan(const BackwardParams& p, const cuda::DeviceProperties& device, const cuda::PlanOptions& options,
-                     std::string* refusal) {
+cuda::Plan make_plan(const BatchNormBackwardParams& p, const cuda::DeviceProperties& device,
+                     const cuda::PlanOptions& options, std::string* refusal) {
   return cuda::plan_backward(p, device, options, refusal);
 }
 
@@ -135,21 +135,23 @@ struct Cuda {
   static constexpr bool executes = true;
   using Int = int64_t;
 
-  static void stats(const ForwardParams& p, const Tensor& x) { run("stats", Of::reduction, p, x, cuda::launch_stats); }
-  static void normalize(const ForwardParams& p, const Tensor& x) {
-    run("normalize", Of::elementwise, p, x, without_scratch(cuda::launch_normalize));
+  static void stats(const BatchNormForwardParams& p, const Tensor& x) {
+    run("stats", Of::reduction, p, x, cuda::launch_batch_norm_stats);
   }
-  static void forward(const ForwardParams& p, const Tensor& x) {
-    run("forward", Of::whole, p, x, cuda::launch_forward);
+  static void normalize(const BatchNormForwardParams& p, const Tensor& x) {
+    run("normalize", Of::elementwise, p, x, without_scratch(cuda::launch_batch_norm_normalize));
   }
-  static void backward_reduce(const BackwardParams& p, const Tensor& x) {
-    run("backward_reduce", Of::reduction, p, x, cuda::launch_backward_reduce);
+  static void forward(const BatchNormForwardParams& p, const Tensor& x) {
+    run("forward", Of::whole, p, x, cuda::launch_batch_norm_forward);
   }
-  static void backward_input(const BackwardParams& p, const Tensor& x) {
-    run("backward_input", Of::elementwise, p, x, without_scratch(cuda::launch_backward_input));
+  static void backward_reduce(const BatchNormBackwardParams& p, const Tensor& x) {
+    run("backward_reduce", Of::reduction, p, x, cuda::launch_batch_norm_backward_reduce);
   }
-  static void backward(const BackwardParams& p, const Tensor& x) {
-    run("backward", p.elementwise() && p.reduces() ? Of::whole : Of::reduction, p, x, cuda::launch_backward);
+  static void backward_input(const BatchNormBackwardParams& p, const Tensor& x) {
+    run("backward_input", Of::elementwise, p, x, without_scratch(cuda::launch_batch_norm_backward_input));
+  }
+  static void backward(const BatchNormBackwardParams& p, const Tensor& x) {
+    run("backward", p.elementwise() && p.reduces() ? Of::whole : Of::reduction, p, x, cuda::launch_batch_norm_backward);
   }
 };
 
@@ -193,7 +195,7 @@ std::string describe_plan(const Tensor& x, bool backward, const std::string& act
     p.activation = act;
   };
   if (backward) {
-    BackwardParams p = {};
+    BatchNormBackwardParams p = {};
     fill_in(p);
     p.training = true;
     p.mask = residual && kept_of(act) == Kept::bit ? &present : nullptr;
@@ -201,7 +203,7 @@ std::string describe_plan(const Tensor& x, bool backward, const std::string& act
     p.dx = p.dweight = &present;
     return cuda::describe(plan_of(p, properties, options));
   }
-  ForwardParams p = {};
+  BatchNormForwardParams p = {};
   fill_in(p);
   p.residual = residual ? &present : nullptr;
   return cuda::describe(plan_of(p, properties, options));

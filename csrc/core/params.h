@@ -19,7 +19,7 @@ struct Shape {
   BNEXT_HD constexpr int64_t per_channel() const { return n * s; }
 };
 
-struct ForwardParams {
+struct BatchNormForwardParams {
   Shape shape;
   DType dtype;          // of x, residual, y
   DType weight_dtype;   // of weight and bias
@@ -51,7 +51,7 @@ struct ForwardParams {
                   // memory order, is 1; unused bits are 0. Only for activations that keep a bit. Written where not null
 };
 
-struct BackwardParams {
+struct BatchNormBackwardParams {
   Shape shape;
   DType dtype;         // of dy, x, dx, dresidual
   DType weight_dtype;  // of weight, bias, dweight, dbias

@@ -6,7 +6,7 @@ namespace bnext::cpu {
 namespace {
 
 template <class A>
-void reduce_and_differentiate(const BackwardParams& p, const ParallelFor& parallel) {
+void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   const Plan plan = make_plan(p.shape);
   // A smooth activation's derivative takes more instructions than a store and a load of dy', where those round nothing.
   const bool keeps_dz = kept_of(p.activation) == Kept::residual && size_of(p.dtype) == acc_size_of(p.dtype);
@@ -31,7 +31,7 @@ void reduce_and_differentiate(const BackwardParams& p, const ParallelFor& parall
 
 }  // namespace
 
-void backward(const BackwardParams& p, const ParallelFor& parallel) {
+void backward(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   if (p.reduces() && p.elementwise()) {
     with_acc_type(p.dtype, [&](auto acc) { reduce_and_differentiate<decltype(acc)>(p, parallel); });
   } else if (p.reduces()) {

@@ -48,7 +48,7 @@ void InputGradient<A>::run_all(const ParallelFor& parallel) const {
 template class InputGradient<float>;
 template class InputGradient<double>;
 
-void backward_input(const BackwardParams& p, const ParallelFor& parallel) {
+void backward_input(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

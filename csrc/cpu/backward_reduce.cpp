@@ -8,7 +8,7 @@
 namespace bnext::cpu {
 namespace {
 
-Gate gate_of(const BackwardParams& p) {
+Gate gate_of(const BatchNormBackwardParams& p) {
   // Of the activations that keep a bit, these have a derivative of 0 where it is not set.
   const bool zero = p.activation == Activation::relu || p.activation == Activation::relu6;
   switch (act_grad_of(p.activation, p.mask != nullptr)) {
@@ -82,7 +82,7 @@ std::vector<Sums> sums_of_columns(const BackwardOperands<A>& b, const ParallelFo
 }  // namespace
 
 template <class A>
-BackwardOperands<A>::BackwardOperands(const BackwardParams& p, const Plan& pl, bool keeps_dz)
+BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Plan& pl, bool keeps_dz)
     : params(p),
       plan(pl),
       kernels(cpu::kernels<A>(p.dtype)),
@@ -131,7 +131,7 @@ std::vector<Sums> sums_of_all(const BackwardOperands<A>& b, const ParallelFor& p
 }
 
 template <class A>
-void store_sums(const BackwardParams& p, int64_t channel, const Sums& sums) {
+void store_sums(const BatchNormBackwardParams& p, int64_t channel, const Sums& sums) {
   const A dy = static_cast<A>(sums.dy), dy_xmu = static_cast<A>(sums.dy_xmu);
   static_cast<A*>(p.sum_dy)[channel] = dy;
   static_cast<A*>(p.sum_dy_xmu)[channel] = dy_xmu;
@@ -145,10 +145,10 @@ template Sums sums_of_strip(const BackwardOperands<float>&, int64_t);
 template Sums sums_of_strip(const BackwardOperands<double>&, int64_t);
 template std::vector<Sums> sums_of_all(const BackwardOperands<float>&, const ParallelFor&);
 template std::vector<Sums> sums_of_all(const BackwardOperands<double>&, const ParallelFor&);
-template void store_sums<float>(const BackwardParams&, int64_t, const Sums&);
-template void store_sums<double>(const BackwardParams&, int64_t, const Sums&);
+template void store_sums<float>(const BatchNormBackwardParams&, int64_t, const Sums&);
+template void store_sums<double>(const BatchNormBackwardParams&, int64_t, const Sums&);
 
-void backward_reduce(const BackwardParams& p, const ParallelFor& parallel) {
+void backward_reduce(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

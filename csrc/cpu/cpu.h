@@ -15,12 +15,12 @@ namespace bnext::cpu {
 // and returns when all are done.
 using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
-void stats(const ForwardParams&, const ParallelFor&);
-void normalize(const ForwardParams&, const ParallelFor&);
-void forward(const ForwardParams&, const ParallelFor&);
+void stats(const BatchNormForwardParams&, const ParallelFor&);
+void normalize(const BatchNormForwardParams&, const ParallelFor&);
+void forward(const BatchNormForwardParams&, const ParallelFor&);
 
-void backward_reduce(const BackwardParams&, const ParallelFor&);
-void backward_input(const BackwardParams&, const ParallelFor&);
-void backward(const BackwardParams&, const ParallelFor&);
+void backward_reduce(const BatchNormBackwardParams&, const ParallelFor&);
+void backward_input(const BatchNormBackwardParams&, const ParallelFor&);
+void backward(const BatchNormBackwardParams&, const ParallelFor&);
 
 }  // namespace bnext::cpu

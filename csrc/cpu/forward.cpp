@@ -7,7 +7,7 @@ namespace bnext::cpu {
 namespace {
 
 template <class A>
-void update_running(const ForwardParams& p, const RunningUpdate<A>& update, int64_t ch, A mean, A var) {
+void update_running(const BatchNormForwardParams& p, const RunningUpdate<A>& update, int64_t ch, A mean, A var) {
   const A old_mean = load_scalar<A>(p.running_mean, p.running_dtype, ch, A(0));
   const A old_var = load_scalar<A>(p.running_var, p.running_dtype, ch, A(0));
   store_scalar(p.running_mean, p.running_dtype, ch, update.mean(old_mean, mean));
@@ -16,7 +16,7 @@ void update_running(const ForwardParams& p, const RunningUpdate<A>& update, int6
 
 }  // namespace
 
-void forward(const ForwardParams& p, const ParallelFor& parallel) {
+void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

@@ -8,7 +8,7 @@
 namespace bnext::cpu {
 namespace {
 
-Addend addend_of(const ForwardParams& p) {
+Addend addend_of(const BatchNormForwardParams& p) {
   if (p.activation != Activation::none && p.activation != Activation::relu) return Addend::general;
   if (p.residual == nullptr) return Addend::none;
   return p.mask == nullptr ? Addend::residual : Addend::residual_with_mask;
@@ -17,7 +17,7 @@ Addend addend_of(const ForwardParams& p) {
 }  // namespace
 
 template <class A>
-Normalizer<A>::Normalizer(const ForwardParams& p, const Plan& plan)
+Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
     : params_(p), plan_(plan), mean_(plan), scale_(plan), bias_(plan) {
   args_ = {};
   args_.x = p.x;
@@ -55,7 +55,7 @@ void Normalizer<A>::run_all(const ParallelFor& parallel) const {
 template class Normalizer<float>;
 template class Normalizer<double>;
 
-void normalize(const ForwardParams& p, const ParallelFor& parallel) {
+void normalize(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

@@ -84,14 +84,15 @@ class PerChannel {
 };
 
 // stats.cpp
-template <class A> Welford<double> stats_of_strip(const ForwardParams&, const Plan&, int64_t channel);
-template <class A> std::vector<Welford<double>> stats_of_all(const ForwardParams&, const Plan&, const ParallelFor&);
+template <class A> Welford<double> stats_of_strip(const BatchNormForwardParams&, const Plan&, int64_t channel);
+template <class A> std::vector<Welford<double>> stats_of_all(const BatchNormForwardParams&, const Plan&,
+                                                             const ParallelFor&);
 
 // normalize.cpp
 template <class A>
 class Normalizer {
  public:
-  Normalizer(const ForwardParams&, const Plan&);
+  Normalizer(const BatchNormForwardParams&, const Plan&);
   void set(int64_t channel, A mean, A invstd);
   void run(const SubMatrix& block) const {
     for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
@@ -99,7 +100,7 @@ class Normalizer {
   void run_all(const ParallelFor&) const;
 
  private:
-  const ForwardParams& params_;
+  const BatchNormForwardParams& params_;
   const Plan& plan_;
   PerChannel<A> mean_, scale_, bias_;
   NormalizeArgs<A> args_;
@@ -113,9 +114,9 @@ struct Sums { double dy, dy_xmu; };
 template <class A>
 struct BackwardOperands {
   // `keeps_dz`: the sums leave dy' for the input gradient, which then need not find it a second time.
-  BackwardOperands(const BackwardParams&, const Plan&, bool keeps_dz = false);
+  BackwardOperands(const BatchNormBackwardParams&, const Plan&, bool keeps_dz = false);
 
-  const BackwardParams& params;
+  const BatchNormBackwardParams& params;
   const Plan& plan;
   const Kernels<A>& kernels;
   const Gate gate;
@@ -125,7 +126,7 @@ struct BackwardOperands {
 template <class A> Sums sums_of_strip(const BackwardOperands<A>&, int64_t channel);
 template <class A> std::vector<Sums> sums_of_all(const BackwardOperands<A>&, const ParallelFor&);
 // Rounds a channel's sums to A and stores them, and the parameters' gradients where they are wanted.
-template <class A> void store_sums(const BackwardParams&, int64_t channel, const Sums&);
+template <class A> void store_sums(const BatchNormBackwardParams&, int64_t channel, const Sums&);
 
 // backward_input.cpp
 template <class A>
@@ -140,7 +141,7 @@ class InputGradient {
   void run_all(const ParallelFor&) const;
 
  private:
-  const BackwardParams& params_;
+  const BatchNormBackwardParams& params_;
   const Plan& plan_;
   PerChannel<A> mean_dy_, slope_;
   BackwardArgs<A> args_;

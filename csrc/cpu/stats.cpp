@@ -33,7 +33,7 @@ class Merger {
 };
 
 template <class A>
-Welford<double> stats_of_piece(const ForwardParams& p, const Plan& plan, int64_t channel, int64_t piece) {
+Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan, int64_t channel, int64_t piece) {
   const Kernels<A>& k = kernels<A>(p.dtype);
   const int64_t strip = plan.outer * plan.inner, begin = piece * plan.piece;
   Merger merger;
@@ -43,7 +43,8 @@ Welford<double> stats_of_piece(const ForwardParams& p, const Plan& plan, int64_t
 }
 
 template <class A>
-std::vector<Welford<double>> stats_of_strips(const ForwardParams& p, const Plan& plan, const ParallelFor& parallel) {
+std::vector<Welford<double>> stats_of_strips(const BatchNormForwardParams& p, const Plan& plan,
+                                             const ParallelFor& parallel) {
   std::vector<Welford<double>> result(plan.channels);
   if (plan.pieces == 1) {
     for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
@@ -60,7 +61,8 @@ std::vector<Welford<double>> stats_of_strips(const ForwardParams& p, const Plan&
 }
 
 template <class A>
-std::vector<Welford<double>> stats_of_columns(const ForwardParams& p, const Plan& plan, const ParallelFor& parallel) {
+std::vector<Welford<double>> stats_of_columns(const BatchNormForwardParams& p, const Plan& plan,
+                                              const ParallelFor& parallel) {
   const Kernels<A>& k = kernels<A>(p.dtype);
   const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
   std::vector<A> shift(splits * plan.pitch);
@@ -102,24 +104,27 @@ std::vector<Welford<double>> stats_of_columns(const ForwardParams& p, const Plan
 }  // namespace
 
 template <class A>
-Welford<double> stats_of_strip(const ForwardParams& p, const Plan& plan, int64_t channel) {
+Welford<double> stats_of_strip(const BatchNormForwardParams& p, const Plan& plan, int64_t channel) {
   Welford<double> total = {};
   for (int64_t i = 0; i < plan.pieces; i++) total.merge(stats_of_piece<A>(p, plan, channel, i));
   return total;
 }
 
 template <class A>
-std::vector<Welford<double>> stats_of_all(const ForwardParams& p, const Plan& plan, const ParallelFor& parallel) {
+std::vector<Welford<double>> stats_of_all(const BatchNormForwardParams& p, const Plan& plan,
+                                          const ParallelFor& parallel) {
   if (plan.numel() == 0) return std::vector<Welford<double>>(plan.channels);
   return plan.by_column ? stats_of_columns<A>(p, plan, parallel) : stats_of_strips<A>(p, plan, parallel);
 }
 
-template Welford<double> stats_of_strip<float>(const ForwardParams&, const Plan&, int64_t);
-template Welford<double> stats_of_strip<double>(const ForwardParams&, const Plan&, int64_t);
-template std::vector<Welford<double>> stats_of_all<float>(const ForwardParams&, const Plan&, const ParallelFor&);
-template std::vector<Welford<double>> stats_of_all<double>(const ForwardParams&, const Plan&, const ParallelFor&);
+template Welford<double> stats_of_strip<float>(const BatchNormForwardParams&, const Plan&, int64_t);
+template Welford<double> stats_of_strip<double>(const BatchNormForwardParams&, const Plan&, int64_t);
+template std::vector<Welford<double>> stats_of_all<float>(const BatchNormForwardParams&, const Plan&,
+                                                          const ParallelFor&);
+template std::vector<Welford<double>> stats_of_all<double>(const BatchNormForwardParams&, const Plan&,
+                                                           const ParallelFor&);
 
-void stats(const ForwardParams& p, const ParallelFor& parallel) {
+void stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const std::vector<Welford<double>> all = stats_of_all<A>(p, make_plan(p.shape), parallel);

@@ -27,11 +27,11 @@ Partition alone(Partition partition) {
   return partition;
 }
 
-cudaError_t launch_input_gradient(const BackwardParams& p, const Partition& partition, cudaStream_t stream) {
+cudaError_t launch_input_gradient(const BatchNormBackwardParams& p, const Partition& partition, cudaStream_t stream) {
   if (p.training || p.activation != Activation::none) return launch_apply(p, partition, stream);
   if (!p.dx) return cudaSuccess;
   // dy * weight * invstd is a normalization of dy without mean and bias; it does not read x.
-  ForwardParams scaling = {};
+  BatchNormForwardParams scaling = {};
   scaling.shape = p.shape;
   scaling.dtype = p.dtype;
   scaling.weight_dtype = p.weight_dtype;
@@ -44,40 +44,43 @@ cudaError_t launch_input_gradient(const BackwardParams& p, const Partition& part
 
 }  // namespace
 
-cudaError_t launch_stats(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t launch_batch_norm_stats(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
+                                    cudaStream_t stream) {
   return launch_reduce(p, plan.reduce, scratch, stream);
 }
 
-cudaError_t launch_normalize(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
-  ForwardParams stage = p;
+cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams& p, const Plan& plan, cudaStream_t stream) {
+  BatchNormForwardParams stage = p;
   stage.num_batches_tracked = nullptr;
   return launch_apply(stage, alone(plan.apply), stream);
 }
 
-cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t launch_batch_norm_forward(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
+                                      cudaStream_t stream) {
   if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
   if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
   const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
   if (error != cudaSuccess) return error;
-  ForwardParams second = p;  // the running statistics are done; only the counter is left
+  BatchNormForwardParams second = p;  // the running statistics are done; only the counter is left
   second.running_mean = second.running_var = nullptr;
   return launch_apply(second, plan.apply, stream);
 }
 
-cudaError_t launch_backward_reduce(const BackwardParams& p, const Plan& plan, const Scratch& scratch,
-                                   cudaStream_t stream) {
+cudaError_t launch_batch_norm_backward_reduce(const BatchNormBackwardParams& p, const Plan& plan,
+                                              const Scratch& scratch, cudaStream_t stream) {
   return launch_reduce(p, plan.reduce, scratch, stream);
 }
 
-cudaError_t launch_backward_input(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_batch_norm_backward_input(const BatchNormBackwardParams& p, const Plan& plan, cudaStream_t stream) {
   return launch_input_gradient(p, alone(plan.apply), stream);
 }
 
-cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t launch_batch_norm_backward(const BatchNormBackwardParams& p, const Plan& plan, const Scratch& scratch,
+                                       cudaStream_t stream) {
   if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
   if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
-  if (!p.reduces()) return p.elementwise() ? launch_backward_input(p, plan, stream) : cudaSuccess;
-  if (!p.elementwise()) return launch_backward_reduce(p, plan, scratch, stream);
+  if (!p.reduces()) return p.elementwise() ? launch_batch_norm_backward_input(p, plan, stream) : cudaSuccess;
+  if (!p.elementwise()) return launch_batch_norm_backward_reduce(p, plan, scratch, stream);
   const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
   if (error != cudaSuccess) return error;
   return launch_input_gradient(p, plan.apply, stream);

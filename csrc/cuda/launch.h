@@ -22,17 +22,18 @@ cudaError_t query_device(int device, DeviceProperties* properties);
 cudaError_t allow_kernel_resources(const void* kernel, int threads, size_t dynamic_shared, unsigned cluster);
 
 // x -> mean, var.
-cudaError_t launch_stats(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
+cudaError_t launch_batch_norm_stats(const BatchNormForwardParams&, const Plan&, const Scratch&, cudaStream_t);
 // x, residual? and mean, invstd -> y, mask?; or, in eval mode, the running statistics -> y, mean?, invstd?.
-cudaError_t launch_normalize(const ForwardParams&, const Plan&, cudaStream_t);
+cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams&, const Plan&, cudaStream_t);
 // Training forward: x -> y, mean, invstd, mask?; updates the running statistics and the counter.
-cudaError_t launch_forward(const ForwardParams&, const Plan&, const Scratch&, cudaStream_t);
+cudaError_t launch_batch_norm_forward(const BatchNormForwardParams&, const Plan&, const Scratch&, cudaStream_t);
 
 // dy, x -> sum_dy, sum_dy_xmu, dweight?, dbias?.
-cudaError_t launch_backward_reduce(const BackwardParams&, const Plan&, const Scratch&, cudaStream_t);
+cudaError_t launch_batch_norm_backward_reduce(const BatchNormBackwardParams&, const Plan&, const Scratch&,
+                                              cudaStream_t);
 // dy, x, sums -> dx, dresidual?.
-cudaError_t launch_backward_input(const BackwardParams&, const Plan&, cudaStream_t);
+cudaError_t launch_batch_norm_backward_input(const BatchNormBackwardParams&, const Plan&, cudaStream_t);
 // Both: dy, x -> dx, dresidual?, dweight?, dbias?, sums.
-cudaError_t launch_backward(const BackwardParams&, const Plan&, const Scratch&, cudaStream_t);
+cudaError_t launch_batch_norm_backward(const BatchNormBackwardParams&, const Plan&, const Scratch&, cudaStream_t);
 
 }  // namespace bnext::cuda

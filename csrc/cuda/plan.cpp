@@ -445,7 +445,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
 
 }  // namespace
 
-Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const PlanOptions& options,
+Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                   std::string* refusal) {
   // The kernels of relu behind a residual, and of all other activations, write a byte of mask for every 8 elements, if
   // it is wanted.
@@ -457,7 +457,7 @@ Plan plan_forward(const ForwardParams& p, const DeviceProperties& device, const 
   return plan;
 }
 
-Plan plan_backward(const BackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
+Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                    std::string* refusal) {
   // As derivative_of() has it.
   const bool general = is_general(p.activation) || p.residual != nullptr;

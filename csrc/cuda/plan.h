@@ -127,9 +127,9 @@ struct PlanOptions {
 // averages cumulatively and counts, and which gradients are wanted: of those that one pass makes, the plan is two_pass.
 // It also is where the shape or the device does not allow what `options` ask for; *refusal then says why, and what
 // they would allow.
-Plan plan_forward(const ForwardParams&, const DeviceProperties&, const PlanOptions& = {},
+Plan plan_forward(const BatchNormForwardParams&, const DeviceProperties&, const PlanOptions& = {},
                   std::string* refusal = nullptr);
-Plan plan_backward(const BackwardParams&, const DeviceProperties&, const PlanOptions& = {},
+Plan plan_backward(const BatchNormBackwardParams&, const DeviceProperties&, const PlanOptions& = {},
                    std::string* refusal = nullptr);
 
 // One line for people: launches, grids, shared memory, scratch.

@@ -22,7 +22,7 @@ enum class Derivative {
 
 constexpr bool masks(Derivative d) { return d >= Derivative::relu_mask; }
 
-inline Derivative derivative_of(const BackwardParams& p) {
+inline Derivative derivative_of(const BatchNormBackwardParams& p) {
   const ActGrad from = act_grad_of(p.activation, p.mask != nullptr);
   if (from == ActGrad::none) return Derivative::none;
   if (p.activation != Activation::relu || p.residual) return Derivative::general;
@@ -46,7 +46,7 @@ struct alignas(2 * sizeof(A)) Sums {
 
 template <class Element, Derivative DERIVATIVE, int VEC = kVec<Element, masks(DERIVATIVE)>>
 struct BatchNormBackward {
-  using Params = BackwardParams;
+  using Params = BatchNormBackwardParams;
   using T = Element;
   using A = acc_t<T>;
   static constexpr int N = VEC;
@@ -54,7 +54,9 @@ struct BatchNormBackward {
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
   static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
   static constexpr int kInputs = 2;
-  __device__ __forceinline__ static const void* input(const BackwardParams& p, int i) { return i == 0 ? p.dy : p.x; }
+  __device__ __forceinline__ static const void* input(const BatchNormBackwardParams& p, int i) {
+    return i == 0 ? p.dy : p.x;
+  }
 
   // ---- reduction
 
@@ -72,11 +74,11 @@ struct BatchNormBackward {
     Affine<A> affine;
     Sums<A> sums[kSums] = {};
 
-    __device__ __forceinline__ PlanarReducer(const BackwardParams& p, int64_t channel)
+    __device__ __forceinline__ PlanarReducer(const BatchNormBackwardParams& p, int64_t channel)
         : affine(load_affine(p, channel)) {}
 
     template <int COUNT, bool WHOLE>
-    __device__ __forceinline__ void add(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+    __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
                                         const Vec<T, N> (&vecs)[2][COUNT]) {
       for_each_gradient(
           p, chunk, vecs, [&](int) { return affine; },
@@ -103,7 +105,7 @@ struct BatchNormBackward {
     Affine<A> affine[N] = {};
     State sums[N];
 
-    __device__ __forceinline__ ColumnReducer(const BackwardParams& p, const Partition& partition, int64_t col,
+    __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Partition& partition, int64_t col,
                                              bool active) {
       A invstd[N];
       if (active) load_affine(affine, invstd, p, Channels<N>(partition, p.shape, col));
@@ -112,7 +114,7 @@ struct BatchNormBackward {
     }
 
     template <int COUNT>
-    __device__ __forceinline__ void add(const BackwardParams& p, const Chunk<COUNT, true>& chunk,
+    __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, true>& chunk,
                                         const Vec<T, N> (&vecs)[2][COUNT]) {
       for_each_gradient(
           p, chunk, vecs, [&](int e) { return affine[e]; },
@@ -129,7 +131,7 @@ struct BatchNormBackward {
   };
 
   // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
-  __device__ __forceinline__ static void add_tail(const BackwardParams& p, int64_t channel, State& whole) {
+  __device__ __forceinline__ static void add_tail(const BatchNormBackwardParams& p, int64_t channel, State& whole) {
     const int64_t numel = p.shape.numel();
     const Affine<A> affine = load_affine(p, channel);
     const A param = static_cast<A>(p.activation_param);
@@ -149,20 +151,22 @@ struct BatchNormBackward {
   }
 
   // Writes a channel's sums, and the gradients of its parameters.
-  __device__ __forceinline__ static void finish(const BackwardParams& p, int64_t channel, const State& whole) {
+  __device__ __forceinline__ static void finish(const BatchNormBackwardParams& p, int64_t channel, const State& whole) {
     static_cast<A*>(p.sum_dy)[channel] = whole.dy;
     static_cast<A*>(p.sum_dy_xmu)[channel] = whole.dy_xmu;
     store_scalar<A>(p.dweight, p.weight_dtype, channel, whole.dy_xmu * static_cast<const A*>(p.invstd)[channel]);
     store_scalar<A>(p.dbias, p.weight_dtype, channel, whole.dy);
   }
 
-  __device__ __forceinline__ static void after_reduction(const BackwardParams&) {}
-  __device__ __forceinline__ static void end(const BackwardParams&, const Scratch&, int64_t) {}
+  __device__ __forceinline__ static void after_reduction(const BatchNormBackwardParams&) {}
+  __device__ __forceinline__ static void end(const BatchNormBackwardParams&, const Scratch&, int64_t) {}
 
   // ---- from a channel's sums to the coefficients of its gradient
 
   using Summary = State;
-  __device__ __forceinline__ static Summary summary(const BackwardParams&, const State& whole) { return whole; }
+  __device__ __forceinline__ static Summary summary(const BatchNormBackwardParams&, const State& whole) {
+    return whole;
+  }
 
   // The forward's affine step, for the activation's argument, and the gradient. In evaluation mode there are no sums.
   struct Coefficients {
@@ -171,7 +175,7 @@ struct BatchNormBackward {
   };
 
   template <int WIDTH>
-  __device__ __forceinline__ static void coefficients(Coefficients (&out)[WIDTH], const BackwardParams& p,
+  __device__ __forceinline__ static void coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
                                                       const Channels<WIDTH>& channels, const Summary (&sums)[WIDTH]) {
     Affine<A> affine[WIDTH];
     A invstd[WIDTH];
@@ -187,7 +191,7 @@ struct BatchNormBackward {
 
   // By what finish() wrote, or a synchronised sum put in its place.
   template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients(Coefficients (&out)[WIDTH], const BackwardParams& p,
+  __device__ __forceinline__ static void load_coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
                                                            const Channels<WIDTH>& channels) {
     A sum_dy[WIDTH], sum_dy_xmu[WIDTH];
     load_vector(sum_dy, p.training ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
@@ -199,7 +203,8 @@ struct BatchNormBackward {
   }
 
   template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients_of_pass(Coefficients (&out)[WIDTH], const BackwardParams& p,
+  __device__ __forceinline__ static void load_coefficients_of_pass(Coefficients (&out)[WIDTH],
+                                                                   const BatchNormBackwardParams& p,
                                                                    const Channels<WIDTH>& channels, bool) {
     load_coefficients(out, p, channels);
   }
@@ -214,7 +219,7 @@ struct BatchNormBackward {
 
   // at(e) is the coefficients of element e of a vector.
   template <int COUNT, bool WHOLE, class CoefficientsAt>
-  __device__ __forceinline__ static void apply(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+  __device__ __forceinline__ static void apply(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
                                                const Vec<T, N> (&vecs)[2][COUNT], const CoefficientsAt& at) {
     for_each_gradient(
         p, chunk, vecs, [&](int e) { return at(e).affine; },
@@ -239,7 +244,8 @@ struct BatchNormBackward {
   // The forward's affine steps, bit for bit: scale is weight * invstd there as well. And invstd.
   template <int WIDTH>
   __device__ __forceinline__ static void load_affine(Affine<A> (&affine)[WIDTH], A (&invstd)[WIDTH],
-                                                     const BackwardParams& p, const Channels<WIDTH>& channels) {
+                                                     const BatchNormBackwardParams& p,
+                                                     const Channels<WIDTH>& channels) {
     A mean[WIDTH], weight[WIDTH], bias[WIDTH];
     load_vector<A>(mean, p.mean, channels);
     load_vector<A>(invstd, p.invstd, channels);
@@ -249,7 +255,7 @@ struct BatchNormBackward {
     for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
   }
 
-  __device__ __forceinline__ static Affine<A> load_affine(const BackwardParams& p, int64_t channel) {
+  __device__ __forceinline__ static Affine<A> load_affine(const BatchNormBackwardParams& p, int64_t channel) {
     Affine<A> affine[1];
     A invstd[1];
     load_affine(affine, invstd, p, Channels<1>(channel));
@@ -258,7 +264,8 @@ struct BatchNormBackward {
 
   // Calls body(k, dy', x) for each vector of a chunk.
   template <int COUNT, bool WHOLE, class AffineAt, class Body>
-  __device__ __forceinline__ static void for_each_gradient(const BackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+  __device__ __forceinline__ static void for_each_gradient(const BatchNormBackwardParams& p,
+                                                           const Chunk<COUNT, WHOLE>& chunk,
                                                            const Vec<T, N> (&vecs)[2][COUNT], const AffineAt& affine_at,
                                                            Body&& body) {
     // What the derivative takes besides x, all loads in flight together. The mask has a byte a vector of 8; plans see

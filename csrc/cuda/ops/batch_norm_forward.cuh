@@ -24,7 +24,7 @@ enum class Epilogue {
 
 constexpr bool masks(Epilogue e) { return e >= Epilogue::add_relu; }
 
-inline Epilogue epilogue_of(const ForwardParams& p) {
+inline Epilogue epilogue_of(const BatchNormForwardParams& p) {
   if (p.activation == Activation::none) return p.residual ? Epilogue::add : Epilogue::none;
   if (p.activation == Activation::relu) return p.residual ? Epilogue::add_relu : Epilogue::relu;
   return Epilogue::general;
@@ -44,7 +44,7 @@ __device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
 
 template <class Element, Epilogue EPILOGUE, int VEC = kVec<Element, masks(EPILOGUE)>>
 struct BatchNormForward {
-  using Params = ForwardParams;
+  using Params = BatchNormForwardParams;
   using T = Element;
   using A = acc_t<T>;
   static constexpr int N = VEC;
@@ -52,7 +52,7 @@ struct BatchNormForward {
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
   static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
   static constexpr int kInputs = 1;
-  __device__ __forceinline__ static const void* input(const ForwardParams& p, int) { return p.x; }
+  __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }
 
   // ---- reduction
 
@@ -72,11 +72,11 @@ struct BatchNormForward {
   struct PlanarReducer {
     State state = {};
 
-    __device__ __forceinline__ PlanarReducer(const ForwardParams&, int64_t) {}
+    __device__ __forceinline__ PlanarReducer(const BatchNormForwardParams&, int64_t) {}
 
     // Takes the chunk's mean, then its squared deviations from that, from registers: two sums that do not cancel.
     template <int COUNT, bool WHOLE>
-    __device__ __forceinline__ void add(const ForwardParams&, const Chunk<COUNT, WHOLE>& chunk,
+    __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, WHOLE>& chunk,
                                         const Vec<T, N> (&vecs)[1][COUNT]) {
       A value[COUNT][N];
       int n = 0;
@@ -116,10 +116,10 @@ struct BatchNormForward {
     A count = A(0);
     A shift[N] = {}, offset[N] = {}, var[N] = {};
 
-    __device__ __forceinline__ ColumnReducer(const ForwardParams&, const Partition&, int64_t, bool) {}
+    __device__ __forceinline__ ColumnReducer(const BatchNormForwardParams&, const Partition&, int64_t, bool) {}
 
     template <int COUNT>
-    __device__ __forceinline__ void add(const ForwardParams&, const Chunk<COUNT, true>&,
+    __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, true>&,
                                         const Vec<T, N> (&vecs)[1][COUNT]) {
       const Vec<T, N>(&x)[COUNT] = vecs[0];
       if (count == A(0)) widen_vec<T, N>(x[0], shift);
@@ -147,7 +147,7 @@ struct BatchNormForward {
   };
 
   // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
-  __device__ __forceinline__ static void add_tail(const ForwardParams& p, int64_t channel, State& whole) {
+  __device__ __forceinline__ static void add_tail(const BatchNormForwardParams& p, int64_t channel, State& whole) {
     const int64_t numel = p.shape.numel();
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
       if (i % p.shape.c == channel) whole.merge({A(1), widen(static_cast<const T*>(p.x)[i]), A(0), A(0)});
@@ -155,7 +155,7 @@ struct BatchNormForward {
   }
 
   // Writes a channel's statistics, and updates its running ones.
-  __device__ __forceinline__ static void finish(const ForwardParams& p, int64_t channel, const State& whole) {
+  __device__ __forceinline__ static void finish(const BatchNormForwardParams& p, int64_t channel, const State& whole) {
     const A mean = whole.mean();
     if (p.mean) static_cast<A*>(p.mean)[channel] = mean;
     if (p.var) static_cast<A*>(p.var)[channel] = whole.var;
@@ -171,13 +171,13 @@ struct BatchNormForward {
 
   // Adds one to num_batches_tracked, where it is given: by the first block of a pass that begins when every block of
   // the reduction has read it.
-  __device__ __forceinline__ static void after_reduction(const ForwardParams& p) {
+  __device__ __forceinline__ static void after_reduction(const BatchNormForwardParams& p) {
     if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
   }
 
   // The same at the end of a kernel without such a point. A cumulative average reads it, so that the last
   // block to finish must do it, which takes a counter: the one behind those of the tiles.
-  __device__ __forceinline__ static void end(const ForwardParams& p, const Scratch& scratch, int64_t counter) {
+  __device__ __forceinline__ static void end(const BatchNormForwardParams& p, const Scratch& scratch, int64_t counter) {
     if (!p.num_batches_tracked) return;
     const bool last = p.cumulative ? arrive_last(&scratch.counters[counter], gridDim.x) : blockIdx.x == 0;
     if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
@@ -187,14 +187,14 @@ struct BatchNormForward {
 
   // What the elementwise pass needs of a channel's state.
   struct Summary { A mean, invstd; };
-  __device__ __forceinline__ static Summary summary(const ForwardParams& p, const State& whole) {
+  __device__ __forceinline__ static Summary summary(const BatchNormForwardParams& p, const State& whole) {
     return {whole.mean(), inverse_std(whole.var, p.eps)};
   }
 
   using Coefficients = Affine<A>;
 
   template <int WIDTH>
-  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
                                                       const Channels<WIDTH>& channels, const A (&mean)[WIDTH],
                                                       const A (&invstd)[WIDTH]) {
     A weight[WIDTH], bias[WIDTH];
@@ -205,7 +205,7 @@ struct BatchNormForward {
   }
 
   template <int WIDTH>
-  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
                                                       const Channels<WIDTH>& channels,
                                                       const Summary (&summary)[WIDTH]) {
     A mean[WIDTH], invstd[WIDTH];
@@ -219,7 +219,7 @@ struct BatchNormForward {
 
   // By what finish() wrote.
   template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+  __device__ __forceinline__ static void load_coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
                                                            const Channels<WIDTH>& channels) {
     A mean[WIDTH], invstd[WIDTH];
     load_vector(mean, p.mean, dtype_of<A>::value, channels, A(0));
@@ -230,7 +230,8 @@ struct BatchNormForward {
   // For an elementwise pass on its own: in evaluation mode by the running statistics, of which the threads that `save`
   // write mean and invstd for the channels whose first column they have.
   template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients_of_pass(Affine<A> (&affine)[WIDTH], const ForwardParams& p,
+  __device__ __forceinline__ static void load_coefficients_of_pass(Affine<A> (&affine)[WIDTH],
+                                                                   const BatchNormForwardParams& p,
                                                                    const Channels<WIDTH>& channels, bool save) {
     if (p.running_mean == nullptr) return load_coefficients(affine, p, channels);
     A mean[WIDTH], invstd[WIDTH];
@@ -254,7 +255,7 @@ struct BatchNormForward {
 
   // affine_at(e) is the affine step of element e of a vector.
   template <int COUNT, bool WHOLE, class AffineAt>
-  __device__ __forceinline__ static void apply(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+  __device__ __forceinline__ static void apply(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
                                                const Vec<T, N> (&vecs)[1][COUNT], const AffineAt& affine_at) {
     const bool adds = EPILOGUE >= Epilogue::general ? p.residual != nullptr
                                                     : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
@@ -278,8 +279,8 @@ struct BatchNormForward {
 
  private:
   template <class Act, int COUNT, bool WHOLE, class AffineAt>
-  __device__ __forceinline__ static void apply_vec(const ForwardParams& p, const Chunk<COUNT, WHOLE>& chunk, int k,
-                                                   const Vec<T, N>& x, bool adds, const Vec<T, N>& added,
+  __device__ __forceinline__ static void apply_vec(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                   int k, const Vec<T, N>& x, bool adds, const Vec<T, N>& added,
                                                    const AffineAt& affine_at) {
     constexpr bool kMasks = masks(EPILOGUE) && N == 8 && Act::kept == Kept::bit;
     const A param = static_cast<A>(p.activation_param);
@@ -290,7 +291,7 @@ struct BatchNormForward {
     for (int e = 0; e < N; ++e) {
       A z = affine_at(e)(y[e]);
       if (adds) z += added[e];
-      if constexpr (kMasks) bits |= static_cast<uint32_t>(chunk.has(k, e) && Act::grad(z, param) == A(1)) << e;
+      if constexpr (kMasks) bits |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z) == A(1)) << e;
       y[e] = Act::value(z, param);
     }
     store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(y));

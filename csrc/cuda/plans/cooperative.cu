@@ -13,13 +13,13 @@ namespace {
 // An operation of either width of vectors: of 16 bytes, or of 8 elements, which have a byte of mask.
 template <class T>
 struct Forward {
-  using Params = ForwardParams;
+  using Params = BatchNormForwardParams;
   template <int N> using Op = BatchNormForward<T, Epilogue::run_time, N>;
   static constexpr bool kReducesMasked = false;
 };
 template <class T>
 struct Backward {
-  using Params = BackwardParams;
+  using Params = BatchNormBackwardParams;
   template <int N> using Op = BatchNormBackward<T, Derivative::run_time, N>;
   static constexpr bool kReducesMasked = true;
 };
@@ -73,11 +73,11 @@ cudaError_t launch_any(const Params& p, const Plan& plan, const Scratch& scratch
 
 }  // namespace
 
-cudaError_t launch_cooperative_plan(const ForwardParams& p, const Plan& plan, const Scratch& scratch,
+cudaError_t launch_cooperative_plan(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
                                     cudaStream_t stream) {
   return launch_any<Forward>(p, plan, scratch, stream);
 }
-cudaError_t launch_cooperative_plan(const BackwardParams& p, const Plan& plan, const Scratch& scratch,
+cudaError_t launch_cooperative_plan(const BatchNormBackwardParams& p, const Plan& plan, const Scratch& scratch,
                                     cudaStream_t stream) {
   return launch_any<Backward>(p, plan, scratch, stream);
 }

@@ -24,7 +24,7 @@ cudaError_t with_dtype(DType dtype, F&& f) {
 
 // f(BatchNormForward<...>{}) of the parameters' dtype and epilogue.
 template <class F>
-cudaError_t with_op(const ForwardParams& p, F&& f) {
+cudaError_t with_op(const BatchNormForwardParams& p, F&& f) {
   return with_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     switch (epilogue_of(p)) {
@@ -40,7 +40,7 @@ cudaError_t with_op(const ForwardParams& p, F&& f) {
 }
 
 template <class F>
-cudaError_t with_op(const BackwardParams& p, F&& f) {
+cudaError_t with_op(const BatchNormBackwardParams& p, F&& f) {
   return with_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     switch (derivative_of(p)) {
@@ -65,11 +65,11 @@ cudaError_t with_resident_op(const Params& p, F&& f) {
 
 // The reduction on its own: of the forward, it does not depend on the epilogue.
 template <class F>
-cudaError_t with_reduction(const ForwardParams& p, F&& f) {
+cudaError_t with_reduction(const BatchNormForwardParams& p, F&& f) {
   return with_dtype(p.dtype, [&](auto element) { return f(BatchNormForward<decltype(element), Epilogue::none>{}); });
 }
 template <class F>
-cudaError_t with_reduction(const BackwardParams& p, F&& f) {
+cudaError_t with_reduction(const BatchNormBackwardParams& p, F&& f) {
   return with_op(p, std::forward<F>(f));
 }
 

@@ -76,12 +76,12 @@ cudaError_t launch_any(const Params& p, const Partition& partition, const Scratc
 
 }  // namespace
 
-cudaError_t launch_resident_interleaved(const ForwardParams& p, const Partition& partition, const Scratch& scratch,
-                                        cudaStream_t stream) {
+cudaError_t launch_resident_interleaved(const BatchNormForwardParams& p, const Partition& partition,
+                                        const Scratch& scratch, cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }
-cudaError_t launch_resident_interleaved(const BackwardParams& p, const Partition& partition, const Scratch& scratch,
-                                        cudaStream_t stream) {
+cudaError_t launch_resident_interleaved(const BatchNormBackwardParams& p, const Partition& partition,
+                                        const Scratch& scratch, cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }
 

@@ -111,11 +111,11 @@ cudaError_t launch_any(const Params& p, const Partition& partition, const Scratc
 
 }  // namespace
 
-cudaError_t launch_resident_packed(const ForwardParams& p, const Partition& partition, const Scratch& scratch,
+cudaError_t launch_resident_packed(const BatchNormForwardParams& p, const Partition& partition, const Scratch& scratch,
                                    cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }
-cudaError_t launch_resident_packed(const BackwardParams& p, const Partition& partition, const Scratch& scratch,
+cudaError_t launch_resident_packed(const BatchNormBackwardParams& p, const Partition& partition, const Scratch& scratch,
                                    cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }

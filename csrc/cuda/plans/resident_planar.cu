@@ -47,11 +47,11 @@ const void* sample_kernel() {
   return reinterpret_cast<const void*>(resident_planar_kernel<BatchNormForward<float, Epilogue::none>>);
 }
 
-cudaError_t launch_resident_planar(const ForwardParams& p, const Partition& partition, const Scratch& scratch,
+cudaError_t launch_resident_planar(const BatchNormForwardParams& p, const Partition& partition, const Scratch& scratch,
                                    cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }
-cudaError_t launch_resident_planar(const BackwardParams& p, const Partition& partition, const Scratch& scratch,
+cudaError_t launch_resident_planar(const BatchNormBackwardParams& p, const Partition& partition, const Scratch& scratch,
                                    cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }

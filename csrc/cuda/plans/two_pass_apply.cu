@@ -40,10 +40,10 @@ cudaError_t launch_any(const Params& p, const Partition& partition, cudaStream_t
 
 }  // namespace
 
-cudaError_t launch_apply(const ForwardParams& p, const Partition& partition, cudaStream_t stream) {
+cudaError_t launch_apply(const BatchNormForwardParams& p, const Partition& partition, cudaStream_t stream) {
   return launch_any(p, partition, stream);
 }
-cudaError_t launch_apply(const BackwardParams& p, const Partition& partition, cudaStream_t stream) {
+cudaError_t launch_apply(const BatchNormBackwardParams& p, const Partition& partition, cudaStream_t stream) {
   return launch_any(p, partition, stream);
 }
 

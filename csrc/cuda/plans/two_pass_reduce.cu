@@ -39,11 +39,11 @@ cudaError_t launch_any(const Params& p, const Partition& partition, const Scratc
 
 }  // namespace
 
-cudaError_t launch_reduce(const ForwardParams& p, const Partition& partition, const Scratch& scratch,
+cudaError_t launch_reduce(const BatchNormForwardParams& p, const Partition& partition, const Scratch& scratch,
                           cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }
-cudaError_t launch_reduce(const BackwardParams& p, const Partition& partition, const Scratch& scratch,
+cudaError_t launch_reduce(const BatchNormBackwardParams& p, const Partition& partition, const Scratch& scratch,
                           cudaStream_t stream) {
   return launch_any(p, partition, scratch, stream);
 }
