@@ -166,13 +166,25 @@ class Instruction:
 
 
 @functools.cache
-def machine_code(source: Path, architecture: str) -> dict[str, list[Instruction]]:
+def disassembly(source: Path, architecture: str) -> str:
+    """What cuobjdump says, kept as long as the compilation is: it takes as long for large kernels."""
     if cuobjdump() is None:
         pytest.skip("no cuobjdump on PATH, in the toolkit or in triton's package")
     cubin = compiled(source, architecture).cubin
-    text = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    kept = cubin.with_name("sass")
+    with open(cubin.with_name("lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            command = [cuobjdump(), "--dump-sass", str(cubin)]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            kept.write_text("\n".join(line for line in text.splitlines() if "/* 0x" not in line or ";" in line))
+    return kept.read_text()
+
+
+@functools.cache
+def machine_code(source: Path, architecture: str) -> dict[str, list[Instruction]]:
     kernels: dict[str, list[Instruction]] = {}
-    for function in re.split(r"Function : ", text)[1:]:
+    for function in re.split(r"Function : ", disassembly(source, architecture))[1:]:
         name, body = function.split("\n", 1)
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", body)
         kernels[title(name)] = [Instruction(int(at, 16), opcode, _target(opcode, rest)) for at, opcode, rest in found]

@@ -354,9 +354,10 @@ Partition resident_partition(const Problem& problem, const DeviceProperties& dev
   if (problem.shape.layout == Layout::planar) {
     return wanted.interleaved_details() ? Partition{} : resident_planar(problem, device, wanted.cluster);
   }
-  return wanted.cluster ? Partition{}
-                        : resident_columns(problem, resident_blocks_per_sm(size_of(problem.dtype), problem.general),
-                                           device, options);
+  return wanted.cluster
+             ? Partition{}
+             : resident_columns(problem, resident_blocks_per_sm(size_of(problem.dtype), problem.general, true), device,
+                                options);
 }
 
 // The wish that gives this pass.

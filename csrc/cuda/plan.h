@@ -26,9 +26,10 @@ struct DeviceProperties {
 constexpr int32_t kMaxThreads = 256;
 constexpr int32_t blocks_per_sm(bool columns, bool aligned) { return !columns && aligned ? 3 : 2; }
 
-// The resident kernels hold the registers of both passes; `general`, of the code of all activations besides.
-constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general) {
-  return element_bytes == 8 || (general && element_bytes == 4) ? 1 : 2;
+// The resident kernels hold the registers of both passes; `general`, of the code of all activations besides; and
+// `columns`, the coefficients of a vector of them.
+constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general, bool columns) {
+  return element_bytes == 8 || (general && (columns || element_bytes == 4)) ? 1 : 2;
 }
 
 // So many threads of a block can leave states for each other at a time, of each of their columns.

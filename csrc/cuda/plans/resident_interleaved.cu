@@ -36,7 +36,7 @@ __device__ __forceinline__ SplitBarrier split_barrier_of(const Partition& partit
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral))
+__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
     resident_interleaved_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                                 const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
   constexpr int N = Op::N;

@@ -65,7 +65,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral))
+__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
     resident_packed_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                            const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
   constexpr int N = Op::N;

@@ -16,7 +16,7 @@ namespace bnext::cuda {
 namespace {
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral))
+__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, false))
     resident_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                            const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
   const WorkTile work = cluster_work_tile(partition);
