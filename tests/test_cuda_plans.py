@@ -25,6 +25,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
         lambda: bnext.cuda.set_sm_margin(1),
         lambda: bnext.cuda.force_plan("cooperative").__enter__(),
         lambda: bnext.cuda.describe_plan((2, 3), gpu="H100"),
+        lambda: bnext.cuda.refused_launches(0),
     ],
 )
 def test_a_build_without_cuda_says_so(call):

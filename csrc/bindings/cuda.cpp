@@ -191,7 +191,7 @@ std::string describe_plan(const Tensor& x, bool backward, const std::string& act
   uint8_t present = 0;
   const auto fill_in = [&](auto& p) {
     p.shape = shape_of(x, format_of(x));
-    p.dtype = to_dtype(x.scalar_type());
+    p.dtype = to_dtype("x", x.scalar_type());
     p.activation = act;
   };
   if (backward) {

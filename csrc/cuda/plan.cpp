@@ -23,7 +23,7 @@ constexpr int64_t kNarrowBytes = 64;
 constexpr int64_t kPlanarApplyStrides = 8;
 constexpr int64_t kColumnsApplyStrides = 16;
 
-// Units that a thread of a planar reduction should have before a block gets more threads.
+// Vectors that a thread of a planar reduction should have before a block gets more threads.
 constexpr int64_t kVecsPerThread = 4;
 
 // Large clusters leave multiprocessors idle where their groups on the chip are no multiple of 16. Reading once

@@ -50,11 +50,11 @@ constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 //          cover a plane, and elements of the neighbouring channels are masked out.
 // columns: the tensor as a matrix of `rows` x `cols`, with as many matrix rows to an image (or as many
 //          pixels to a matrix row) as it takes to make cols a whole number of vectors. A thread keeps
-//          to one vector of columns, so that it meets UNIT channels, always the same. A block takes
+//          to one vector of columns, so that it meets `vec` channels, always the same. A block takes
 //          `tile_vecs` adjacent vectors (its tile) and a range of rows. Column k belongs to channel
 //          (k / channel_stride) % c. The last matrix row may be short, by `numel`.
 //          A resident pass takes planes that are not whole vectors so, with an image to a row: a tile is then as many
-//          channels as make whole vectors, `tile_channels`, in `parts` of `tile_vecs` vectors that come one after the
+//          channels as make whole vectors, `tile_channels`, in `packs` of `tile_vecs` vectors that come one after the
 //          other.
 //
 // Block b has tile b % tiles and split b / tiles: blocks that run together read adjacent memory. Where the

@@ -78,8 +78,8 @@ inline cudaError_t count_clusters(const void* kernel, unsigned block, unsigned c
   return cudaOccupancyMaxActiveClusters(count, kernel, &config);
 }
 
-// The kernel may begin when all blocks of the one before it in the stream have called let_next_begin() or
-// ended. It must not touch memory before wait_for_previous(). From compute capability 9.0.
+// The kernel may begin when all blocks of the one before it in the stream have called launch_dependent_grids() or
+// ended. It must not touch memory before wait_on_dependent_grids(). From compute capability 9.0.
 template <class... Params, class... Args>
 cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
                        Args&&... args) {

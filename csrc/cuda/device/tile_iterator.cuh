@@ -1,5 +1,5 @@
-// How a block walks through its share of a tensor (see Pass in plan.h), in chunks of several vectors
-// whose loads are all in flight at once.
+// How a block goes through its work tile (see Partition in plan.h): in chunks of several vectors, whose loads are all
+// in flight at once.
 #pragma once
 
 #include "loaders.cuh"
@@ -26,14 +26,14 @@ struct WorkTile {
   }
 };
 
-// Calls body(Share) on each of a pass's shares that are this block's, in a launch of some other number of blocks.
+// Calls body(WorkTile) on each of a partition's work tiles that are this block's, in a launch of any number of blocks.
 template <class Body>
 __device__ __forceinline__ void for_work_tiles(const Partition& partition, Body&& body) {
   for (int64_t block = blockIdx.x; block < partition.blocks(); block += gridDim.x) body(WorkTile(partition, block));
 }
 
 // Calls body(Chunk) on `left` vectors, which next(chunk, k) puts into a chunk: CHUNK at a time, then what remains in
-// smaller and smaller chunks, since one by one each would wait for its loads. The last `kept in L2` are to stay
+// smaller and smaller chunks, since one by one each would wait for its loads. The last `keep_in_l2` are to stay
 // in the L2 cache.
 template <int CHUNK, bool WHOLE, bool REST = false, class Next, class Body>
 __device__ __forceinline__ void for_each_chunk(int32_t left, int32_t keep_in_l2, Next& next, Body& body) {
@@ -80,6 +80,7 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
   const uint32_t stride = static_cast<uint32_t>(partition.stride_planes * (image / N)) + partition.stride_vecs;
   const uint32_t stride_on = stride + static_cast<uint32_t>((image - shape.s) / N);
 
+  // Additions alone: a division for each vector would be most of the loop's instructions.
   auto next = [&](auto& chunk, int k) {
     if constexpr (ALIGNED) {
       chunk.vec[k] = vec;
@@ -129,7 +130,7 @@ __device__ __forceinline__ void iterate_columns(const Partition& partition, int6
   int32_t rows = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
   const int64_t last = (partition.steps - 1) * partition.cols + place.col;  // in the row that may be short
   const bool short_vec = begin + rows == partition.steps && last + N > numel;
-  if (short_vec) --rows;
+  if (short_vec) --rows;  // it is not whole, and comes last, or not at all
 
   int32_t left = (rows - place.row + partition.thread_rows - 1) / partition.thread_rows;
   uint32_t vec = static_cast<uint32_t>(((begin + place.row) * partition.cols + place.col) / N);

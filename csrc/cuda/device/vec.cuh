@@ -1,4 +1,4 @@
-// Units: what a thread moves at once. Every access of the kernels to a tensor goes through here.
+// Vectors: what a thread moves at once.
 #pragma once
 
 #include "../../core/half.h"
@@ -9,7 +9,7 @@ namespace bnext::cuda {
 // Elements of a vector: 16 bytes of T, or 8 elements where a byte of sign mask goes with them.
 template <class T, bool MASKED> constexpr int kVec = MASKED ? 8 : 16 / static_cast<int>(sizeof(T));
 
-// Units that `bytes` of registers hold, for each tensor that a thread has in flight.
+// Unroll factor: vectors that `bytes` of registers hold, for each tensor that a thread has in flight.
 template <class T, int N>
 constexpr int vecs_in(int bytes) {
   const int vecs = bytes / (N * static_cast<int>(sizeof(T)));
@@ -17,7 +17,7 @@ constexpr int vecs_in(int bytes) {
 }
 
 // Whether a kernel that follows reads the data again, of which the L2 cache should keep some (see
-// Pass::retained_steps); or this is the last time.
+// Partition::l2_steps); or this is the last time.
 enum class Reuse { again, last };
 
 // A vector as it came from memory: 32-bit words, of which a 16-bit type has two elements each, so that
@@ -28,12 +28,15 @@ struct alignas(16) Vec {
   static constexpr int words = N * static_cast<int>(sizeof(T)) / 4;
   uint32_t word[words];
 
+  // Element e, widened. Indices are constants once loops are unrolled: a run-time index would move the words to
+  // local memory.
   __device__ __forceinline__ acc_t<T> operator[](int e) const {
     if constexpr (sizeof(T) == 2) return widen_half(word[e / 2], e % 2);
     else if constexpr (sizeof(T) == 4) return bit_cast<float>(word[e]);
     else return bit_cast<double>(static_cast<uint64_t>(word[2 * e + 1]) << 32 | word[2 * e]);
   }
 
+  // bf16 is the upper half of a float: a shift or a mask widens it. f16 takes a conversion.
   __device__ __forceinline__ static float widen_half(uint32_t pair, int high) {
     if constexpr (dtype_of<T>::value == DType::bf16) return bit_cast<float>(high ? pair & 0xffff0000u : pair << 16);
 #if defined(__CUDA_ARCH__)
@@ -44,6 +47,7 @@ struct alignas(16) Vec {
   }
 };
 
+// In steps of 16 bytes, the widest load there is; 32-byte vectors of 8 floats take two.
 template <Reuse REUSE, class T, int N>
 __device__ __forceinline__ Vec<T, N> load_vec(const T* p, bool keep) {
   Vec<T, N> vec;
@@ -86,6 +90,7 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
 #endif
 }
 
+// Rounds to nearest even, as torch does: the one rounding between the accumulation type and memory.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> narrow_vec(const acc_t<T> (&a)[N]) {
   Vec<T, N> vec;

@@ -90,6 +90,7 @@ struct BatchNormBackward {
           });
     }
 
+    // In halves, so that the order is fixed, and the chain of dependent additions short.
     __device__ __forceinline__ State result() {
 #pragma unroll
       for (int half = kSums / 2; half >= 1; half /= 2) {
@@ -107,6 +108,7 @@ struct BatchNormBackward {
 
     __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Partition& partition, int64_t col,
                                              bool active) {
+      // A thread past the tile's columns has none to load; it still meets the barriers of the reduction.
       A invstd[N];
       if (active) load_affine(affine, invstd, p, Channels<N>(partition, p.shape, col));
 #pragma unroll
@@ -180,6 +182,7 @@ struct BatchNormBackward {
     Affine<A> affine[WIDTH];
     A invstd[WIDTH];
     load_affine(affine, invstd, p, channels);
+    // One division a thread, not one a column.
     const A inverse = p.training ? A(1) / static_cast<A>(p.count) : A(0);
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) {
@@ -202,6 +205,7 @@ struct BatchNormBackward {
     coefficients(out, p, channels, sums);
   }
 
+  // A pass on its own saves nothing: unlike the forward's in evaluation mode, it has no statistics of its own.
   template <int WIDTH>
   __device__ __forceinline__ static void load_coefficients_of_pass(Coefficients (&out)[WIDTH],
                                                                    const BatchNormBackwardParams& p,
@@ -224,6 +228,7 @@ struct BatchNormBackward {
     for_each_gradient(
         p, chunk, vecs, [&](int e) { return at(e).affine; },
         [&](int k, const A(&dy)[N], const A(&x)[N]) {
+          // Without an activation dresidual is dy itself, and with relu alone there is no residual.
           if (masks(DERIVATIVE) && p.dresidual) {
             store_at(static_cast<T*>(p.dresidual), chunk, k, narrow_vec<T, N>(dy));
           }
@@ -281,6 +286,7 @@ struct BatchNormBackward {
     if (adds) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, added);
 
     const A param = kGeneral ? static_cast<A>(p.activation_param) : A(0);
+    // by_bits is a constant wherever visit is called, so that one of its two ways remains of each call.
     auto visit = [&](auto act, bool by_bits) {
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) {
@@ -298,6 +304,7 @@ struct BatchNormBackward {
             if (adds) z += added[k][e];
             derivative = decltype(act)::grad(z, param);
           }
+          // relu's derivative is 0 or 1, which makes the product a selection: one instruction less.
           dy[e] = kGeneral ? through(dy[e], derivative) : derivative == A(1) ? dy[e] : A(0);
         }
         body(k, dy, x);

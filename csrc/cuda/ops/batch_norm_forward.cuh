@@ -85,7 +85,7 @@ struct BatchNormForward {
         widen_vec<T, N>(vecs[0][k], value[k]);
         n += WHOLE ? N : max(chunk.hi[k] - chunk.lo[k], 0);
       }
-      if (n == 0) return;
+      if (n == 0) return;  // of a vector that covers a plane's end, no element may be the thread's
 
       if (state.count == A(0)) {
         // The shift is the first of the thread's elements, found from behind with constant register indices.
@@ -197,6 +197,7 @@ struct BatchNormForward {
   __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
                                                       const Channels<WIDTH>& channels, const A (&mean)[WIDTH],
                                                       const A (&invstd)[WIDTH]) {
+    // weight * invstd is rounded once, here as in the backward, so that both compute the same z.
     A weight[WIDTH], bias[WIDTH];
     load_vector(weight, p.weight, p.weight_dtype, channels, A(1));
     load_vector(bias, p.bias, p.weight_dtype, channels, A(0));
@@ -259,8 +260,10 @@ struct BatchNormForward {
                                                const Vec<T, N> (&vecs)[1][COUNT], const AffineAt& affine_at) {
     const bool adds = EPILOGUE >= Epilogue::general ? p.residual != nullptr
                                                     : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
+    // Issued before the first element is computed, so that these loads overlap those of x.
     Vec<T, N> added[COUNT];
     if (adds) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
+    // The branch on the activation is outside of the loops: once a chunk, and uniform over the grid.
     auto apply_as = [&](auto act) {
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) apply_vec<decltype(act)>(p, chunk, k, vecs[0][k], adds, added[k], affine_at);

@@ -11,6 +11,7 @@
 
 namespace bnext::cuda {
 
+// f(T{}). An unknown dtype is an error, and launches nothing.
 template <class F>
 cudaError_t with_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -39,6 +40,7 @@ cudaError_t with_op(const BatchNormForwardParams& p, F&& f) {
   });
 }
 
+// f(BatchNormBackward<...>{}) of the parameters' dtype and derivative.
 template <class F>
 cudaError_t with_op(const BatchNormBackwardParams& p, F&& f) {
   return with_dtype(p.dtype, [&](auto element) {

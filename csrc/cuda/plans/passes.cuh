@@ -13,6 +13,7 @@ constexpr int pass_blocks_per_sm(bool columns, bool aligned) {
   return Op::kGeneral && general < blocks ? general : blocks;
 }
 
+// Of planar layouts. What it reads may stay in the L2 cache for the second pass.
 template <class Op, bool ALIGNED>
 __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p, const Partition& partition,
                                                    const Scratch& scratch, const WorkTile& work) {
@@ -22,6 +23,8 @@ __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p,
                [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
 }
 
+// Of interleaved layouts. The end of the tensor may cut its last vector short, which the block that finishes a channel
+// adds by itself: a test in the hot loop would cost every vector.
 template <class Op>
 __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p, const Partition& partition,
                                                    const Scratch& scratch, const WorkTile& work) {
@@ -36,6 +39,7 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
                });
 }
 
+// Only a pass on its own may find running statistics instead of the batch's.
 template <class Op, bool OF_PASS, int WIDTH>
 __device__ __forceinline__ void load_coefficients(typename Op::Coefficients (&coefficients)[WIDTH],
                                                   const typename Op::Params& p, const Channels<WIDTH>& channels,
@@ -53,6 +57,7 @@ __device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, 
   apply_planar<Op>(p, partition, work, from_global<Op, Reuse::last>(p), coefficients[0]);
 }
 
+// Threads without a column leave: there is no barrier behind.
 template <class Op, bool OF_PASS>
 __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
