@@ -286,7 +286,10 @@ struct BatchNormBackward {
     if (adds) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, added);
 
     const A param = kGeneral ? static_cast<A>(p.activation_param) : A(0);
-    // by_bits is a constant wherever visit is called, so that one of its two ways remains of each call.
+    // by_bits is a constant wherever visit is called, so that one of its two ways remains of each call; but in
+    // run_time, whose kernels have one instance of the code for all.
+    const bool active =
+        DERIVATIVE == Derivative::run_time ? p.activation != Activation::none : DERIVATIVE != Derivative::none;
     auto visit = [&](auto act, bool by_bits) {
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) {
@@ -295,7 +298,7 @@ struct BatchNormBackward {
         widen_vec<T, N>(vecs[1][k], x);
 #pragma unroll
         for (int e = 0; e < N; ++e) {
-          if constexpr (DERIVATIVE == Derivative::none) continue;
+          if (!active) continue;
           A derivative;
           if (by_bits) {
             derivative = bits[k] >> (e % 8) & 1 ? A(1) : param;
@@ -311,10 +314,7 @@ struct BatchNormBackward {
       }
       return 0;
     };
-    if constexpr (DERIVATIVE == Derivative::run_time) {
-      if (p.activation == Activation::none) visit(Identity{}, false);
-      else visit(Relu{}, masked);
-    } else if constexpr (!kGeneral) {
+    if constexpr (!kGeneral) {
       visit(Relu{}, masked);
     } else if (masked) {
       visit(Identity{}, true);

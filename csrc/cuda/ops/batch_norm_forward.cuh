@@ -271,12 +271,10 @@ struct BatchNormForward {
     };
     if constexpr (kGeneral) {
       with_activation(p.activation, 0, apply_as);
-    } else if constexpr (EPILOGUE == Epilogue::run_time) {
-      p.activation == Activation::relu ? apply_as(Relu{}) : apply_as(Identity{});
-    } else if constexpr (EPILOGUE == Epilogue::relu || EPILOGUE == Epilogue::add_relu) {
-      apply_as(Relu{});
-    } else {
+    } else if constexpr (EPILOGUE == Epilogue::none || EPILOGUE == Epilogue::add) {
       apply_as(Identity{});
+    } else {
+      apply_as(Relu{});
     }
   }
 
@@ -295,7 +293,9 @@ struct BatchNormForward {
       A z = affine_at(e)(y[e]);
       if (adds) z += added[e];
       if constexpr (kMasks) bits |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z) == A(1)) << e;
-      y[e] = Act::value(z, param);
+      // One instance of the code for both: the selection is uniform.
+      const bool passes = EPILOGUE == Epilogue::run_time && p.activation == Activation::none;
+      y[e] = passes ? z : Act::value(z, param);
     }
     store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(y));
     if constexpr (kMasks) {
