@@ -135,6 +135,7 @@ def describe_plan(
         RuntimeError: the shape has no such plan.
         NotImplementedError: where bnext was built without CUDA.
 
+    >>> import torch, bnext
     >>> bnext.cuda.describe_plan((32, 64, 56, 56), torch.bfloat16, gpu="H100")
     'resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, in clusters; 52224 bytes of shared memory a block'
     """
