@@ -73,7 +73,7 @@ def run(mode, *arguments, seed=0):
     """Exit status and output of the kernels; seed 0 runs blocks and threads in order, others at random."""
     executable = build.build("litmus", mode, [build.SIMT / "litmus.cu"])
     env = os.environ | {"SIMT_SEED": str(seed)}
-    done = subprocess.run([executable, *arguments], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([executable, *arguments], capture_output=True, text=True, timeout=900, env=env)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -123,7 +123,7 @@ LIMITS = {
 @pytest.mark.parametrize("mode", build.MODES)
 def test_launches_meet_the_limits_of_a_driver(mode):
     executable = build.build("limits", mode, [build.SIMT / "limits.cu"])
-    done = subprocess.run([executable], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([executable], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"^(\w+): ok$", done.stdout, re.M)) == LIMITS
 

@@ -167,7 +167,7 @@ def driver(mode):
 
 def run(lines, mode="plain"):
     """What the driver printed for each case, and on stderr."""
-    done = subprocess.run([driver(mode)], input="\n".join(lines), capture_output=True, text=True, timeout=600)
+    done = subprocess.run([driver(mode)], input="\n".join(lines), capture_output=True, text=True, timeout=1800)
     return done.stdout.splitlines(), done.stderr
 
 
