@@ -78,7 +78,7 @@ def line(**options):
 def case(rng, op, dtype, layout, shape, **fixed):
     """One case with every other option drawn at random, but legal."""
     n, c, s = shape
-    act, residual = rng.choice(["none", "relu", "relu", *GENERAL]), rng.random() < 0.5
+    act, residual = rng.choice([("none", False), ("none", True), ("relu", False), ("relu", True)])
     two_dtypes = ["f32", dtype] if dtype in ("f16", "bf16") else [dtype]
     options = {
         "op": op,
@@ -124,7 +124,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
     if op in BACKWARD:
         options |= {key: rng.random() < 0.8 for key in ("dx", "dweight", "dbias", "dresidual")}
         options["ranks"] = rng.choice([1, 1, 3])
-    if op == "backward_eval" and act == "none" and rng.random() < 0.3:
+    if op == "backward_eval" and options["act"] == "none" and rng.random() < 0.3:
         options |= {"x": False, "dx": True, "dweight": False, "dbias": False}
     return line(**options)
 
@@ -157,6 +157,9 @@ def cases(op):
         device = {"shared": 0, "cc": 0, "sms": 0, "clusters": -1, "plan": "automatic"}
         for layout, shapes in BESIDE_STATIC.items():
             out += [case(rng, op, "f64", layout, shape, act="relu", residual=True, **device) for shape in shapes]
+    # All activations but relu share their kernels: each of them once, and with each of the plans that there are for it.
+    for where, (act, plan) in itertools.product(grid, zip(GENERAL, itertools.cycle(["resident", "two_pass"]))):
+        out.append(case(rng, op, *where, rng.choice(LARGE), act=act, plan=plan))
     return out
 
 
