@@ -18,17 +18,6 @@ struct Affine {
   BNEXT_HD A operator()(A x) const { return std::fma(x - mean, scale, bias); }
 };
 
-// relu lets a value pass unless it is <= 0, so that NaN is_positive, as in torch.
-template <class A>
-BNEXT_HD bool is_positive(A v) {
-  return !(v <= A(0));
-}
-
-template <class A>
-BNEXT_HD A relu(A v) {
-  return v <= A(0) ? A(0) : v;
-}
-
 // One channel's input gradient: dx = (dy' - mean_dy - (x - mean) * slope) * scale, with
 //   mean_dy = sum_dy / count,  slope = sum_dy_xmu * invstd^2 / count.
 // In eval mode mean_dy and slope are 0.
