@@ -23,6 +23,30 @@ def batch_norm(
     activation_param: float,
     /,
 ) -> Tensor: ...
+def batch_norm_if_possible(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_param: float,
+) -> Tensor | None: ...
+def obstacle(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    /,
+) -> str | None: ...
 def plans() -> list[str]: ...
 def force_plan(plan: str, /) -> str: ...
 def set_sm_margin(multiprocessors: int, /) -> int: ...

@@ -19,16 +19,37 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "activation",
+    "convert",
     "cuda",
+    "explain",
+    "freeze",
     "functional",
+    "fuse",
     "nn",
     "ops",
     "reference",
+    "revert",
+    "unfreeze",
+    "update_statistics",
 ]
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
     from bnext import activation, cuda, functional, nn, ops, reference
     from bnext.activation import Activation
-    from bnext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bnext.conversion import convert, revert
+    from bnext.fusion import fuse
+    from bnext.nn import (
+        BatchNorm1d,
+        BatchNorm2d,
+        BatchNorm3d,
+        LazyBatchNorm1d,
+        LazyBatchNorm2d,
+        LazyBatchNorm3d,
+    )
+    from bnext.routes import explain
+    from bnext.statistics import freeze, unfreeze, update_statistics

@@ -4,13 +4,13 @@
     activation=nn.SiLU              a class of torch.nn, or an instance: nn.LeakyReLU(0.2)
     activation=nn.functional.silu   a function of torch
 
-Adding one takes a row here and an entry, with its derivatives, in csrc/core/activation.h.
+Adding one takes a row and a line of `apply` here, and an entry, with its derivatives, in csrc/core/activation.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ _BY_NAME = {None: ("none", 0.0)} | {name: (name, _TABLE[name].default) for name 
 _BY_CLASS = {row.module: name for name, row in _TABLE.items()}
 _BY_OBJECT = _BY_CLASS | {f: name for name, row in _TABLE.items() for f in row.functions}
 
+#: In graphs, where those that change their argument in place are no other activation.
+_BY_CALL: dict[Any, str] = {f: name for name, row in _TABLE.items() for f in row.functions} | {torch.relu_: "relu"}
+_BY_METHOD = {f"{name}{suffix}": name for name in ("relu", "sigmoid", "tanh") for suffix in ("", "_")}
+
 ActivationName: TypeAlias = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh"]
 Activation: TypeAlias = ActivationName | type[nn.Module] | nn.Module | Callable[..., Tensor] | None
 """What `activation` takes, everywhere in this package: a name, a class of torch.nn or an instance of one, a
@@ -69,9 +73,59 @@ def resolve(activation: Activation, param: float | None = None) -> tuple[str, fl
     return name, float(param)
 
 
+def apply(name: str, param: float, y: Tensor) -> Tensor:
+    """The operators' activation by torch's own functions. A chain, because TorchScript compiles it."""
+    if name == "relu":
+        return F.relu(y)
+    if name == "relu6":
+        return F.relu6(y)
+    if name == "leaky_relu":
+        return F.leaky_relu(y, param)
+    if name == "silu":
+        return F.silu(y)
+    if name == "hardswish":
+        return F.hardswish(y)
+    if name == "sigmoid":
+        return torch.sigmoid(y)
+    if name == "tanh":
+        return torch.tanh(y)
+    return y
+
+
 def has_parameter(name: str) -> bool:
     """Whether `activation_param` says anything to the operators' activation `name`."""
     return _TABLE[name].parameter is not None
+
+
+def fusible(module: nn.Module) -> tuple[ActivationName | None, float | None] | None:
+    """`activation` and `activation_param` of a layer that does what `module` does after it; None where the kernels know
+    no such activation."""
+    try:
+        name, param = resolve(module)
+    except ValueError:
+        return None
+    return _public(name), param if has_parameter(name) else None
+
+
+def _public(name: str) -> ActivationName | None:
+    return None if name == "none" else cast(ActivationName, name)
+
+
+def fusible_call(
+    function: Callable[..., Tensor] | str, options: tuple, keywords: dict
+) -> tuple[ActivationName | None, float | None] | None:
+    """Likewise, for a function or a method's name that is called with these arguments after the tensor."""
+    keywords = {name: value for name, value in keywords.items() if name != "inplace"}
+    name = _BY_METHOD.get(function) if isinstance(function, str) else _BY_CALL.get(function)
+    if name is None:
+        return None
+    row = _TABLE[name]
+    if row.parameter is None:
+        return (
+            (_public(name), None) if not keywords and all(isinstance(option, bool) for option in options[:1]) else None
+        )
+    param = keywords.pop(row.parameter, options[0] if options else row.default)
+    return (_public(name), float(param)) if not keywords and isinstance(param, (int, float)) else None
 
 
 def _find(activation: Activation) -> tuple[str, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from bnext import aten, routes, transforms
 from bnext._extension import extension
-from bnext.activation import Activation, resolve
+from bnext.activation import Activation, apply, resolve
 
 __all__ = ["Activation", "batch_norm"]
 
@@ -58,18 +61,25 @@ def batch_norm(
             class of one in `torch.nn`, an instance such as `nn.LeakyReLU(0.2)`, or its function in
             `torch` or `torch.nn.functional`.
         activation_param: leaky_relu's slope, 0.01 where it is None.
-        residual: shape, dtype and device of `input`.
-        num_batches_tracked: int64 of one element, on the device of `input`.
+        residual: on the device of `input`. In its shape and dtype it is fused; otherwise it is broadcast and
+            promoted as by `y + residual`, without fusion.
+        num_batches_tracked: one element, on the device of `input`.
+
+    Where the kernels cannot go, torch's own operators compute the same: `bnext.explain` says when, and docs/routes.md
+    gives the rules.
 
     Returns:
-        Shape, dtype and memory format of `input`.
+        Shape, dtype and memory format of `input`, unless `residual` has others.
 
     Raises:
-        ValueError: `input` has fewer than 2 dimensions; one value a channel in training; `eps` is
+        IndexError: `input` has fewer than 2 dimensions.
+        NotImplementedError: a sparse tensor, or integer or complex `input`.
+        ValueError: one value a channel in training; `eps` is
             not positive; unknown `activation`, or one with options that the kernels do not know; one of
             the running statistics is missing; `momentum=None` without `num_batches_tracked`.
         RuntimeError: a shape, dtype or device does not match; evaluation without running
-            statistics; integer or complex input. Nothing has been changed then.
+            statistics. Nothing has been changed then.
+        TypeError: an argument is of another type than these.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, num_batches_tracked):
         return handle_torch_function(
@@ -88,9 +98,7 @@ def batch_norm(
             residual=residual,
             num_batches_tracked=num_batches_tracked,
         )
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    call = torch.ops.bnext.batch_norm if traced and _loaded() else _direct()
-    return call(
+    args = (
         input,
         weight,
         bias,
@@ -103,18 +111,67 @@ def batch_norm(
         eps,
         *resolve(activation, activation_param),
     )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        route = routes.while_traced(training)
+        if route is not None:
+            return aten.batch_norm(*args) if route.way == "torch" else torch.ops.bnext.batch_norm(*args)
+    try:
+        y = _direct()(*args)
+    except TypeError as error:
+        raise TypeError(_wrong_type(args) or str(error)) from None
+    return call_kernels_or_torch(*args) if y is None else y
 
 
 @functools.cache
-def _direct() -> Callable[..., Tensor]:
-    """The operator past the dispatcher's boxing."""
-    return extension().batch_norm
+def _direct() -> Callable[..., Tensor | None]:
+    """The operator past the dispatcher's boxing; None where something keeps the call from the kernels."""
+    return extension().batch_norm_if_possible
 
 
-def _loaded() -> bool:
-    return extension() is not None
+def call_kernels_or_torch(*args: Any) -> Tensor:
+    """`torch.ops.bnext.batch_norm`, by whatever way there is for these arguments."""
+    input, *_, residual, training, momentum, eps, activation, activation_param = args
+    route = routes.of_call(*args[:7])
+    if route.way == "kernels":
+        return extension().batch_norm(*args)
+    if residual is not None:  # before anything has changed
+        _check_broadcast(input, residual)
+        if residual.device != input.device:
+            raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
+    if route.way == "sum":
+        y = call_kernels_or_torch(*args[:6], None, training, momentum, eps, "none", 0.0)
+        return apply(activation, activation_param, y + residual)
+    return (transforms if route.way == "function" else aten).batch_norm(*args)
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler for it: a graph
-# may be the first to need the operators, and they are loaded while it is traced.
-_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _check_broadcast(input: Tensor, residual: Tensor) -> None:
+    for a, b in zip(reversed(input.shape), reversed(residual.shape), strict=False):
+        if a != b and a != 1 and b != 1:
+            raise RuntimeError(
+                f"residual should have the shape of input, {list(input.shape)}, or broadcast with it, "
+                f"not {list(residual.shape)}"
+            )
+
+
+_ARGUMENTS: dict[str, Any] = {
+    "input": Tensor,
+    "weight": (Tensor, NoneType),
+    "bias": (Tensor, NoneType),
+    "running_mean": (Tensor, NoneType),
+    "running_var": (Tensor, NoneType),
+    "num_batches_tracked": (Tensor, NoneType),
+    "residual": (Tensor, NoneType),
+    "training": bool,
+    "momentum": (float, int, NoneType),
+    "eps": (float, int),
+}
+
+
+def _wrong_type(args: tuple[Any, ...]) -> str | None:
+    """What the signature of a C++ function, dumped, would leave to the reader to find out."""
+    for (name, kinds), value in zip(_ARGUMENTS.items(), args, strict=False):
+        if not isinstance(value, kinds):
+            kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+            expected = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            return f"batch_norm(): argument '{name}' must be {expected}, not {type(value).__name__}"
+    return None

@@ -9,23 +9,47 @@
     >>> swish = bnext.BatchNorm2d(64, activation=torch.nn.SiLU())
     >>> torch.testing.assert_close(swish(x), torch.nn.functional.silu(norm(x)))
 
-Constructor arguments are those of the installed torch, plus the keywords `activation` and, for the slope of
-leaky_relu, `activation_param`; `bnext.functional.batch_norm` says what they may be. Attributes,
-buffers, state dicts and pickles are those of `torch.nn`, in both directions.
+Constructor arguments are those of `torch.nn`, plus the keywords `weight` (False for a shift without scale),
+`activation` and, for the slope of leaky_relu, `activation_param`; `bnext.functional.batch_norm` says what they may be.
+Attributes, buffers, state dicts and pickles are those of `torch.nn`, in both directions.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
+from bnext import aten, routes
 from bnext._extension import extension
-from bnext.activation import Activation, ActivationName, has_parameter, resolve
+from bnext.activation import Activation, ActivationName, fusible, has_parameter, resolve
 from bnext.functional import batch_norm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct2d",
+    "FrozenBatchNorm2d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+]
+
+#: The modules of functions that make another layer of a batch norm's attributes, or fold it into a convolution. They
+#: know no activation, and all of them read `eps`.
+_REBUILDERS = {
+    "apex.parallel",
+    "detectron2.layers.batch_norm",
+    "timm.layers.norm_act",
+    "timm.layers.split_batchnorm",
+    "torch.nn.modules.batchnorm",  # SyncBatchNorm.convert_sync_batchnorm, Lightning's too
+    "torch.nn.utils.fusion",
+    "torch.utils.mkldnn",
+}
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -33,6 +57,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     activation: ActivationName | None = None  # always a name, whatever is assigned to it
     activation_param: float | None = None  # assigning to `activation` sets it, too
+    frozen: bool = False  # `bnext.freeze`: evaluates in training mode, too
+
+    # For TorchScript, which compiles no property.
+    __constants__ = ["activation", "activation_param", "frozen"]
+    __jit_unused_properties__ = ["eps"]
 
     def __init__(
         self,
@@ -44,14 +73,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
         *,
+        weight: bool = True,
         bias: bool = True,
         activation: Activation = None,
         activation_param: float | None = None,
     ) -> None:
         resolve(activation, activation_param)  # raises before anything is made
-        # Older torch has no `bias`: its own TypeError answers whoever asks for a layer without one.
-        without_bias = {} if bias else {"bias": False}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._drop_parameters(weight, bias)
         self._set_activation(activation, activation_param)
         extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training
 
@@ -63,30 +92,60 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """activation(bn(input) + residual), in the shape, dtype and memory format of `input`.
 
         Call the layer, not this: `layer(input)` or `layer(input, residual)` runs its hooks too. In
-        training mode it updates the running statistics. `residual` has the shape, dtype and device
-        of `input`; it is not broadcast.
+        training mode it updates the running statistics. `residual` is fused where it has the shape and dtype of
+        `input`, and otherwise broadcast and promoted as in `y + residual`.
         """
+        if not torch.jit.is_scripting():  # on its own: TorchScript leaves out what is below such a line # noqa: SIM102
+            if type(input) is not Tensor and isinstance(input, Proxy):
+                return _leaf(self, input, residual)
         self._check_input_dim(input)
-        training = self.training
-        mean = var = counter = None
-        if self.track_running_stats or not training:
-            mean, var = self.running_mean, self.running_var
-            if training:
-                counter = self.num_batches_tracked
-        return batch_norm(
-            input,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            training or (mean is None and var is None),
-            self.momentum,
-            self.eps,
-            activation=self.activation,
-            activation_param=self.activation_param,
-            residual=residual,
-            num_batches_tracked=counter,
-        )
+        training = self.training and not self.frozen
+        track = self.track_running_stats or not training
+        mean = self.running_mean if track else None
+        var = self.running_var if track else None
+        counter = self.num_batches_tracked if training and self.track_running_stats else None
+        by_batch = training or (mean is None and var is None)
+        if torch.jit.is_scripting():
+            return aten.batch_norm(
+                input,
+                self.weight,
+                self.bias,
+                mean,
+                var,
+                counter,
+                residual,
+                by_batch,
+                self.momentum,
+                self.eps,
+                "none" if self.activation is None else self.activation,
+                0.0 if self.activation_param is None else self.activation_param,
+            )
+        else:
+            return batch_norm(
+                input,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                by_batch,
+                self.momentum,
+                self.__dict__["eps"],
+                activation=self.activation,
+                activation_param=self.activation_param,
+                residual=residual,
+                num_batches_tracked=counter,
+            )
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+        if self.activation is not None and not torch.compiler.is_compiling():
+            _refuse_rebuilding(self, sys._getframe(1))
+        return self.__dict__["eps"]
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value  # where torch.nn has it, and so do pickles
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.nn would register a module as a child, where no forward looks for it.
@@ -100,12 +159,48 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         object.__setattr__(self, "activation", None if name == "none" else name)
         self.activation_param = value if has_parameter(name) else None
 
+    def _drop_parameters(self, weight: bool, bias: bool) -> None:
+        for name, keep in (("weight", weight), ("bias", bias)):
+            if not keep:
+                self.register_parameter(name, None)
+
+    def reset_parameters(self) -> None:
+        """weight = 1, bias = 0, and the running statistics as before the first batch."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def _route(self, input: Tensor, residual: Tensor | None = None) -> routes.Route:
+        """Which way `forward` goes, for `bnext.explain`."""
+        training = (self.training and not self.frozen) or self.running_mean is None
+        statistics = (self.running_mean, self.running_var, self.num_batches_tracked)
+        return routes.while_traced(training) or routes.of_call(input, self.weight, self.bias, *statistics, residual)
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         for name in ("activation", "activation_param"):
             if getattr(self, name) is not None:
                 text += f", {name}={getattr(self, name)!r}"
-        return text
+        return text + (", frozen=True" if self.frozen else "")
+
+
+def _leaf(layer: _BatchNorm, input: Proxy, residual: Proxy | None) -> Proxy:
+    """A call of the layer in the graph of torch.fx, which traces into the forward of layers that are not torch.nn's."""
+    tracer: Any = input.tracer
+    args = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+
+
+def _refuse_rebuilding(layer: _BatchNorm, reader: Any) -> None:
+    module = reader.f_globals.get("__name__")
+    if module in _REBUILDERS:
+        raise RuntimeError(
+            f"{module}.{reader.f_code.co_name} would drop activation={layer.activation!r} of {layer!r}: "
+            "use bnext.convert_sync_batchnorm(model) to synchronise, bnext.freeze(model) to freeze, "
+            "or bnext.revert(model) first"
+        )
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -133,3 +228,147 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     activation(bn(input) + residual) in the shape of `input`. Raises what `torch.nn.BatchNorm3d`
     raises, and what `bnext.functional.batch_norm` lists.
     """
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """act(drop(bn(input))), as `timm.layers.BatchNormAct2d`, of which `bnext.convert` makes it.
+
+    Keeps its children `act` and `drop`, which may be replaced later. `act` is fused where it is one of
+    `bnext.activation` and `drop` does nothing.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *args: Any,
+        act: torch.nn.Module | None = None,
+        drop: torch.nn.Module | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(num_features, *args, **keywords)
+        self.drop = torch.nn.Identity() if drop is None else drop
+        self.act = torch.nn.Identity() if act is None else act
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(drop(bn(input) + residual))."""
+        if not torch.compiler.is_compiling():  # the children may have been replaced, or have got hooks
+            self._find_activation()
+        y = super().forward(input, residual)
+        return y if self.activation is not None else self.act(self.drop(y))
+
+    def _find_activation(self) -> None:
+        """Sets `activation` to what the children do, if that can be fused."""
+        found = fusible(self.act) if type(self.drop) is torch.nn.Identity else None
+        activation, param = found or (None, None)
+        if self.activation != activation or self.activation_param != param:
+            self._set_activation(activation, param)
+
+
+class FrozenBatchNorm2d(torch.nn.Module):
+    """act(drop(bn(input))) by statistics and parameters that are buffers, and never change: what `bnext.convert` makes
+    of `torchvision.ops.FrozenBatchNorm2d`, and of timm's and detectron2's."""
+
+    if TYPE_CHECKING:
+        weight: Tensor
+        bias: Tensor
+        running_mean: Tensor
+        running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        *,
+        act: torch.nn.Module | None = None,
+        drop: torch.nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+        self.drop = torch.nn.Identity() if drop is None else drop
+        self.act = torch.nn.Identity() if act is None else act
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Runs the kernels for evaluation, and their backward, in any mode."""
+        drop, act = getattr(self, "drop", None), getattr(self, "act", None)  # torchvision's layer has none
+        found = fusible(act) if act is not None and type(drop) is torch.nn.Identity else None
+        activation, param = found or (None, None)
+        y = batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            activation=activation,
+            activation_param=param,
+        )
+        return y if found or act is None or drop is None else act(drop(y))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # of a checkpoint from before it was frozen
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Lazy(_BatchNorm):
+    """Takes num_features from its first input, and becomes the layer without Lazy then."""
+
+    if TYPE_CHECKING:  # of torch.nn's class, which comes after this one
+
+        def has_uninitialized_params(self) -> bool: ...
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight: bool = True,
+        bias: bool = True,
+        activation: Activation = None,
+        activation_param: float | None = None,
+    ) -> None:
+        resolve(activation, activation_param)
+        lazy = torch.nn.modules.batchnorm._LazyNormBase
+        lazy.__init__(self, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
+        self._drop_parameters(weight, bias)
+        self._set_activation(activation, activation_param)
+        extension()
+
+    def reset_parameters(self) -> None:
+        if not self.has_uninitialized_params() and self.num_features != 0:
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Gives the parameters and buffers as many elements as `input` has channels."""
+        if not self.has_uninitialized_params():
+            return
+        self.num_features = input.shape[1]
+        uninitialized: tuple[Any, ...] = (self.weight, self.bias, self.running_mean, self.running_var)
+        for t in uninitialized:
+            if t is not None:
+                t.materialize((self.num_features,))
+        self.reset_parameters()
+
+
+class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):
+    """`BatchNorm1d` of as many features as its first input has: see `torch.nn.LazyBatchNorm1d`."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d):
+    """`BatchNorm2d` of as many features as its first input has: see `torch.nn.LazyBatchNorm2d`."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
+    """`BatchNorm3d` of as many features as its first input has: see `torch.nn.LazyBatchNorm3d`."""
+
+    cls_to_become = BatchNorm3d

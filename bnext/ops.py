@@ -33,26 +33,15 @@ is 1; or, for any activation, the `residual` itself. All but `batch_norm` know n
 import torch
 
 from bnext._extension import extension
-
-#: Their names. ops.pyi has their signatures, for type checkers and editors.
-OPERATORS = [
-    "batch_norm_backward",
-    "batch_norm_backward_input",
-    "batch_norm_backward_reduce",
-    "batch_norm",
-    "batch_norm_forward",
-    "batch_norm_forward_eval",
-    "batch_norm_normalize",
-    "batch_norm_stats",
-]
+from bnext.operators import OPERATORS  # ops.pyi has their signatures, for type checkers and editors
 
 
 def __getattr__(name: str):
     if name not in OPERATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(OPERATORS)}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there are {', '.join(sorted(OPERATORS))}")
     extension()
     return getattr(torch.ops.bnext, name)
 
 
 def __dir__() -> list[str]:
-    return OPERATORS
+    return sorted(OPERATORS)

@@ -46,7 +46,7 @@ def test_dtypes_that_cannot_be_normalized(device, dtype, options):
     x = torch.ones(2, 3, 4, 4, device=device).to(dtype)
     name = str(dtype).removeprefix("torch.")
     m = bnext.BatchNorm2d(3, device=device, **options)
-    assert_refused(m, RuntimeError, f"input should be float32, float64, float16 or bfloat16, not {name}", x)
+    assert_refused(m, NotImplementedError, f"input should be float32, float64, float16 or bfloat16, not {name}", x)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,19 @@ WRONG = [
     (RuntimeError, r"{} should contain 3 elements not 4", ("weight", "bias", "running_mean", "running_var"), torch.ones(4)),
     (RuntimeError, r"{} should be float32 .* not float16", ("weight", "bias", "running_mean", "running_var"), torch.ones(3).half()),
     (ValueError, r"running_mean and running_var must either both be None", ("running_mean", "running_var"), None),
-    (RuntimeError, r"residual should have the shape of input, \[2, 3, 4, 4\], not \[2, 3, 4\]", ("residual",), torch.ones(2, 3, 4)),
-    (RuntimeError, r"residual should have the shape of input, \[2, 3, 4, 4\], not \[2, 3, 1, 1\]", ("residual",), torch.ones(2, 3, 1, 1)),
-    (RuntimeError, r"residual should have the dtype of input, float32, not float64", ("residual",), torch.ones(2, 3, 4, 4).double()),
-    (RuntimeError, r"residual should be a dense tensor, not Sparse", ("residual",), torch.ones(2, 3, 4, 4).to_sparse()),
-    (RuntimeError, r"num_batches_tracked should be int64, not float32", ("num_batches_tracked",), torch.ones(())),
+    (RuntimeError, r"residual should have the shape of input, \[2, 3, 4, 4\], or broadcast with it, not \[2, 3, 4\]", ("residual",), torch.ones(2, 3, 4)),
+    (NotImplementedError, r"residual should be a dense tensor, not Sparse", ("residual",), torch.ones(2, 3, 4, 4).to_sparse()),
     (RuntimeError, r"num_batches_tracked should contain 1 element not 3", ("num_batches_tracked",), torch.ones(3).long()),
     (ValueError, r"activation should be None, 'relu', .* not 'swish'", ("activation",), "swish"),
     (ValueError, r"activation should be None, 'relu', .* not GELU", ("activation",), nn.GELU()),
     (ValueError, r"eps must be positive during training", ("eps",), 0.0),
-    (ValueError, r"at least 2 dimensions.*got 1D", ("input",), torch.ones(3)),
-    (ValueError, r"at least 2 dimensions.*got 0D", ("input",), torch.ones(())),
+    (IndexError, r"at least 2 dimensions.*got 1D", ("input",), torch.ones(3)),
+    (IndexError, r"at least 2 dimensions.*got 0D", ("input",), torch.ones(())),
+    (TypeError, r"argument '{}' must be Tensor or None, not list", ("weight", "bias", "running_mean", "residual", "num_batches_tracked"), [1, 2, 3]),
+    (TypeError, r"argument 'input' must be Tensor, not list", ("input",), [1, 2, 3]),
+    (TypeError, r"argument 'training' must be bool, not NoneType", ("training",), None),
+    (TypeError, r"argument 'training' must be bool, not int", ("training",), 1),
+    (TypeError, r"argument '{}' must be float or int.*, not str", ("momentum", "eps"), "much"),
 ]  # fmt: skip
 
 
@@ -171,14 +173,25 @@ def test_inference_buffers_are_not_updated_outside_inference_mode(device):
 
 
 def test_sparse_input(device):
-    with pytest.raises(RuntimeError, match="input should be a dense tensor, not Sparse"):
+    with pytest.raises(NotImplementedError, match="input should be a dense tensor, not Sparse"):
         batch_norm(torch.ones(2, 3, 4, 4, device=device).to_sparse(), None, None, training=True)
 
 
 def test_residual_of_a_layer(device):
     x = torch.randn(2, 3, 4, 4, device=device)
     for m in (bnext.BatchNorm2d(3, device=device), bnext.BatchNorm2d(3, device=device).eval()):
-        assert_refused(m, RuntimeError, "residual should have the shape of input", x, x[:1])
+        assert_refused(m, RuntimeError, "residual should have the shape of input, .* or broadcast", x, x[..., :3])
+
+
+@pytest.mark.parametrize("shape", [(0,), (3,), ()])
+def test_few_dimensions_get_the_class_of_torch(shape):
+    results = []
+    for f in (batch_norm, nn.functional.batch_norm):
+        try:
+            results.append(f(torch.ones(shape), None, None, training=True).shape)
+        except Exception as error:
+            results.append(type(error))
+    assert results[0] == results[1]
 
 
 RUN_ONE_LAYER = """

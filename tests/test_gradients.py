@@ -204,13 +204,3 @@ def test_checkpointing_recomputes(device):
     (expected,) = torch.autograd.grad(m(x).square().sum(), x)
     (dx,) = torch.autograd.grad(checkpoint(m, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(dx, expected)
-
-
-def test_forward_mode_is_refused(device):
-    """Rather than tangents silently dropped."""
-    import torch.autograd.forward_ad as fwad
-
-    x = torch.randn(4, 3, device=device)
-    m = bnext.BatchNorm1d(3, device=device).requires_grad_(False)
-    with fwad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-        m(fwad.make_dual(x, torch.ones_like(x)))

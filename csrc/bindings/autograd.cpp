@@ -1,9 +1,11 @@
-// The autograd of bnext::batch_norm, once: eager modules call `batch_norm` directly, and
-// torch.compile and torch.export reach the same function as the composite operator of that name.
+// The autograd of bnext::batch_norm, once: eager modules call `batch_norm` directly, and torch.compile reaches the same
+// function as the composite operator of that name (bnext/operators.py).
 #include "autograd.h"
 
+#include <ATen/SequenceNumber.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "double_backward.h"
 
@@ -98,7 +100,10 @@ class Needs {
   size_t edge_ = 0;
 };
 
-struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
+}  // namespace
+
+// The Functions have the names of their nodes: what a profiler shows, and an error of autograd.
+struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNormBackwardBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& dy, const OptionalTensor& /*x*/,
                                const OptionalTensor& /*weight*/, const OptionalTensor& /*bias*/,
                                const OptionalTensor& /*residual*/, const Saved& saved, std::array<bool, 4> needs) {
@@ -121,7 +126,7 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   }
 };
 
-struct BatchNorm : torch::autograd::Function<BatchNorm> {
+struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& residual, const Settings& settings) {
     ctx->set_materialize_grads(false);
@@ -162,7 +167,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       }
     };
     if (at::GradMode::is_enabled()) {  // create_graph
-      keep(BatchNormBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs));
+      keep(BnextBatchNormBackwardBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs));
     } else {
       auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
       keep({dx, dweight, dbias, dresidual});
@@ -170,6 +175,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     return result;
   }
 };
+
+namespace {
 
 bool tracked(const Tensor& t) {
   return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
@@ -191,11 +198,12 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   const Settings settings = {running_mean, running_var, num_batches_tracked, training,
                              momentum,     eps,         activation,          activation_param};
   if (tracked(input) || tracked(weight) || tracked(bias) || tracked(residual)) {
-    return BatchNorm::apply(input, weight, bias, residual, settings);
+    // The operators run below autograd, where the profiler has no sequence number to link a backward to its forward by.
+    at::RecordFunction record(at::RecordScope::FUNCTION);
+    if (record.isActive()) record.before("bnext::batch_norm", static_cast<int64_t>(at::sequence_number::peek()));
+    return BnextBatchNormBackward::apply(input, weight, bias, residual, settings);
   }
   return std::get<0>(run_forward(input, weight, bias, residual, settings, /*save=*/false, /*save_mask=*/false));
 }
-
-TORCH_LIBRARY_IMPL(bnext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
 
 }  // namespace bnext

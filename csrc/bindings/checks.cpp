@@ -82,11 +82,12 @@ Activation parse_activation(std::string_view name, double param) {
 }
 
 void check_dense(const char* name, const OptionalTensor& t) {
-  TORCH_CHECK(!given(t) || t->layout() == at::kStrided, name, " should be a dense tensor, not ", t->layout());
+  TORCH_CHECK_NOT_IMPLEMENTED(!given(t) || t->layout() == at::kStrided, name, " should be a dense tensor, not ",
+                              t->layout());
 }
 
 void check_input(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() >= 2, "expected an input of at least 2 dimensions, (N, C) or (N, C, *) (got ", x.dim(),
+  TORCH_CHECK_INDEX(x.dim() >= 2, "expected an input of at least 2 dimensions, (N, C) or (N, C, *) (got ", x.dim(),
                     "D input)");
   to_dtype("input", x.scalar_type());
 }

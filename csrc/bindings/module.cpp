@@ -6,12 +6,34 @@
 #include <vector>
 
 #include "autograd.h"
+#include "obstacle.h"
 #include "plans.h"
 
 namespace bnext {
+namespace {
+
+// None where something keeps the call from the kernels: Python then asks what, and sends it another way.
+Tensor batch_norm_if_possible(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                              const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
+                              std::optional<double> momentum, double eps, std::string_view activation,
+                              double activation_param) {
+  if (obstacle(input, weight, bias, running_mean, running_var, num_batches_tracked, residual)) return {};
+  return batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, training, momentum,
+                    eps, activation, activation_param);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  // pybind11 would take None for false.
+  const auto training = py::arg("training").noconvert();
+  const auto any = [](const char* name) { return py::arg(name); };
+  m.def("batch_norm_if_possible", torch::wrap_pybind_function_no_gil(&batch_norm_if_possible), any("input"),
+        any("weight"), any("bias"), any("running_mean"), any("running_var"), any("num_batches_tracked"),
+        any("residual"), training, any("momentum"), any("eps"), any("activation"), any("activation_param"));
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
+  m.def("obstacle", torch::wrap_pybind_function(&obstacle));
 #define BNEXT_NAME(activation, type) #activation,
   m.attr("activations") = std::vector<std::string>{BNEXT_ACTIVATIONS(BNEXT_NAME)};
 #undef BNEXT_NAME

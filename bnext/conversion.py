@@ -1,0 +1,165 @@
+"""Whole models in one line: `convert` to bnext's layers, `revert` to torch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from bnext import nn as layers
+from bnext import torch_layers
+from bnext._extension import extension
+
+__all__ = ["Report", "convert", "revert"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Report(dict[str, str]):
+    """What became of each batch norm, by its name; `unconverted` has those that stayed, with the reason."""
+
+    unconverted: dict[str, str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unconverted = {}
+
+    def __str__(self) -> str:
+        rows = [*self.items(), *((name, f"not converted: {why}") for name, why in self.unconverted.items())]
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join(f"{name:{width}}  {what}" for name, what in rows)
+
+
+#: Classes whose forward bnext has, and ours in their places. A subclass that changes nothing of it counts, too.
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: layers.BatchNorm1d,
+    nn.BatchNorm2d: layers.BatchNorm2d,
+    nn.BatchNorm3d: layers.BatchNorm3d,
+    nn.LazyBatchNorm1d: layers.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
+    torch_layers.TorchBatchNorm1d: layers.BatchNorm1d,
+    torch_layers.TorchBatchNorm2d: layers.BatchNorm2d,
+    torch_layers.TorchBatchNorm3d: layers.BatchNorm3d,
+    torch_layers.TorchBatchNormAct2d: layers.BatchNormAct2d,
+    torch_layers.TorchFrozenBatchNorm2d: layers.FrozenBatchNorm2d,
+}
+#: Those of libraries that need not be there.
+_OTHERS = {
+    ("timm.layers.norm_act", "BatchNormAct2d"): layers.BatchNormAct2d,
+    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): layers.FrozenBatchNorm2d,
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): layers.FrozenBatchNorm2d,
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): layers.FrozenBatchNorm2d,
+}
+#: And back, where a layer computes nothing that `torch.nn`'s does not.
+_TORCHS = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__.startswith("torch.nn")}
+_REVERTED = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__ == torch_layers.__name__}
+
+#: What makes a batch norm compute what it does. A subclass with one of its own is not ours to replace.
+_BEHAVIOUR = ("forward", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
+#: Attributes that a layer of torch.nn does not have; kept where they say something.
+_FUSED = {"activation": None, "activation_param": None, "frozen": False}
+
+
+def _class_for(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """Ours for it; or None, and why it cannot be converted where it is a batch norm of somebody else's."""
+    kind = type(layer)
+    if isinstance(layer, (layers._BatchNorm, layers.FrozenBatchNorm2d)):
+        return None, ""
+    for base in kind.__mro__:
+        ours = _OURS.get(base) or _OTHERS.get((base.__module__, base.__name__))
+        if ours is None:
+            continue
+        if nn.utils.parametrize.is_parametrized(layer):
+            return None, "it is parametrized: convert the model before that"
+        changed = [name for name in _BEHAVIOUR if getattr(kind, name) is not getattr(base, name)]
+        if changed:
+            return None, f"{_spelled(kind)} has its own {', '.join(changed)}"
+        return ours, ""
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return None, f"bnext has no layer for {_spelled(kind)}"
+    return None, ""
+
+
+def convert(model: Model, *, inplace: bool = True, strict: bool = False, report: Report | None = None) -> Model:
+    """Makes every batch norm of `model` one of bnext's.
+
+    >>> import torch, bnext
+    >>> model = bnext.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()))
+    >>> type(model[1])
+    <class 'bnext.nn.BatchNorm2d'>
+
+    Converts `torch.nn`'s layers, lazy and synchronised ones among them, timm's `BatchNormAct2d` with its activation and
+    drop layer, and the frozen layers of timm, torchvision and detectron2; of subclasses, those that do not change what
+    a batch norm does. They stay the objects that they were: parameters, buffers, hooks, names, training mode, dtype,
+    device and `requires_grad` are kept, optimizers go on, and state dicts have the same keys.
+
+    Args:
+        model: any module, a batch norm itself too.
+        inplace: change `model`; otherwise convert a copy, which shares its parameters and buffers.
+        strict: raise where a batch norm cannot be converted.
+        report: is filled with what became of each.
+
+    Returns:
+        `model`, or the copy.
+
+    Raises:
+        ValueError: with `strict`, some could not be converted: their names and reasons. Nothing has changed then.
+    """
+    extension()
+    model = model if inplace else _sharing_copy(model)
+    found = [(name, layer, *_class_for(layer)) for name, layer in model.named_modules()]
+    report = Report() if report is None else report
+    report.unconverted.update({name: why for name, _, kind, why in found if kind is None and why})
+    if strict and report.unconverted:
+        raise ValueError("bnext.convert: " + "; ".join(f"{name}: {why}" for name, why in report.unconverted.items()))
+    for name, layer, kind, _ in found:
+        if kind is not None:
+            report[name] = f"{_spelled(type(layer))} -> {_spelled(kind)}"
+            layer.__class__ = kind
+            if isinstance(layer, layers.BatchNormAct2d):
+                layer._find_activation()
+    return model
+
+
+def revert(model: Model, *, inplace: bool = True) -> Model:
+    """Makes every layer of bnext one of torch.
+
+    A layer without activation becomes its class of `torch.nn`, which takes no residual; one with an activation, or
+    frozen, becomes one of `bnext.torch_layers`, which computes the same by torch's operators. The result can be
+    scripted, exported and quantized, and a program saved from it runs without bnext. `convert` undoes it.
+
+    Args:
+        model: any module.
+        inplace: change `model`; otherwise revert a copy, which shares its parameters and buffers.
+    """
+    model = model if inplace else _sharing_copy(model)
+    for layer in model.modules():
+        kind = type(layer)
+        if kind not in _TORCHS and kind not in _REVERTED:
+            continue
+        state = layer.__dict__
+        fuses = any(state.get(name, usual) != usual for name, usual in _FUSED.items())
+        layer.__class__ = _REVERTED[kind] if fuses or kind not in _TORCHS else _TORCHS[kind]
+        if not fuses:
+            for name in _FUSED:
+                state.pop(name, None)
+    return model
+
+
+def _sharing_copy(model: Model) -> Model:
+    tensors: Iterator[Tensor] = (t for module in model.modules() for t in _own_tensors(module))
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _spelled(kind: type) -> str:
+    module = kind.__module__.removesuffix(".modules.batchnorm").removesuffix(
+        ".nn" if "bnext" in kind.__module__ else ""
+    )
+    return f"{module}.{kind.__name__}"

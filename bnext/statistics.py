@@ -1,0 +1,177 @@
+"""Running statistics: of a whole data set at once, or frozen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bnext import nn as layers
+from bnext.conversion import convert
+
+__all__ = ["freeze", "unfreeze", "update_statistics"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def freeze(model: Model, *, parameters: bool = True) -> Model:
+    """Converts every batch norm of `model`, and has it evaluate from now on: by its running statistics, which no longer
+    change, in training mode too. Gradients run through it to the input.
+
+    Args:
+        model: any module; changed in place.
+        parameters: `weight` and `bias` of these layers do not change either: `requires_grad` is False.
+
+    Raises:
+        ValueError: a batch norm has no running statistics, or cannot be converted. Nothing has changed then.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            raise ValueError(f"bnext.freeze: {name or 'the layer'} has no running statistics to go by")
+    convert(model, strict=True)
+    for layer in _batch_norms(model):
+        layer.frozen = True
+        if parameters:
+            for t in (layer.weight, layer.bias):
+                if t is not None:
+                    t.requires_grad_(False)
+    return model
+
+
+def unfreeze(model: Model, *, parameters: bool = True) -> Model:
+    """Undoes `freeze`: `requires_grad` of the parameters is True again."""
+    for layer in _batch_norms(model):
+        if layer.frozen:
+            layer.frozen = False
+            if parameters:
+                for t in (layer.weight, layer.bias):
+                    if t is not None:
+                        t.requires_grad_(True)
+    return model
+
+
+@torch.no_grad()
+def update_statistics(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    device: torch.types.Device = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Sets the running statistics of every batch norm in `model` to the mean and the unbiased variance of all that it
+    normalizes while `loader` goes through the model: those of the data set, not an average of those of its batches.
+
+    Statistics of batches are merged by Chan, Golub and LeVeque's formula, with their true counts, in float64. So a
+    smaller last batch weighs less, and the spread between batches counts, which `torch.optim.swa_utils.update_bn`
+    leaves out. Takes batch norms of torch.nn and of bnext; each normalizes by its batch meanwhile, as in training.
+
+    Args:
+        model: restored to its modes afterwards, also after an error; then its statistics are the old ones, too.
+        loader: batches: a tensor, or a tuple or list whose first element is the input.
+        device: where inputs are moved; None leaves them where they are.
+        forward: runs the model on a batch, in place of `model(input)`.
+        progress: shows a line on stderr; None does so where stderr is a terminal.
+
+    Raises:
+        ValueError: `model` has no batch norm with running statistics, or `loader` is empty.
+    """
+    found = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    }
+    if not found:
+        raise ValueError("update_statistics: model has no batch norm with running statistics")
+    merged = {name: _Merged() for name in found}
+    modes = {module: module.training for module in model.modules()}
+    momenta = {name: layer.momentum for name, layer in found.items()}
+    before = {name: [t.clone() for t in layer.buffers()] for name, layer in found.items()}
+    hooks = [layer.register_forward_pre_hook(_merge_into(merged[name])) for name, layer in found.items()]
+    batches = 0
+    try:
+        model.eval()
+        for layer in found.values():
+            layer.train()
+            layer.momentum = 0.0
+        for batch in _shown(loader, progress):
+            batches += 1
+            if forward is not None:
+                forward(model, batch)
+                continue
+            input = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(input if device is None else input.to(device))
+        if batches == 0:
+            raise ValueError("update_statistics: loader is empty")
+    except BaseException:
+        for name, layer in found.items():
+            for t, old in zip(layer.buffers(), before[name], strict=True):
+                t.copy_(old)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+        for name, layer in found.items():
+            layer.momentum = momenta[name]
+    for name, layer in found.items():
+        merged[name].write(layer)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(batches)
+
+
+class _Merged:
+    """The statistics of all values of a channel so far, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None  # of deviations from the mean, their sum
+
+    def add(self, x: Tensor) -> None:
+        count = x.numel() // x.shape[1] if x.shape[1] else 0
+        if count == 0:
+            return
+        mean, var = (t.double() for t in torch.ops.bnext.batch_norm_stats(x))
+        squares = var * count
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean += delta * (count / total)
+        self.squares += squares + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def write(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+        if self.mean is None or self.squares is None or layer.running_mean is None or layer.running_var is None:
+            return  # the model did not call it
+        layer.running_mean.copy_(self.mean)
+        layer.running_var.copy_(self.squares / max(self.count - 1, 1))
+
+
+def _merge_into(merged: _Merged) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda layer, args: merged.add(args[0].detach())
+
+
+def _batch_norms(model: nn.Module) -> list[layers._BatchNorm]:
+    return [layer for layer in model.modules() if isinstance(layer, layers._BatchNorm)]
+
+
+def _shown(loader: Iterable[Any], progress: bool | None) -> Iterable[Any]:
+    """The batches, with a line that says how many are done."""
+    show = sys.stderr.isatty() if progress is None else progress
+    total = f" of {len(loader)}" if isinstance(loader, Sized) else ""
+    last = 0.0
+    for i, batch in enumerate(loader, 1):
+        yield batch
+        if show and time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            print(f"\rstatistics: {i}{total} batches", end="", file=sys.stderr, flush=True)
+    if show:
+        print(file=sys.stderr)

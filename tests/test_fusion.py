@@ -1,0 +1,138 @@
+"""bnext.fuse: what it finds, what it leaves, and that results and gradients agree."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bnext
+
+
+class Chain(nn.Module):
+    """bn, then f of its result and the input."""
+
+    def __init__(self, f, act=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+        self.act = act
+        self.f = f
+
+    def forward(self, x):
+        return self.f(self, self.bn(self.conv(x)), x)
+
+
+def added_in_place(m, y, x):
+    y += x
+    return m.act(y)
+
+
+ACTIVATIONS = {
+    "module": (lambda m, y, x: m.act(y), nn.ReLU(inplace=True), "relu"),
+    "silu": (lambda m, y, x: m.act(y), nn.SiLU(), "silu"),
+    "slope": (lambda m, y, x: m.act(y), nn.LeakyReLU(0.3), "leaky_relu"),
+    "function": (lambda m, y, x: F.relu(y), None, "relu"),
+    "function in place": (lambda m, y, x: F.relu(y, inplace=True), None, "relu"),
+    "leaky function": (lambda m, y, x: F.leaky_relu(y, 0.3), None, "leaky_relu"),
+    "leaky keyword": (lambda m, y, x: F.leaky_relu(y, negative_slope=0.3), None, "leaky_relu"),
+    "torch.relu_": (lambda m, y, x: torch.relu_(y), None, "relu"),
+    "method": (lambda m, y, x: y.relu(), None, "relu"),
+    "method in place": (lambda m, y, x: y.sigmoid_(), None, "sigmoid"),
+}
+SUMS = {
+    "y + x": (lambda m, y, x: m.act(y + x), nn.ReLU(), "relu"),
+    "x + y": (lambda m, y, x: m.act(x + y), nn.ReLU(), "relu"),
+    "y += x": (added_in_place, nn.ReLU(inplace=True), "relu"),
+    "torch.add": (lambda m, y, x: F.hardswish(torch.add(x, y)), None, "hardswish"),
+    "add_": (lambda m, y, x: torch.tanh(y.add_(x)), None, "tanh"),
+}
+LEFT = {
+    "used twice": (lambda m, y, x: F.relu(y) + y, None, None),
+    "scaled sum": (lambda m, y, x: F.relu(torch.add(y, x, alpha=2)), None, None),
+    "a number": (lambda m, y, x: F.relu(y + 1.0), None, None),
+    "unknown": (lambda m, y, x: F.gelu(y), None, None),
+    "sum used twice": (lambda m, y, x: (lambda z: F.relu(z) + z)(y + x), None, None),
+    "called twice": (lambda m, y, x: F.relu(m.bn(y)), None, None),
+}
+
+
+def assert_same_step(ours, theirs, x, names=True):
+    results = []
+    for m in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = m(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", [*ACTIVATIONS, *SUMS, *LEFT])
+def test_patterns(case, training):
+    f, act, expected = {**ACTIVATIONS, **SUMS, **LEFT}[case]
+    torch.manual_seed(0)
+    model = Chain(f, act).double().train(training)
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    assert fused.bn.activation == expected and fused.training == training
+    calls = [n for n in fused.graph.nodes if n.op == "call_module" and n.target == "bn"]
+    if expected is not None:
+        assert len(calls[0].args) == 1 + (case in SUMS)
+        assert len(list(fused.graph.nodes)) == 4  # x, conv, bn, output
+    assert_same_step(fused, twin, torch.randn(4, 3, 5, 5, dtype=torch.float64))
+
+
+class Downsampled(nn.Module):
+    """Two batch norms meet in a sum: the one that comes later takes it in."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.bn1(x) + self.bn2(x * 2))
+
+
+def test_a_sum_of_two_batch_norms():
+    model = Downsampled().double()
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    assert (fused.bn1.activation, fused.bn2.activation) == (None, "relu")
+    assert_same_step(fused, twin, torch.randn(4, 3, 5, 5, dtype=torch.float64))
+
+
+# activations that follow a batch norm; those that have a sum between; batch norms
+NETWORKS = {
+    "resnet18": (17, 8, 20),
+    "resnet50": (49, 16, 53),
+    "mobilenet_v2": (35, 0, 52),
+    "efficientnet_b0": (33, 0, 49),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_site_of_a_network_is_found(name):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=10).double().eval()
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    norms = [m for m in fused.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    nodes = [
+        n
+        for n in fused.graph.nodes
+        if n.op == "call_module" and isinstance(fused.get_submodule(n.target), nn.BatchNorm2d)
+    ]
+    found = sum(m.activation is not None for m in norms), sum(len(n.args) == 2 for n in nodes), len(norms)
+    assert found == NETWORKS[name]
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), twin(x))
+    for m in (fused, twin):
+        for layer in m.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.train()
+    assert_same_step(fused, twin, x)

@@ -1,0 +1,96 @@
+"""freeze, unfreeze and update_statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bnext
+
+
+def data(batches, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 3, 5, 4, generator=generator) * (1 + i) + 3 * i for i, n in enumerate(batches)]
+
+
+@pytest.mark.parametrize("kind", [bnext.BatchNorm2d, nn.BatchNorm2d])
+def test_statistics_are_those_of_the_population(kind):
+    batches = data([4, 4, 1, 7])
+    net = nn.Sequential(kind(3), nn.Dropout(0.5)).train()
+    net[0].running_mean.fill_(100)
+    bnext.update_statistics(net, [(x, "label") for x in batches], progress=False)
+    everything = torch.cat(batches).double()
+    torch.testing.assert_close(net[0].running_mean.double(), everything.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(net[0].running_var.double(), everything.var((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    assert net[0].num_batches_tracked == 4 and net[0].momentum == 0.1
+    assert net.training and net[0].training and net[1].training
+
+
+def test_later_layers_see_what_training_shows_them():
+    """Each batch norm normalizes by its batch meanwhile: the second sees the first's training output."""
+    batches = data([4, 6])
+    net = nn.Sequential(bnext.BatchNorm2d(3), bnext.BatchNorm2d(3)).double()
+    bnext.update_statistics(net, [x.double() for x in batches], progress=False)
+    seen = torch.cat([nn.functional.batch_norm(x.double(), None, None, training=True) for x in batches])
+    torch.testing.assert_close(net[1].running_mean, seen.mean((0, 2, 3)))
+    torch.testing.assert_close(net[1].running_var, seen.var((0, 2, 3)))
+
+
+def test_a_failure_changes_nothing():
+    net = nn.Sequential(bnext.BatchNorm2d(3), nn.Conv2d(3, 3, 1)).eval()
+    before = copy.deepcopy(net.state_dict())
+    for loader, error in (([*data([4]), torch.randn(2, 5, 4, 4)], RuntimeError), ([], ValueError)):
+        with pytest.raises(error):
+            bnext.update_statistics(net, loader, progress=False)
+        assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+        assert not net.training and not net[0]._forward_pre_hooks and net[0].momentum == 0.1
+    with pytest.raises(ValueError, match="no batch norm with running statistics"):
+        bnext.update_statistics(nn.Sequential(bnext.BatchNorm2d(3, track_running_stats=False)), data([4]))
+
+
+def test_forward_and_progress(capsys):
+    net = nn.Sequential(bnext.BatchNorm2d(3))
+    batches = [{"image": x} for x in data([4, 4])]
+    bnext.update_statistics(net, batches, forward=lambda model, b: model(b["image"]), progress=True)
+    assert "of 2 batches" in capsys.readouterr().err
+    assert net[0].running_mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_frozen_layers_evaluate_in_training_mode(activation):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net(torch.randn(8, 3, 6, 6))
+    bnext.convert(net)
+    net[1].activation = activation
+    before = copy.deepcopy(net.state_dict())
+    evaluating = copy.deepcopy(net).eval()
+    bnext.freeze(net)
+    assert net.training and net.train()[1].frozen and "frozen=True" in repr(net)
+    x, x2 = (torch.ones(2, 3, 6, 6, requires_grad=True) for _ in range(2))
+    y, expected = net(x), evaluating(x2)
+    assert torch.equal(y, expected)
+    y.square().sum().backward(), expected.square().sum().backward()
+    assert torch.equal(x.grad, x2.grad) and net[1].weight.grad is None
+    assert torch.equal(net[0].weight.grad, evaluating[0].weight.grad)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    reverted = bnext.revert(net, inplace=False)
+    torch.testing.assert_close(reverted.train()(x), expected)
+    assert copy.deepcopy(net)[1].frozen
+    bnext.unfreeze(net)
+    assert not net[1].frozen and net[1].weight.requires_grad
+    net(x)
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])
+
+
+def test_frozen_parameters_can_go_on_training():
+    layer = bnext.freeze(bnext.BatchNorm2d(3), parameters=False)
+    layer(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_freezing_what_has_no_statistics():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="freeze: 1 has no running statistics"):
+        bnext.freeze(net)
+    assert type(net[0]) is nn.BatchNorm2d

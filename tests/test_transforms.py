@@ -1,0 +1,185 @@
+"""torch.func and forward mode: the Function in Python against the C++ one, and against differences."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+import bnext
+from bnext.activation import NAMES
+from bnext.functional import batch_norm
+
+
+def problem(device, seed=0, shape=(3, 2, 2, 2)):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+
+    c = shape[1]
+    return draw(*shape), draw(c), draw(c), draw(*shape)
+
+
+def function(activation=None, training=True, residual=True, affine=True):
+    param = 0.3 if activation == "leaky_relu" else None
+
+    def f(x, weight=None, bias=None, r=None):
+        statistics = (None, None)
+        if not training:
+            c = x.shape[1]
+            mean = torch.linspace(-1, 1, c, dtype=x.dtype, device=x.device)
+            statistics = (mean, mean.square() + 0.5)
+        return batch_norm(
+            x,
+            *statistics,
+            weight if affine else None,
+            bias if affine else None,
+            training,
+            activation=activation,
+            activation_param=param,
+            residual=r if residual else None,
+        )
+
+    return f
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradcheck_of_every_mode(device, activation, training, residual):
+    inputs = problem(device)
+    inputs = inputs if residual else inputs[:3]
+    f = function(activation, training, residual)
+    torch.autograd.gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_gradients_are_those_of_the_other_function(device, activation):
+    """The same kernels, so the same bits."""
+    inputs = problem(device, shape=(4, 3, 5, 6))
+    f = function(activation)
+    dy = torch.randn(4, 3, 5, 6, dtype=torch.float64, device=device)
+    expected = torch.autograd.grad(f(*inputs), inputs, dy)
+    _, pull_back = vjp(f, *inputs)
+    for ours, theirs in zip(pull_back(dy), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_jvp_agrees_with_torch(device, dtype):
+    x, weight, bias, residual = (t.detach().to(dtype) for t in problem(device, shape=(4, 3, 5)))
+    tangents = tuple(torch.randn_like(t) for t in (x, weight, bias, residual))
+
+    def theirs(x, weight, bias, r):
+        return nn.functional.silu(
+            nn.functional.batch_norm(x.double(), None, None, weight.double(), bias.double(), True) + r.double()
+        )
+
+    y, moved = jvp(function("silu"), (x, weight, bias, residual), tangents)
+    y64, moved64 = jvp(theirs, (x, weight, bias, residual), tangents)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), y64, rtol=2 * eps, atol=8 * eps)
+    torch.testing.assert_close(moved.double(), moved64.double(), rtol=4 * eps, atol=16 * eps)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None, 0), (1, 0, 0, 2), (None, 0, 0, None), (2, None, 1, None)], ids=str)
+def test_vmap_is_a_loop(device, in_dims):
+    tensors = []
+    for t, dim in zip(problem(device, shape=(4, 3, 5)), in_dims, strict=True):
+        t = t.detach()
+        tensors.append(t if dim is None else torch.stack([t * (1 + i) + i for i in range(3)], dim))
+    f = function("silu")
+    loop = [f(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True))) for i in range(3)]
+    torch.testing.assert_close(vmap(f, in_dims)(*tensors), torch.stack(loop), rtol=1e-12, atol=1e-12)
+
+
+def test_vmap_inside_vmap(device):
+    x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64, device=device)
+    f = function()
+    loop = torch.stack([torch.stack([f(b) for b in a]) for a in x])
+    torch.testing.assert_close(vmap(vmap(f))(x), loop, rtol=1e-12, atol=1e-12)
+
+
+def test_jacobians_and_hessian(device):
+    x, weight, bias, residual = (t.detach() for t in problem(device))
+    f = function("tanh")
+    torch.testing.assert_close(jacfwd(f)(x, weight, bias, residual), jacrev(f)(x, weight, bias, residual))
+
+    def loss(f):
+        return lambda x: f(x, weight, bias, residual).pow(3).sum()
+
+    def theirs(x, weight, bias, r):
+        return torch.tanh(nn.functional.batch_norm(x, None, None, weight, bias, True) + r)
+
+    torch.testing.assert_close(hessian(loss(f))(x), hessian(loss(theirs))(x), rtol=1e-8, atol=1e-8)
+    _, push = linearize(lambda x: f(x, weight, bias, residual), x)
+    torch.testing.assert_close(push(x), jvp(lambda x: f(x, weight, bias, residual), (x,), (x,))[1])
+
+
+def test_per_sample_gradients_in_evaluation(device):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), bnext.BatchNorm2d(4, activation="relu")).to(device, torch.float64).eval()
+    parameters = dict(model.named_parameters())
+    x = torch.randn(5, 3, 6, 6, dtype=torch.float64, device=device)
+
+    def loss(parameters, x):
+        return functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
+
+    together = vmap(grad(loss), (None, 0))(parameters, x)
+    for i in range(5):
+        alone = grad(loss)(parameters, x[i])
+        for name, g in alone.items():
+            torch.testing.assert_close(together[name][i], g, rtol=1e-10, atol=1e-10)
+
+
+def test_an_ensemble_trains_under_vmap(device):
+    models = [bnext.BatchNorm1d(3, activation="relu", device=device, dtype=torch.float64) for _ in range(3)]
+    twins = copy.deepcopy(models)
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    x = torch.randn(3, 6, 3, 4, dtype=torch.float64, device=device)
+    y = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)))(parameters, buffers, x)
+    for i, twin in enumerate(twins):
+        torch.testing.assert_close(y[i], twin(x[i]), rtol=1e-12, atol=1e-12)
+        for name, buffer in twin.named_buffers():
+            torch.testing.assert_close(buffers[name][i], buffer, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_step_as_outside(device, momentum):
+    m = bnext.BatchNorm2d(3, momentum=momentum, device=device)
+    twin = copy.deepcopy(m)
+    buffers = {name: t.clone() for name, t in m.named_buffers()}
+
+    def loss(x, buffers):
+        return functional_call(m, buffers, (x,)).square().sum(), buffers
+
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, 5, device=device) * 3 + 1
+        _, buffers = grad(loss, has_aux=True)(x, buffers)
+        twin(x)
+    for name, theirs in twin.named_buffers():
+        torch.testing.assert_close(buffers[name], theirs, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_replacing_all_batch_norm_modules(device):
+    net = nn.Sequential(bnext.BatchNorm2d(3, activation="relu"), nn.Conv2d(3, 2, 1), bnext.BatchNorm2d(2)).to(device)
+    torch.func.replace_all_batch_norm_modules_(net)
+    assert all(m.running_mean is None for m in (net[0], net[2]))
+    x = torch.randn(5, 4, 3, 6, 6, device=device)
+    torch.testing.assert_close(vmap(net)(x), torch.stack([net(b) for b in x]), rtol=1e-5, atol=1e-5)
+
+
+def test_unbatched_statistics_cannot_take_a_batch_of_steps(device):
+    """As in torch.nn: which of the examples' statistics would it be?"""
+    m = bnext.BatchNorm1d(3, device=device)
+    with pytest.raises(RuntimeError, match="vmap|in-place|inplace"):
+        vmap(m)(torch.randn(2, 4, 3, device=device))
+
+
+def test_functionalize(device):
+    m = bnext.BatchNorm1d(3, activation="relu", track_running_stats=False, device=device)
+    x = torch.randn(4, 3, device=device)
+    torch.testing.assert_close(torch.func.functionalize(m)(x), m(x))
