@@ -8,6 +8,13 @@
 The layers are `torch.nn`'s own classes with another forward: checkpoints, `isinstance`, autocast
 and `torch.compile` work as before. Importing this package compiles nothing; the compiled
 extension is loaded, or compiled where there is none, when the first layer is made or run.
+
+A model that is not to be rewritten runs on the same kernels, without fusion, where they take the place
+of torch's own:
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64))
+    >>> with bnext.enable():
+    ...     y = model(torch.randn(8, 3, 14, 14))
 """
 
 import sys
@@ -21,14 +28,20 @@ __all__ = [
     "BatchNorm3d",
     "activation",
     "cuda",
+    "disable",
+    "enable",
     "functional",
+    "is_enabled",
+    "kernels_run",
     "nn",
     "ops",
     "reference",
+    "switch",
 ]
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
-    from bnext import activation, cuda, functional, nn, ops, reference
+    from bnext import activation, cuda, functional, nn, ops, reference, switch
     from bnext.activation import Activation
     from bnext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bnext.switch import disable, enable, is_enabled, kernels_run

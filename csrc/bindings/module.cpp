@@ -6,12 +6,16 @@
 #include <vector>
 
 #include "autograd.h"
+#include "enable.h"
+#include "kernels_run.h"
 #include "plans.h"
 
 namespace bnext {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
+  m.def("set_enabled", torch::wrap_pybind_function(&set_enabled));
+  m.def("kernels_run", [] { return kernels_run.load(); });
 #define BNEXT_NAME(activation, type) #activation,
   m.attr("activations") = std::vector<std::string>{BNEXT_ACTIVATIONS(BNEXT_NAME)};
 #undef BNEXT_NAME
