@@ -326,6 +326,10 @@ REFUSED = {
         ones(4, 3, requires_grad=True), ones(3, requires_grad=True), ones(3), training=True
     ),
     "a module's own check": lambda: nn.BatchNorm2d(3)(ones(4, 3)),
+    "no values, of the operator": lambda: aten.native_batch_norm(ones(0, 3), None, None, None, None, True, 0.1, 1e-5),
+    "saved in another dtype": lambda: aten.native_batch_norm_backward(
+        *ones(2, 4, 3).bfloat16().unbind(), ones(3).bfloat16(), None, None, ones(3), ones(3), True, 1e-5, [True] * 3
+    ),
     "a gradient of another shape": lambda: (
         F.batch_norm(ones(4, 3, requires_grad=True), None, None, training=True).sum(0).backward(ones(4, 3))
     ),
@@ -353,6 +357,11 @@ TORCHS = {
     "negative eps": lambda x: direct(x, mean=ones(3), var=ones(3), training=False, eps=-0.5),
     "a weight that is no vector": lambda x: direct(x, w=ones(3, 1)),
     "expanded statistics": lambda x: direct(x, mean=ones(1).expand(3), var=ones(1).expand(3)),
+    "a gradient with more rows": lambda x: list(
+        aten.native_batch_norm_backward(
+            torch.cat([x, x]), x, None, None, None, x[0], x[1].abs(), True, 1e-5, [True, False, False]
+        )[:1]
+    ),
     "no values": lambda x: F.batch_norm(x[:0], ones(3), ones(3), training=True),
 }
 
@@ -493,9 +502,12 @@ def test_forward_mode(device):
     torch.testing.assert_close(results[1].tangent, results[0].tangent)
 
 
-@pytest.mark.parametrize(("backend", "calls"), [("aot_eager", 2), ("aot_eager_decomp_partition", 0)])
+@pytest.mark.parametrize(
+    ("backend", "calls"),
+    [("aot_eager", 2), ("aot_eager_decomp_partition", 0), pytest.param("inductor", 0, marks=pytest.mark.slow)],
+)
 def test_graphs_keep_or_lose_the_operator(backend, calls):
-    """The second takes operators apart as inductor does, which would compile for a while here."""
+    """The second takes operators apart as inductor does, which compiles for a while."""
     torch._dynamo.reset()
     m, x = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
     expected = copy.deepcopy(m)(x)
