@@ -8,6 +8,13 @@
 The layers are `torch.nn`'s own classes with another forward: checkpoints, `isinstance`, autocast
 and `torch.compile` work as before. Importing this package compiles nothing; the compiled
 extension is loaded, or compiled where there is none, when the first layer is made or run.
+
+A model that is not to be rewritten runs on the same kernels, without fusion, where they take the place
+of torch's own:
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64))
+    >>> with bnext.enable():
+    ...     y = model(torch.randn(8, 3, 14, 14))
 """
 
 import sys
@@ -25,21 +32,26 @@ __all__ = [
     "activation",
     "convert",
     "cuda",
+    "disable",
+    "enable",
     "explain",
     "freeze",
     "functional",
     "fuse",
+    "is_enabled",
+    "kernels_run",
     "nn",
     "ops",
     "reference",
     "revert",
+    "switch",
     "unfreeze",
     "update_statistics",
 ]
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
-    from bnext import activation, cuda, functional, nn, ops, reference
+    from bnext import activation, cuda, functional, nn, ops, reference, switch
     from bnext.activation import Activation
     from bnext.conversion import convert, revert
     from bnext.fusion import fuse
@@ -53,3 +65,4 @@ if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3])
     )
     from bnext.routes import explain
     from bnext.statistics import freeze, unfreeze, update_statistics
+    from bnext.switch import disable, enable, is_enabled, kernels_run

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnext._extension import extension
+from bnext.switch import is_enabled
 
 __all__ = ["Explanation", "Route", "explain"]
 
@@ -108,6 +109,8 @@ def explain(module: nn.Module, *inputs: object, **keywords: object) -> Explanati
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             if isinstance(layer, _BatchNorm):
                 found[name] = layer._route(*args, **kwargs)
+            elif is_enabled():
+                found[name] = Route("kernels", "bnext.enable() has put them behind torch's operators")
             else:
                 kind = f"{type(layer).__module__.removesuffix('.modules.batchnorm')}.{type(layer).__name__}"
                 found[name] = Route("torch", f"it is a {kind}: bnext.convert(model) makes it one of bnext")

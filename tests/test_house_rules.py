@@ -80,7 +80,7 @@ def test_dependencies_point_one_way(folder):
 
 def test_python_does_not_import_upward():
     """bnext.nn -> bnext.functional -> bnext.activation and bnext.ops -> the extension."""
-    order = ["_toolchain", "_extension", "ops", "activation", "functional", "nn"]
+    order = ["_toolchain", "_extension", "switch", "ops", "activation", "functional", "nn"]
     for i, name in enumerate(order):
         above = "|".join(order[i + 1 :])
         if above:

@@ -78,6 +78,8 @@ def test_explain(device):
     assert [route.way for route in found.values()] == ["kernels", "torch"] and list(found) == ["0", "1"]
     assert "bnext.convert" in str(found).splitlines()[1]
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with bnext.enable():
+        assert [route.way for route in bnext.explain(model, x).values()] == ["kernels", "kernels"]
     layer = bnext.BatchNorm2d(3, device=device)
     assert bnext.explain(layer, x, x[..., :1])[""].way == "sum"
     layer.num_batches_tracked = layer.num_batches_tracked.float()

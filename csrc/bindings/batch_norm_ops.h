@@ -17,6 +17,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "kernels_run.h"
 #include "layout.h"
 
 namespace bnext {
@@ -101,7 +102,7 @@ struct BatchNormOps {
       if (p.shape.numel() == 0) {
         zero(mean, var);
       } else {
-        Backend::stats(p, xd);
+        run(Backend::stats, p, xd);
       }
     }
     return {mean, var};
@@ -133,7 +134,7 @@ struct BatchNormOps {
       BatchNormForwardParams p = apply.params(act, param, y, mask);
       p.mean = mean_d.data_ptr();
       p.invstd = invstd_d.data_ptr();
-      if (p.shape.numel() != 0) Backend::normalize(p, apply.x);
+      if (p.shape.numel() != 0) run(Backend::normalize, p, apply.x);
     }
     return {y, mask};
   }
@@ -184,7 +185,7 @@ struct BatchNormOps {
         zero(mean, invstd);
         if (given(num_batches_tracked)) num_batches_tracked->add_(1);
       } else {
-        Backend::forward(p, apply.x);
+        run(Backend::forward, p, apply.x);
         running_mean_d.write_back();
         running_var_d.write_back();
       }
@@ -229,7 +230,7 @@ struct BatchNormOps {
       if (p.shape.numel() == 0) {
         zero(mean, invstd);
       } else {
-        Backend::normalize(p, apply.x);
+        run(Backend::normalize, p, apply.x);
       }
     }
     return {y, mean, invstd, mask};
@@ -261,7 +262,7 @@ struct BatchNormOps {
       if (p.shape.numel() == 0) {
         zero(sum_dy, sum_dy_xmu, dweight, dbias);
       } else {
-        Backend::backward_reduce(p, gradient.dy);
+        run(Backend::backward_reduce, p, gradient.dy);
       }
     }
     return {sum_dy, sum_dy_xmu, dweight, dbias};
@@ -300,7 +301,7 @@ struct BatchNormOps {
       p.sum_dy_xmu = sum_dy_xmu_d.data_ptr();
       p.dx = data(dx);
       p.dresidual = data(dresidual);
-      if (p.shape.numel() != 0) Backend::backward_input(p, gradient.dy);
+      if (p.shape.numel() != 0) run(Backend::backward_input, p, gradient.dy);
     }
     return {dx, dresidual};
   }
@@ -350,13 +351,19 @@ struct BatchNormOps {
       if (p.shape.numel() == 0) {
         zero(dweight, dbias);
       } else if (reduces || need_dx || need_dresidual) {
-        Backend::backward(p, gradient.dy);
+        run(Backend::backward, p, gradient.dy);
       }
     }
     return {dx, dweight, dbias, dresidual};
   }
 
  private:
+  template <class Stage, class Params>
+  static void run(const Stage& stage, const Params& p, const Tensor& x) {
+    stage(p, x);
+    kernels_run.fetch_add(1, std::memory_order_relaxed);
+  }
+
   static BatchNormForwardParams forward_params(const Tensor& x, at::MemoryFormat format, const OptionalTensor& weight,
                                                const OptionalTensor& bias) {
     BatchNormForwardParams p = {};

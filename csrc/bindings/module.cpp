@@ -7,6 +7,8 @@
 
 #include "autograd.h"
 #include "obstacle.h"
+#include "enable.h"
+#include "kernels_run.h"
 #include "plans.h"
 
 namespace bnext {
@@ -34,6 +36,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         any("residual"), training, any("momentum"), any("eps"), any("activation"), any("activation_param"));
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
   m.def("obstacle", torch::wrap_pybind_function(&obstacle));
+  m.def("set_enabled", torch::wrap_pybind_function(&set_enabled));
+  m.def("kernels_run", [] { return kernels_run.load(); });
 #define BNEXT_NAME(activation, type) #activation,
   m.attr("activations") = std::vector<std::string>{BNEXT_ACTIVATIONS(BNEXT_NAME)};
 #undef BNEXT_NAME
