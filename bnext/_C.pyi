@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-#: Whether it was built with CUDA; without, it has batch_norm alone.
+#: Whether it was built with CUDA; without, it has the first two functions alone.
 with_cuda: bool
 
 #: The names of the activations, in the order of csrc/core/activation.h.
@@ -23,6 +23,18 @@ def batch_norm(
     activation_param: float,
     /,
 ) -> Tensor: ...
+def check_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    /,
+) -> None: ...
 def plans() -> list[str]: ...
 def force_plan(plan: str, /) -> str: ...
 def set_sm_margin(multiprocessors: int, /) -> int: ...

@@ -99,7 +99,9 @@ def test_ops_tells_what_there_is():
 def test_c_pyi_has_what_the_extension_has():
     there = {name for name in dir(extension()) if not name.startswith("_")} - {"with_cuda", "activations"}
     declared = stub("_C.pyi")
-    assert there == set(declared) if extension().with_cuda else there == {"batch_norm"} <= set(declared)
+    assert (
+        there == set(declared) if extension().with_cuda else there == {"batch_norm", "check_training"} <= set(declared)
+    )
     for name in there:  # pybind writes the signature into the first line
         written = inspect.getdoc(getattr(extension(), name)).splitlines()[0]
         assert len(re.findall(r"\barg\d+:", written)) == len(declared[name].args.posonlyargs), written

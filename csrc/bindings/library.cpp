@@ -11,6 +11,11 @@ TORCH_LIBRARY(bnext, m) {
       "str activation='none', float activation_param=0.0) -> Tensor",
       tags);
   m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)", tags);
+  m.def("batch_norm_local_stats(Tensor x) -> Tensor", tags);
+  m.def(
+      "batch_norm_merge(Tensor stats, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor mean, Tensor invstd, Tensor count)",
+      tags);
   m.def(
       "batch_norm_normalize(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual=None, "
       "str activation='none', float activation_param=0.0, bool save_mask=False) -> (Tensor y, Tensor mask)",

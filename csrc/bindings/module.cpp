@@ -12,6 +12,7 @@ namespace bnext {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
+  m.def("check_training", torch::wrap_pybind_function(&check_training));
 #define BNEXT_NAME(activation, type) #activation,
   m.attr("activations") = std::vector<std::string>{BNEXT_ACTIVATIONS(BNEXT_NAME)};
 #undef BNEXT_NAME
