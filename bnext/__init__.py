@@ -19,16 +19,20 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "SyncBatchNorm",
     "activation",
+    "convert_sync_batchnorm",
     "cuda",
     "functional",
     "nn",
     "ops",
     "reference",
+    "sync",
 ]
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
-    from bnext import activation, cuda, functional, nn, ops, reference
+    from bnext import activation, cuda, functional, nn, ops, reference, sync
     from bnext.activation import Activation
     from bnext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bnext.sync import SyncBatchNorm, convert_sync_batchnorm

@@ -51,7 +51,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         resolve(activation, activation_param)  # raises before anything is made
         # Older torch has no `bias`: its own TypeError answers whoever asks for a layer without one.
         without_bias = {} if bias else {"bias": False}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
+        # Only the first five have the same positions in nn.SyncBatchNorm.
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **without_bias
+        )
         self._set_activation(activation, activation_param)
         extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training
 
