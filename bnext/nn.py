@@ -16,6 +16,7 @@ buffers, state dicts and pickles are those of `torch.nn`, in both directions.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +98,31 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self._set_activation(value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def qconfig(self) -> Any:
+        """Of torch.ao.quantization, as any module has it once it is set.
+
+        torch's own converter to synchronised layers builds others from attributes that it knows, and the activation is
+        not among them. It asks every layer whether it has this one: that is where it can be told.
+        """
+        converter = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
+        if self.activation is not None and sys._getframe(1).f_code is converter.__code__:
+            raise TypeError(
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop activation={self.activation!r} of "
+                f"{type(self).__name__}: use bnext.convert_sync_batchnorm"
+            )
+        if "qconfig" not in vars(self):
+            raise AttributeError  # from which torch.nn makes its own
+        return vars(self)["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        vars(self)["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del vars(self)["qconfig"]
 
     def _set_activation(self, activation: Activation, param: float | None = None) -> None:
         name, value = resolve(activation, param)

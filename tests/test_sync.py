@@ -535,6 +535,31 @@ def test_what_conversion_would_lose_is_an_error():
         assert type(model[0]) is nn.BatchNorm1d
 
 
+def test_torchs_conversion_does_not_drop_an_activation():
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    for layer in (bnext.BatchNorm2d(4, activation="relu"), bnext.SyncBatchNorm(4, activation="relu")):
+        with pytest.raises(TypeError, match=f"drop activation='relu' of {type(layer).__name__}: use bnext.convert"):
+            convert(nn.Sequential(nn.Conv2d(3, 4, 1), layer))
+        layer.qconfig = "set"
+        with pytest.raises(TypeError, match="use bnext.convert"):
+            convert(layer)
+    plain = bnext.BatchNorm2d(4)
+    assert type(convert(plain)) is nn.SyncBatchNorm
+    plain.qconfig = "kept"
+    assert convert(plain).qconfig == "kept"
+
+
+def test_quantization_finds_its_attribute_as_before():
+    layer = bnext.BatchNorm2d(4, activation="relu")
+    assert not hasattr(layer, "qconfig") and getattr(layer, "qconfig", "none") == "none"
+    with pytest.raises(AttributeError, match="'BatchNorm2d' object has no attribute 'qconfig'"):
+        _ = layer.qconfig
+    layer.qconfig = "set"
+    assert copy.deepcopy(layer).qconfig == pickle.loads(pickle.dumps(layer)).qconfig == layer.qconfig == "set"
+    del layer.qconfig
+    assert not hasattr(layer, "qconfig")
+
+
 def test_is_torchs_own_class():
     layer, theirs = bnext.SyncBatchNorm(3), nn.SyncBatchNorm(3)
     assert isinstance(layer, nn.SyncBatchNorm)
