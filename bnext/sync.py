@@ -133,7 +133,7 @@ class _Saved(NamedTuple):
 
     x: Tensor
     weight: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None  # only for an activation's argument
     residual: Tensor | None  # only for an activation that keeps it
     mask: Tensor | None  # only for an activation that keeps a bit an element
     mean: Tensor
@@ -152,10 +152,11 @@ class _Forward(torch.autograd.Function):
         keeps = residual is not None and activation != "none" and any(ctx.needs_input_grad)
         y, mask = ops.batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, param, keeps)
         uses_mask = mask.numel() > 0
+        needs_bias = activation != "none" and not uses_mask
         ctx.save_for_backward(
             x,
             weight,
-            bias,
+            bias if needs_bias else None,
             residual if keeps and not uses_mask else None,
             mask if uses_mask else None,
             mean,
@@ -225,7 +226,8 @@ class _Backward(torch.autograd.Function):
                 each = zip(operands, needs, strict=True)
                 operands = [None if t is None else t.detach().requires_grad_(need) for t, need in each]
             first = _differentiable_gradients(operands[0], _Saved(*operands[1:], *saved[4:]), ctx.settings)
-            pairs = [(f, g) for f, g in zip(first, gradients, strict=True) if g is not None and f.requires_grad]
+            both = zip(first, gradients, strict=True)
+            pairs = [(f, g.view_as(f).to(f.dtype)) for f, g in both if g is not None and f.requires_grad]
             inputs = [t for t, n in zip(operands, needs, strict=True) if n]
             found = iter(
                 torch.autograd.grad(

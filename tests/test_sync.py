@@ -234,6 +234,30 @@ def check_second_order(rank, activation, with_residual):
         assert torch.autograd.gradgradcheck(function, inputs, grad_outputs=dy, fast_mode=True)
 
 
+def check_second_order_in_16_bits(rank, activation):
+    options = {"dtype": torch.bfloat16, "parameters": torch.bfloat16, "residual": True}
+    case = Case(sizes=(3, 0, 2), activation=activation, **options)
+    whole, part = case.layer(bnext.BatchNorm2d), case.layer(bnext.SyncBatchNorm)
+    tensors = [case.tensor(seed) for seed in range(3)]
+    results = []
+    for layer, operands in ((whole, tensors), (part, [case.part(t, rank) for t in tensors])):
+        x, residual, dy = (t.clone().requires_grad_() for t in operands)
+        inputs = [x, residual, layer.weight]
+        first = torch.autograd.grad(layer(x, residual), inputs, dy, create_graph=True)
+        # The sum over processes of what each has of it, since it is linear in dweight.
+        scalar = first[0].float().square().sum() + first[2].float().sum()
+        results.append(torch.autograd.grad(scalar, [x, dy]))
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.bfloat16
+        expected = expected.split(case.sizes)[rank].float()
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05 * results[0][0].abs().max().item())
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_second_order_in_16_bits(processes, activation):
+    processes(check_second_order_in_16_bits, activation)
+
+
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", [None, *NAMES])
 def test_second_order(processes, activation, with_residual):
