@@ -283,6 +283,9 @@ def check_one_collective_each_way(rank):
     assert backward == ["c10d::allreduce_"]
     _, recorded = collectives(lambda: torch.autograd.grad(y.sum(), x, create_graph=True))
     assert recorded == ["c10d::allreduce_"]
+    first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+    _, second = collectives(lambda: torch.autograd.grad(first.square().sum(), x))
+    assert second == ["c10d::allreduce_"] * 7  # three sums, their gradients, and the first order again
     # An input that needs no gradient takes none, and neither does evaluation.
     assert collectives(lambda: layer(x.detach()).sum().backward())[1] == ["c10d::_allgather_base_"]
     assert collectives(lambda: layer.eval()(x))[1] == []
@@ -290,6 +293,25 @@ def check_one_collective_each_way(rank):
 
 def test_one_collective_each_way(processes):
     processes(check_one_collective_each_way)
+
+
+def check_types_side_by_side(rank):
+    dtype = (torch.bfloat16, torch.float16, torch.float32)[rank]
+    case = Case(sizes=(5, 4, 6))
+    layer = bnext.SyncBatchNorm(CHANNELS)
+    parts = [
+        p.to(t)
+        for p, t in zip(case.tensor(0).split(case.sizes), (torch.bfloat16, torch.float16, torch.float32), strict=True)
+    ]
+    y = layer(parts[rank])
+    assert y.dtype == dtype
+    whole = torch.cat([p.double() for p in parts])
+    torch.testing.assert_close(layer.running_mean.double(), 0.1 * whole.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), 0.9 + 0.1 * whole.var((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_types_side_by_side(processes):
+    processes(check_types_side_by_side)
 
 
 def check_alone(rank):
