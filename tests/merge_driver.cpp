@@ -60,7 +60,7 @@ void expect(const char* name, real actual, real expected, real size, real unit) 
 // A: of the statistics; R: of the running ones.
 template <class A, class R>
 void run(int64_t ranks, int64_t c, bool cumulative, bool tracks, bool empty) {
-  Vector<A> stats("stats", ranks * (2 * c + 2)), mean("mean", c), invstd("invstd", c);
+  Vector<A> stats("stats", ranks * (3 * c + 2)), mean("mean", c), invstd("invstd", c);
   Vector<R> running_mean("running_mean", c), running_var("running_var", c);
   Vector<int64_t> count("count", 1), tracked("num_batches_tracked", 1);
   std::vector<int64_t> counts(ranks);
@@ -68,10 +68,11 @@ void run(int64_t ranks, int64_t c, bool cumulative, bool tracks, bool empty) {
   for (int64_t& n : counts) n = empty || draw(0, 1) < 0.25 ? 0 : static_cast<int64_t>(std::exp2(draw(1, 30)));
   if (!empty) counts.back() = (int64_t{1} << 24) + 1;
   stats.fill([&](int64_t i) {
-    const int64_t rank = i / (2 * c + 2), at = i % (2 * c + 2);
-    if (at >= 2 * c) return static_cast<A>(at == 2 * c ? counts[rank] / kCountBase : counts[rank] % kCountBase);
+    const int64_t rank = i / (3 * c + 2), at = i % (3 * c + 2);
+    if (at >= 3 * c) return static_cast<A>(at == 3 * c ? counts[rank] / kCountBase : counts[rank] % kCountBase);
     if (counts[rank] == 0) return static_cast<A>(NAN);
-    return static_cast<A>(at < c ? 10 + draw(-1, 1) : draw(0.1, 2));
+    if (at < c) return static_cast<A>(10 + draw(-1, 1));
+    return static_cast<A>(at < 2 * c ? draw(-1e-6, 1e-6) : draw(0.1, 2));
   });
   running_mean.fill([](int64_t) { return narrow<R>(1.5f); });
   running_var.fill([](int64_t) { return narrow<R>(0.75f); });
@@ -106,10 +107,11 @@ void run(int64_t ranks, int64_t c, bool cumulative, bool tracks, bool empty) {
   const real unit = sizeof(A) == 4 ? 0x1p-23L : 0x1p-49L, running_unit = sizeof(R) == 2 ? 0x1p-7L : unit;
   for (int64_t k = 0; k < c; ++k) {
     real mu = 0, var = 0;
-    const auto at = [&](int64_t rank, int64_t i) { return static_cast<real>(stats[rank * (2 * c + 2) + i]); };
-    for (int64_t r = 0; r < ranks; ++r) mu += counts[r] == 0 ? 0 : at(r, k) * counts[r] / m;
+    const auto at = [&](int64_t rank, int64_t i) { return static_cast<real>(stats[rank * (3 * c + 2) + i]); };
+    const auto mean_at = [&](int64_t rank) { return at(rank, k) + at(rank, c + k); };
+    for (int64_t r = 0; r < ranks; ++r) mu += counts[r] == 0 ? 0 : mean_at(r) * counts[r] / m;
     for (int64_t r = 0; r < ranks; ++r) {
-      if (counts[r] != 0) var += (at(r, c + k) + (at(r, k) - mu) * (at(r, k) - mu)) * counts[r] / m;
+      if (counts[r] != 0) var += (at(r, 2 * c + k) + (mean_at(r) - mu) * (mean_at(r) - mu)) * counts[r] / m;
     }
     const real s = m == 0 ? 0 : 1 / std::sqrt(var + 1e-5L);
     expect("mean", mean[k], mu, std::fabs(mu), unit);

@@ -109,7 +109,8 @@ struct BatchNormOps {
     return {mean, var};
   }
 
-  // What a process tells the others of its part x of a batch: mean, biased variance, and how many values a channel.
+  // What a process tells the others of its part x of a batch: mean, in two parts, biased variance, and how many values
+  // a channel.
   static Tensor local_stats(const Tensor& x) {
     // Validate.
     check_input(x);
@@ -120,19 +121,20 @@ struct BatchNormOps {
     const Tensor xd = dense(x, format, executes);
 
     // Allocate.
-    Tensor row = at::empty_symint({2 * x.sym_size(1) + 2}, x.options().dtype(acc_type_of(x)));
+    Tensor row = at::empty_symint({3 * x.sym_size(1) + 2}, x.options().dtype(acc_type_of(x)));
 
     // Fill in and launch.
     if constexpr (executes) {
       BatchNormForwardParams p = forward_params(xd, format, {}, {});
       p.mean = data(row);
-      p.var = static_cast<char*>(p.mean) + p.shape.c * acc_size_of(p.dtype);
+      p.mean_rest = static_cast<char*>(p.mean) + p.shape.c * acc_size_of(p.dtype);
+      p.var = static_cast<char*>(p.mean_rest) + p.shape.c * acc_size_of(p.dtype);
       if (p.shape.numel() == 0) {
         row.zero_();
       } else {
         Backend::stats(p, xd);
-        row.select(0, 2 * p.shape.c).fill_(p.shape.per_channel() / kCountBase);
-        row.select(0, 2 * p.shape.c + 1).fill_(p.shape.per_channel() % kCountBase);
+        row.select(0, 3 * p.shape.c).fill_(p.shape.per_channel() / kCountBase);
+        row.select(0, 3 * p.shape.c + 1).fill_(p.shape.per_channel() % kCountBase);
       }
     }
     return row;
@@ -149,7 +151,7 @@ struct BatchNormOps {
     // Allocate.
     const c10::DeviceGuard guard(stats.device());
     const Tensor stats_d = stats.contiguous();
-    const c10::SymInt channels = (stats.sym_size(1) - 2) / 2;
+    const c10::SymInt channels = (stats.sym_size(1) - 2) / 3;
     Tensor mean = at::empty_symint({channels}, stats.options()), invstd = at::empty_like(mean);
     Tensor count = at::empty({}, stats.options().dtype(at::kLong));
 

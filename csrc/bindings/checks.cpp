@@ -158,12 +158,12 @@ void check_merge(const Tensor& stats, const OptionalTensor& running_mean, const 
                  const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   const auto dtype = stats.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "stats should be float32 or float64, not ", name_of(dtype));
-  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(1) >= 2 && stats.sym_size(1) % 2 == 0,
-              "stats should be of shape (ranks, 2 * channels + 2), not ", stats.sym_sizes());
+  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(1) % 3 == 2,
+              "stats should be of shape (ranks, 3 * channels + 2), not ", stats.sym_sizes());
   check_eps(eps, /*training=*/true);
   TORCH_CHECK_VALUE(given(running_mean) == given(running_var),
                     "running_mean and running_var must either both be None or neither be None");
-  const c10::SymInt channels = (stats.sym_size(1) - 2) / 2;
+  const c10::SymInt channels = (stats.sym_size(1) - 2) / 3;
   const auto check = [&](const char* name, const OptionalTensor& t) {
     if (!given(t)) return;
     TORCH_CHECK(t->sym_numel() == channels, name, " should contain ", channels, " elements not ", t->sym_numel());

@@ -1,9 +1,9 @@
 // The statistics of several processes, merged: what each has is one row of BatchNormMergeParams::stats. One channel at
 // a time, for host and device.
 //
-// A process sends its mean and variance, rounded once to the type of the statistics, and its count. The merge is
-// Welford::merge in double, in the order of the ranks: so all processes of a group get the same bits, and keep equal
-// running statistics.
+// A process sends its mean in two parts, since rounding would cost the merged variance what a large mean has more
+// digits than the deviations from it; its variance; and its count. The merge is Welford::merge in double, in the order
+// of the ranks: so all processes of a group get the same bits, and keep equal running statistics.
 #pragma once
 
 #include "half.h"
@@ -17,8 +17,8 @@ struct BatchNormMergeParams {
   DType dtype;          // of the statistics: f32 or f64
   DType running_dtype;  // of running_mean and running_var
 
-  // [ranks][2 * c + 2], required: mean, biased variance, count / kCountBase, count % kCountBase. The mean and the
-  // variance of a rank without values are not looked at.
+  // [ranks][3 * c + 2], required: mean, what rounding took from it, biased variance, count / kCountBase,
+  // count % kCountBase. Of a rank without values, nothing else is looked at.
   const void* stats;
 
   void* mean;      // [c], required
@@ -39,7 +39,7 @@ constexpr int64_t kCountBase = int64_t{1} << 24;
 
 template <class A>
 BNEXT_HD int64_t count_of_rank(const BatchNormMergeParams& p, int64_t rank) {
-  const A* count = static_cast<const A*>(p.stats) + (rank + 1) * (2 * p.c + 2) - 2;
+  const A* count = static_cast<const A*>(p.stats) + (rank + 1) * (3 * p.c + 2) - 2;
   return static_cast<int64_t>(count[0]) * kCountBase + static_cast<int64_t>(count[1]);
 }
 
@@ -48,9 +48,9 @@ BNEXT_HD void merge_channel(const BatchNormMergeParams& p, int64_t channel) {
   Welford<double> whole = {};
   int64_t m = 0;
   for (int64_t rank = 0; rank < p.ranks; ++rank) {
-    const A* row = static_cast<const A*>(p.stats) + rank * (2 * p.c + 2);
+    const A* row = static_cast<const A*>(p.stats) + rank * (3 * p.c + 2);
     const int64_t n = count_of_rank<A>(p, rank);
-    whole.merge({static_cast<double>(n), row[channel], 0, row[p.c + channel]});
+    whole.merge({static_cast<double>(n), row[channel], row[p.c + channel], row[2 * p.c + channel]});
     m += n;
   }
   if (channel == 0) *p.count = m;
