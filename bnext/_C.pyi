@@ -47,6 +47,18 @@ def obstacle(
     residual: Tensor | None,
     /,
 ) -> str | None: ...
+def check_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    /,
+) -> None: ...
 def set_enabled(on: bool, /) -> None: ...
 def kernels_run() -> int: ...
 def plans() -> list[str]: ...

@@ -29,8 +29,10 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "activation",
     "convert",
+    "convert_sync_batchnorm",
     "cuda",
     "disable",
     "enable",
@@ -45,15 +47,17 @@ __all__ = [
     "reference",
     "revert",
     "switch",
+    "sync",
     "unfreeze",
     "update_statistics",
 ]
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
-    from bnext import activation, cuda, functional, nn, ops, reference, switch
+    from bnext import activation, cuda, functional, nn, ops, reference, switch, sync
     from bnext.activation import Activation
     from bnext.conversion import convert, revert
+    from bnext.explanation import explain
     from bnext.fusion import fuse
     from bnext.nn import (
         BatchNorm1d,
@@ -63,6 +67,6 @@ if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3])
         LazyBatchNorm2d,
         LazyBatchNorm3d,
     )
-    from bnext.routes import explain
     from bnext.statistics import freeze, unfreeze, update_statistics
     from bnext.switch import disable, enable, is_enabled, kernels_run
+    from bnext.sync import SyncBatchNorm, convert_sync_batchnorm

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bnext import nn as layers
 from bnext import torch_layers
 from bnext._extension import extension
+from bnext.sync import SyncBatchNorm
 
 __all__ = ["Report", "convert", "revert"]
 
@@ -37,12 +38,14 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
     nn.BatchNorm2d: layers.BatchNorm2d,
     nn.BatchNorm3d: layers.BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
     nn.LazyBatchNorm1d: layers.LazyBatchNorm1d,
     nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
     torch_layers.TorchBatchNorm1d: layers.BatchNorm1d,
     torch_layers.TorchBatchNorm2d: layers.BatchNorm2d,
     torch_layers.TorchBatchNorm3d: layers.BatchNorm3d,
+    torch_layers.TorchSyncBatchNorm: SyncBatchNorm,
     torch_layers.TorchBatchNormAct2d: layers.BatchNormAct2d,
     torch_layers.TorchFrozenBatchNorm2d: layers.FrozenBatchNorm2d,
 }

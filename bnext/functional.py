@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from bnext import aten, routes, transforms
 from bnext._extension import extension
 from bnext.activation import Activation, apply, resolve
+from bnext.operators import implement_batch_norm
 
 __all__ = ["Activation", "batch_norm"]
 
@@ -142,6 +143,9 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         y = call_kernels_or_torch(*args[:6], None, training, momentum, eps, "none", 0.0)
         return apply(activation, activation_param, y + residual)
     return (transforms if route.way == "function" else aten).batch_norm(*args)
+
+
+implement_batch_norm(call_kernels_or_torch)
 
 
 def _check_broadcast(input: Tensor, residual: Tensor) -> None:

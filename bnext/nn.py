@@ -79,7 +79,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation_param: float | None = None,
     ) -> None:
         resolve(activation, activation_param)  # raises before anything is made
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        # Only the first five have the same positions in nn.SyncBatchNorm.
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._drop_parameters(weight, bias)
         self._set_activation(activation, activation_param)
         extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training

@@ -22,6 +22,9 @@ SCHEMAS = [
     "Tensor(c!)? num_batches_tracked, Tensor? residual, bool training, float? momentum, float eps, "
     "str activation='none', float activation_param=0.0) -> Tensor",
     "batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)",
+    "batch_norm_local_stats(Tensor x) -> Tensor",
+    "batch_norm_merge(Tensor stats, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor mean, Tensor invstd, Tensor count)",
     "batch_norm_normalize(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual=None, "
     "str activation='none', float activation_param=0.0, bool save_mask=False) -> (Tensor y, Tensor mask)",
     "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -52,11 +55,14 @@ OPERATORS = [schema.split("(")[0] for schema in SCHEMAS]
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}  # where the extension has kernels
 
 
-def _batch_norm(*args: Any) -> Tensor:
-    """`batch_norm` is composed of the others: what compilers trace it into, and autograd runs."""
-    from bnext.functional import call_kernels_or_torch
+def implement_batch_norm(function: Callable[..., Tensor]) -> None:
+    """Has the operator `batch_norm` call `function`, which is composed of the others: what compilers trace it into, and
+    autograd runs."""
 
-    return call_kernels_or_torch(*args, *("none", 0.0)[len(args) - 10 :])  # the dispatcher leaves out defaults
+    def batch_norm(*args: Any) -> Tensor:
+        return function(*args, *("none", 0.0)[len(args) - 10 :])  # the dispatcher leaves out defaults
+
+    _LIBRARY.impl("batch_norm", batch_norm, "CompositeImplicitAutograd")
 
 
 def _load(name: str) -> Callable[..., Any]:
@@ -75,7 +81,6 @@ def _load(name: str) -> Callable[..., Any]:
 
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
 for _name in OPERATORS:
     if _name != "batch_norm":
         _LIBRARY.impl(_name, _load(_name), "CompositeExplicitAutograd")

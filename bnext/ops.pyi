@@ -19,6 +19,15 @@ def batch_norm(
     activation_param: float = 0.0,
 ) -> Tensor: ...
 def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
+def batch_norm_local_stats(x: Tensor) -> Tensor: ...
+def batch_norm_merge(
+    stats: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def batch_norm_normalize(
     x: Tensor,
     mean: Tensor,

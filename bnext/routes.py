@@ -1,17 +1,15 @@
-"""Which way a call of batch norm goes, decided in one place, and what `bnext.explain` says about it."""
+"""Which way a call of batch norm goes, decided in one place. `bnext.explain` tells."""
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnext._extension import extension
-from bnext.switch import is_enabled
 
-__all__ = ["Explanation", "Route", "explain"]
+__all__ = ["Route", "of_call", "while_traced"]
 
 Way = Literal["kernels", "function", "sum", "torch"]
 
@@ -78,47 +76,3 @@ def _functionalizes() -> bool:
 def _wraps_others(t: Tensor | None) -> bool:
     """DTensor and its like. Fake tensors, and those of functionalization, take any operator."""
     return isinstance(t, Tensor) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(t)
-
-
-class Explanation(dict[str, Route]):
-    """A `Route` for the name of each batch norm; prints as a table."""
-
-    def __str__(self) -> str:
-        width = max((len(name) for name in self), default=0)
-        return "\n".join(f"{name:{width}}  {route.way:8}  {route.why}" for name, route in self.items())
-
-
-def explain(module: nn.Module, *inputs: object, **keywords: object) -> Explanation:
-    """Which way each batch norm of `module` goes in `module(*inputs, **keywords)`, and why.
-
-    >>> import torch, bnext
-    >>> net = torch.nn.Sequential(bnext.BatchNorm2d(3), torch.nn.BatchNorm2d(3))
-    >>> print(bnext.explain(net, torch.randn(2, 3, 4, 4)))
-    0  kernels   nothing keeps the call from them
-    1  torch     it is a torch.nn.BatchNorm2d: bnext.convert(model) makes it one of bnext
-
-    Runs a copy of `module`, so that no statistics change. A batch norm that is not called is left out; one that is
-    called again goes the way of its last call.
-    """
-    from bnext.nn import _BatchNorm
-
-    found = Explanation()
-    model = copy.deepcopy(module)
-
-    def note(name: str):
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            if isinstance(layer, _BatchNorm):
-                found[name] = layer._route(*args, **kwargs)
-            elif is_enabled():
-                found[name] = Route("kernels", "bnext.enable() has put them behind torch's operators")
-            else:
-                kind = f"{type(layer).__module__.removesuffix('.modules.batchnorm')}.{type(layer).__name__}"
-                found[name] = Route("torch", f"it is a {kind}: bnext.convert(model) makes it one of bnext")
-
-        return hook
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.register_forward_pre_hook(note(name), with_kwargs=True)
-    model(*inputs, **keywords)
-    return found

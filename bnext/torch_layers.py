@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bnext import aten
+from bnext.activation import apply
 
-__all__ = ["TorchBatchNorm1d", "TorchBatchNorm2d", "TorchBatchNorm3d", "TorchBatchNormAct2d", "TorchFrozenBatchNorm2d"]
+__all__ = [
+    "TorchBatchNorm1d",
+    "TorchBatchNorm2d",
+    "TorchBatchNorm3d",
+    "TorchBatchNormAct2d",
+    "TorchFrozenBatchNorm2d",
+    "TorchSyncBatchNorm",
+]
 
 
 class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -57,6 +65,25 @@ class TorchBatchNorm2d(_TorchBatchNorm, nn.BatchNorm2d):
 
 class TorchBatchNorm3d(_TorchBatchNorm, nn.BatchNorm3d):
     """A reverted `bnext.BatchNorm3d`."""
+
+
+class TorchSyncBatchNorm(nn.SyncBatchNorm):
+    """A reverted `bnext.SyncBatchNorm`; the only one that cannot be scripted, as torch's own."""
+
+    activation: str | None = None
+    activation_param: float | None = None
+    frozen: bool = False
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.frozen:
+            y = nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        else:
+            y = super().forward(input)
+        if residual is not None:
+            y = y + residual
+        return apply(self.activation or "none", self.activation_param or 0.0, y)
 
 
 class TorchBatchNormAct2d(nn.BatchNorm2d):

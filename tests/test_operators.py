@@ -126,6 +126,112 @@ def test_stages_compose_to_a_synchronised_batch_norm(device, layout, dtype, with
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+def test_opcheck_of_statistics_of_several_processes(device, layout):
+    x, *_ = problem(device, layout)
+    opcheck(OPS.batch_norm_local_stats.default, (x,))
+    stats = torch.stack([OPS.batch_norm_local_stats(part) for part in x.split(2)])
+    opcheck(OPS.batch_norm_merge.default, (stats, *buffers(device), None, 1e-5))
+    opcheck(OPS.batch_norm_merge.default, (stats, None, None, None, 0.1, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_merge_is_the_whole_batch(device, dtype, momentum):
+    """Also for means far from 0, of parts that are far from each other, and for parts without values."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (torch.randn(9, 3, 4, 5, device=device) + torch.tensor([0.0, 30.0, -50.0], device=device)[:, None, None]).to(
+        dtype
+    )
+    x[:4, 0] += 20
+    running = [torch.randn(3, device=device).to(dtype), torch.rand(3, device=device).to(dtype)]
+    expected = reference.forward(x, None, None, *running, momentum=0.25 if momentum is None else momentum)
+    counter = torch.tensor(3, device=device)
+    stats = torch.stack([OPS.batch_norm_local_stats(part) for part in x.split([4, 0, 1, 4])])
+    mean, var = OPS.batch_norm_stats(x[:4])
+    assert torch.equal(stats[0, :3], mean) and torch.equal(stats[0, 6:], torch.cat([var, var.new_tensor([0.0, 80.0])]))
+    exact = x[:4].double().mean((0, 2, 3))
+    rest = 4 * torch.finfo(acc).eps * var.double().sqrt()
+    assert ((stats[0, :3].double() + stats[0, 3:6].double() - exact).abs() <= rest).all() and not stats[1].any()
+    version = running[0]._version
+    mean, invstd, count = OPS.batch_norm_merge(stats, *running, counter, momentum, 1e-5)
+    assert mean.dtype == invstd.dtype == acc
+    assert count.dtype == torch.int64 and count.shape == () and count == 180 and counter == 4
+    assert running[0]._version > version
+    u = 8 * torch.finfo(acc).eps
+    torch.testing.assert_close(mean.double(), expected.mean, rtol=u, atol=u)
+    torch.testing.assert_close(invstd.double(), expected.invstd, rtol=u, atol=0)
+    u = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(running[0].double(), expected.running_mean, rtol=u, atol=u)
+    torch.testing.assert_close(running[1].double(), expected.running_var, rtol=u, atol=0)
+
+
+@pytest.mark.parametrize("far", [0, 100, 1e4])
+def test_merge_of_means_far_from_0(device, far):
+    """The numerics contract, of parts: to ulp of float32, as of a whole batch."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = (torch.randn(20000, 16, dtype=torch.float64, device=device) + far).float()
+        stats = torch.stack([OPS.batch_norm_local_stats(part) for part in x.split(10000)])
+        mean, invstd, _ = OPS.batch_norm_merge(stats, None, None, None, 0.1, 1e-30)
+        var, exact = torch.var_mean(x.double(), 0, correction=0)
+        ulp = torch.finfo(torch.float32).eps
+        assert ((mean.double() - exact).abs() <= 4 * ulp * torch.maximum(exact.abs(), var.sqrt())).all()
+        assert ((invstd.double() ** -2 - var).abs() <= 8 * ulp * var).all()
+
+
+def test_merge_ignores_what_ranks_without_values_say(device):
+    stats = torch.tensor([[torch.nan, 0.0, torch.inf, 0, 0], [5.0, 0.0, 2.0, 0, 7]], device=device)
+    mean, invstd, count = OPS.batch_norm_merge(stats, None, None, None, 0.1, 1e-5)
+    assert (mean.item(), count.item()) == (5, 7)
+    assert invstd.item() == (1 / torch.tensor(2 + 1e-5).sqrt()).item()
+
+
+def test_merge_of_nothing_leaves_the_running_statistics(device):
+    mean, var, counter = buffers(device)
+    _, _, count = OPS.batch_norm_merge(torch.zeros(2, 11, device=device), mean, var, counter, 0.1, 1e-5)
+    assert count == 0 and counter == 1 and not mean.any() and bool((var == 1).all())
+
+
+def test_merge_counts_beyond_float32(device):
+    """2^24 + 1 is no float32."""
+    big = 2**24 + 1
+    stats = torch.tensor([[0.0, 0, 1, 1, 1], [0.0, 0, 1, 0, 1], [3.0, 0, 0, 2.0**20, 12345]], device=device)
+    _, _, count = OPS.batch_norm_merge(stats, None, None, None, 0.1, 1e-5)
+    assert count.item() == big + 1 + 2**44 + 12345
+    x = torch.zeros(1, 1, device=device).expand(big, 1)
+    assert OPS.batch_norm_local_stats(x).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_merge_of_one_value(device):
+    if device != "cpu":
+        pytest.skip("only the device knows how many there are")
+    mean, var, counter = buffers(device)
+    stats = torch.stack([OPS.batch_norm_local_stats(torch.randn(n, 3)) for n in (1, 0)])
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training, got one from all"):
+        OPS.batch_norm_merge(stats, mean, var, counter, 0.1, 1e-5)
+    assert counter == 0 and not mean.any()
+
+
+def test_merge_errors(device):
+    stats = torch.zeros(2, 11, device=device)
+    mean, var, counter = buffers(device)
+    for words, kind, arguments in [
+        (r"stats should be of shape \(ranks, 3 \* channels \+ 2\), not \[2, 10\]", RuntimeError, (stats[:, 1:], None, None, None, 0.1, 1e-5)),
+        ("stats should be float32 or float64, not float16", RuntimeError, (stats.half(), None, None, None, 0.1, 1e-5)),
+        ("running_mean should contain 3 elements not 2", RuntimeError, (stats, mean[:2], var, counter, 0.1, 1e-5)),
+        ("running_mean and running_var must either both", ValueError, (stats, mean, None, counter, 0.1, 1e-5)),
+        ("running_var should be float32, float16 or bfloat16 beside stats of float32, not float64", RuntimeError, (stats, mean, var.double(), counter, 0.1, 1e-5)),
+        ("running_var should have the dtype of running_mean", RuntimeError, (stats, mean, var.half(), counter, 0.1, 1e-5)),
+        ("num_batches_tracked should be int64", RuntimeError, (stats, mean, var, counter.int(), 0.1, 1e-5)),
+        ("momentum=None averages over all batches", ValueError, (stats, mean, var, None, None, 1e-5)),
+        ("eps must be positive", ValueError, (stats, mean, var, counter, 0.1, 0.0)),
+    ]:  # fmt: skip
+        with pytest.raises(kind, match=words):
+            OPS.batch_norm_merge(*arguments)
+    assert counter == 0 and not mean.any()
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_mask_is_one_bit_an_element_in_memory_order(device, layout):
     x = layout(torch.randn(3, 5, 3, 3, device=device))
     residual = torch.randn(3, 5, 3, 3, device=device)

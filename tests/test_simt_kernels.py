@@ -317,3 +317,11 @@ def test_devices_are_queried_prepared_and_remembered():
     for name in names:
         done = subprocess.run([executable, name], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (0, f"{name}: ok\n"), done.stderr
+
+
+@pytest.mark.parametrize("mode", build.MODES)
+def test_statistics_of_several_processes_are_merged(mode):
+    """tests/merge_driver.cpp."""
+    executable = build.build("merge_driver", mode, ["csrc/cuda/merge.cu"], ["tests/merge_driver.cpp"], DEFINES)
+    done = subprocess.run([executable], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "ok 1440\n"), done.stdout + done.stderr

@@ -99,7 +99,7 @@ def test_ops_tells_what_there_is():
 def test_c_pyi_has_what_the_extension_has():
     there = {name for name in dir(extension()) if not name.startswith("_")} - {"with_cuda", "activations"}
     declared = stub("_C.pyi")
-    everywhere = {"batch_norm", "batch_norm_if_possible", "obstacle", "set_enabled", "kernels_run"}
+    everywhere = {"batch_norm", "batch_norm_if_possible", "obstacle", "check_training", "set_enabled", "kernels_run"}
     assert there == set(declared) if extension().with_cuda else there == everywhere <= set(declared)
     for name in there:  # pybind writes the signature into the first line
         written = inspect.getdoc(getattr(extension(), name)).splitlines()[0]

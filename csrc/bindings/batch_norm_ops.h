@@ -4,6 +4,7 @@
 //   Int          its type for a number that may be symbolic
 //   stats, normalize, forward (const BatchNormForwardParams&, const Tensor& x)
 //   backward_reduce, backward_input, backward (const BatchNormBackwardParams&, const Tensor& x)
+//   merge (const BatchNormMergeParams&, const Tensor& stats)
 //
 // Tracing and execution share this code, so that they cannot disagree on a size or a stride.
 // Outputs that are not asked for are empty: an operator of torch returns tensors.
@@ -16,6 +17,7 @@
 #include <array>
 #include <tuple>
 
+#include "../core/merge.h"
 #include "checks.h"
 #include "kernels_run.h"
 #include "layout.h"
@@ -108,6 +110,83 @@ struct BatchNormOps {
     return {mean, var};
   }
 
+  // What a process tells the others of its part x of a batch: mean, in two parts, biased variance, and how many values
+  // a channel.
+  static Tensor local_stats(const Tensor& x) {
+    // Validate.
+    check_input(x);
+
+    // Choose the layout.
+    const c10::DeviceGuard guard(x.device());
+    const auto format = format_of(x);
+    const Tensor xd = dense(x, format, executes);
+
+    // Allocate.
+    Tensor row = at::empty_symint({3 * x.sym_size(1) + 2}, x.options().dtype(acc_type_of(x)));
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      BatchNormForwardParams p = forward_params(xd, format, {}, {});
+      p.mean = data(row);
+      p.mean_rest = static_cast<char*>(p.mean) + p.shape.c * acc_size_of(p.dtype);
+      p.var = static_cast<char*>(p.mean_rest) + p.shape.c * acc_size_of(p.dtype);
+      if (p.shape.numel() == 0) {
+        row.zero_();
+      } else {
+        Backend::stats(p, xd);
+        row.select(0, 3 * p.shape.c).fill_(p.shape.per_channel() / kCountBase);
+        row.select(0, 3 * p.shape.c + 1).fill_(p.shape.per_channel() % kCountBase);
+      }
+    }
+    return row;
+  }
+
+  // What all of them told, a row each: the statistics of the whole batch, and their step into the running ones.
+  static std::tuple<Tensor, Tensor, Tensor> merge(const Tensor& stats, const OptionalTensor& running_mean,
+                                                  const OptionalTensor& running_var,
+                                                  const OptionalTensor& num_batches_tracked,
+                                                  std::optional<double> momentum, double eps) {
+    // Validate.
+    check_merge(stats, running_mean, running_var, num_batches_tracked, momentum, eps);
+
+    // Allocate.
+    const c10::DeviceGuard guard(stats.device());
+    const Tensor stats_d = stats.contiguous();
+    const c10::SymInt channels = (stats.sym_size(1) - 2) / 3;
+    Tensor mean = at::empty_symint({channels}, stats.options()), invstd = at::empty_like(mean);
+    Tensor count = at::empty({}, stats.options().dtype(at::kLong));
+
+    // Fill in and launch.
+    if constexpr (executes) {
+      const Buffer running_mean_d(running_mean), running_var_d(running_var);
+      BatchNormMergeParams p = {};
+      p.ranks = stats.size(0);
+      p.c = mean.numel();
+      p.dtype = to_dtype("stats", stats.scalar_type());
+      p.running_dtype = to_dtype("running_mean", given(running_mean) ? running_mean->scalar_type() : at::kFloat);
+      p.stats = stats_d.const_data_ptr();
+      p.mean = data(mean);
+      p.invstd = data(invstd);
+      p.count = static_cast<int64_t*>(data(count));
+      p.running_mean = running_mean_d.data();
+      p.running_var = running_var_d.data();
+      p.num_batches_tracked = static_cast<const int64_t*>(const_data(num_batches_tracked));
+      p.momentum = momentum.value_or(0);
+      p.cumulative = !momentum.has_value();
+      p.eps = eps;
+      if (p.c == 0) {
+        count.zero_();
+      } else {
+        Backend::merge(p, stats_d);
+        running_mean_d.write_back();
+        running_var_d.write_back();
+      }
+      // Behind the kernel, every channel of which may read it.
+      if (given(num_batches_tracked)) num_batches_tracked->add_(1);
+    }
+    return {mean, invstd, count};
+  }
+
   static std::tuple<Tensor, Tensor> normalize(const Tensor& x, const Tensor& mean, const Tensor& invstd,
                                               const OptionalTensor& weight, const OptionalTensor& bias,
                                               const OptionalTensor& residual, std::string_view activation, double param,
@@ -146,18 +225,8 @@ struct BatchNormOps {
       std::optional<double> momentum, double eps, std::string_view activation, double param, bool save_mask) {
     // Validate.
     const Activation act = parse_activation(activation, param);
-    check_input(x);
+    check_training(x, weight, bias, running_mean, running_var, num_batches_tracked, residual, momentum, eps);
     check_batch(x);
-    check_eps(eps, /*training=*/true);
-    check_parameters(x, weight, bias);
-    check_running(x, running_mean, running_var);
-    check_counter(x, num_batches_tracked);
-    check_writable("running_mean", running_mean);
-    check_writable("running_var", running_var);
-    check_writable("num_batches_tracked", num_batches_tracked);
-    TORCH_CHECK_VALUE(momentum || !given(running_mean) || given(num_batches_tracked),
-                      "momentum=None averages over all batches, and needs num_batches_tracked to count them");
-    if (given(residual)) check_like("residual", *residual, x);
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
@@ -454,6 +523,8 @@ struct BatchNormOps {
 template <class Backend>
 void register_batch_norm(torch::Library& m) {
   m.impl("batch_norm_stats", &BatchNormOps<Backend>::stats);
+  m.impl("batch_norm_local_stats", &BatchNormOps<Backend>::local_stats);
+  m.impl("batch_norm_merge", &BatchNormOps<Backend>::merge);
   m.impl("batch_norm_normalize", &BatchNormOps<Backend>::normalize);
   m.impl("batch_norm_forward", &BatchNormOps<Backend>::forward);
   m.impl("batch_norm_forward_eval", &BatchNormOps<Backend>::forward_eval);

@@ -29,8 +29,8 @@ Activation parsed(Activation activation, double param) {
 
 bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
-void check_device(const char* name, const Tensor& t, const Tensor& x) {
-  TORCH_CHECK(t.device() == x.device(), name, " is on ", t.device(), ", but input is on ", x.device());
+void check_device(const char* name, const Tensor& t, const Tensor& x, const char* x_name = "input") {
+  TORCH_CHECK(t.device() == x.device(), name, " is on ", t.device(), ", but ", x_name, " is on ", x.device());
 }
 
 void check_length(const char* name, const Tensor& t, const Tensor& x) {
@@ -131,6 +131,56 @@ void check_counter(const Tensor& x, const OptionalTensor& num_batches_tracked) {
 void check_writable(const char* name, const OptionalTensor& t) {
   TORCH_CHECK(!given(t) || !t->is_inference() || c10::InferenceMode::is_enabled(), name,
               " is an inference tensor, which training cannot update outside InferenceMode");
+}
+
+void check_average(const OptionalTensor& running_mean, const OptionalTensor& num_batches_tracked,
+                   std::optional<double> momentum) {
+  TORCH_CHECK_VALUE(momentum || !given(running_mean) || given(num_batches_tracked),
+                    "momentum=None averages over all batches, and needs num_batches_tracked to count them");
+}
+
+void check_training(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                    const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
+                    std::optional<double> momentum, double eps) {
+  check_input(x);
+  check_eps(eps, /*training=*/true);
+  check_parameters(x, weight, bias);
+  check_running(x, running_mean, running_var);
+  check_counter(x, num_batches_tracked);
+  check_writable("running_mean", running_mean);
+  check_writable("running_var", running_var);
+  check_writable("num_batches_tracked", num_batches_tracked);
+  check_average(running_mean, num_batches_tracked, momentum);
+  if (given(residual)) check_like("residual", *residual, x);
+}
+
+void check_merge(const Tensor& stats, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
+  const auto dtype = stats.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "stats should be float32 or float64, not ", name_of(dtype));
+  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(1) % 3 == 2,
+              "stats should be of shape (ranks, 3 * channels + 2), not ", stats.sym_sizes());
+  check_eps(eps, /*training=*/true);
+  TORCH_CHECK_VALUE(given(running_mean) == given(running_var),
+                    "running_mean and running_var must either both be None or neither be None");
+  const c10::SymInt channels = (stats.sym_size(1) - 2) / 3;
+  const auto check = [&](const char* name, const OptionalTensor& t) {
+    if (!given(t)) return;
+    TORCH_CHECK(t->sym_numel() == channels, name, " should contain ", channels, " elements not ", t->sym_numel());
+    check_device(name, *t, stats, "stats");
+    const auto running = t->scalar_type();
+    TORCH_CHECK(running == dtype || (dtype == at::kFloat && is_half(running)), name, " should be ", name_of(dtype),
+                dtype == at::kFloat ? ", float16 or bfloat16" : "", " beside stats of ", name_of(dtype), ", not ",
+                name_of(running));
+    check_writable(name, t);
+  };
+  check("running_mean", running_mean);
+  check("running_var", running_var);
+  if (given(running_mean)) check_same_dtype("running_var", *running_var, "running_mean", *running_mean);
+  check_counter(stats, num_batches_tracked);
+  check_writable("num_batches_tracked", num_batches_tracked);
+  check_average(running_mean, num_batches_tracked, momentum);
 }
 
 void check_like(const char* name, const Tensor& t, const Tensor& x) {

@@ -48,6 +48,16 @@ void check_counter(const Tensor& x, const OptionalTensor& num_batches_tracked);
 // Raises what an in-place operation on t would, before anything has been changed.
 void check_writable(const char* name, const OptionalTensor& t);
 
+// All that a training forward takes, but that x has more than one value a channel: of several processes, one may.
+void check_training(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                    const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
+                    std::optional<double> momentum, double eps);
+
+// The gathered statistics of several processes, and what they are merged into.
+void check_merge(const Tensor& stats, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps);
+
 // A tensor that has to be just like x: residual, dy.
 void check_like(const char* name, const Tensor& t, const Tensor& x);
 

@@ -23,6 +23,11 @@ struct Cpu {
   static void stats(const BatchNormForwardParams& p, const Tensor&) { cpu::stats(p, parallel_for); }
   static void normalize(const BatchNormForwardParams& p, const Tensor&) { cpu::normalize(p, parallel_for); }
   static void forward(const BatchNormForwardParams& p, const Tensor&) { cpu::forward(p, parallel_for); }
+  static void merge(const BatchNormMergeParams& p, const Tensor&) {
+    TORCH_CHECK_VALUE(cpu::merged_count(p) != 1,
+                      "Expected more than 1 value per channel when training, got one from all processes together");
+    cpu::merge(p);
+  }
   static void backward_reduce(const BatchNormBackwardParams& p, const Tensor&) {
     cpu::backward_reduce(p, parallel_for);
   }

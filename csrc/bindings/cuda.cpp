@@ -144,6 +144,10 @@ struct Cuda {
   static void forward(const BatchNormForwardParams& p, const Tensor& x) {
     run("forward", Of::whole, p, x, cuda::launch_batch_norm_forward);
   }
+  // A count of 1 makes running_var NaN: only the device knows it, and the host does not wait.
+  static void merge(const BatchNormMergeParams& p, const Tensor& stats) {
+    check(cuda::launch_batch_norm_merge(p, c10::cuda::getCurrentCUDAStream(stats.device().index())), "merge");
+  }
   static void backward_reduce(const BatchNormBackwardParams& p, const Tensor& x) {
     run("backward_reduce", Of::reduction, p, x, cuda::launch_batch_norm_backward_reduce);
   }
@@ -228,8 +232,9 @@ void refuse(const c10::OperatorHandle& op, c10::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  for (const char* name : {"batch_norm_stats", "batch_norm_normalize", "batch_norm_forward", "batch_norm_forward_eval",
-                           "batch_norm_backward_reduce", "batch_norm_backward_input", "batch_norm_backward"}) {
+  for (const char* name :
+       {"batch_norm_stats", "batch_norm_local_stats", "batch_norm_merge", "batch_norm_normalize", "batch_norm_forward",
+        "batch_norm_forward_eval", "batch_norm_backward_reduce", "batch_norm_backward_input", "batch_norm_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

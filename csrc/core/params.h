@@ -32,9 +32,10 @@ struct BatchNormForwardParams {
   const void* weight;    // [c]; null means 1
   const void* bias;      // [c]; null means 0
 
-  void* mean;    // [c] acc_t
-  void* var;     // [c] acc_t, biased; written by `stats` only
-  void* invstd;  // [c] acc_t, 1 / sqrt(var + eps)
+  void* mean;       // [c] acc_t
+  void* mean_rest;  // [c] acc_t: what rounding took from mean; written by `stats` only, where not null
+  void* var;        // [c] acc_t, biased; written by `stats` only
+  void* invstd;     // [c] acc_t, 1 / sqrt(var + eps)
 
   // Both or neither. `forward` updates them, with the unbiased batch variance, as torch does;
   // `normalize`, where they are given, normalizes by them (eval mode) and writes mean and invstd

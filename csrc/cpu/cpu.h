@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "../core/merge.h"
 #include "../core/params.h"
 
 namespace bnext::cpu {
@@ -18,6 +19,10 @@ using ParallelFor = std::function<void(int64_t tasks, const std::function<void(i
 void stats(const BatchNormForwardParams&, const ParallelFor&);
 void normalize(const BatchNormForwardParams&, const ParallelFor&);
 void forward(const BatchNormForwardParams&, const ParallelFor&);
+
+// What of several processes is merged into the statistics that `normalize` takes; and of how many values.
+void merge(const BatchNormMergeParams&);
+int64_t merged_count(const BatchNormMergeParams&);
 
 void backward_reduce(const BatchNormBackwardParams&, const ParallelFor&);
 void backward_input(const BatchNormBackwardParams&, const ParallelFor&);

@@ -131,6 +131,10 @@ void stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
     for (int64_t ch = 0; ch < p.shape.c; ch++) {
       static_cast<A*>(p.mean)[ch] = static_cast<A>(all[ch].mean());
       static_cast<A*>(p.var)[ch] = static_cast<A>(all[ch].var);
+      if (p.mean_rest != nullptr) {
+        const A mean = static_cast<A>(all[ch].mean());
+        static_cast<A*>(p.mean_rest)[ch] = static_cast<A>((all[ch].shift - mean) + all[ch].offset);
+      }
     }
   });
 }

@@ -3,6 +3,7 @@
 // synchronises or reads device memory back. `plan` says how much scratch each call needs.
 #pragma once
 
+#include "../core/merge.h"
 #include "../core/params.h"
 #include "device/cuda_compat.h"
 #include "plan.h"
@@ -27,6 +28,10 @@ cudaError_t launch_batch_norm_stats(const BatchNormForwardParams&, const Plan&, 
 cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams&, const Plan&, cudaStream_t);
 // Training forward: x -> y, mean, invstd, mask?; updates the running statistics and the counter.
 cudaError_t launch_batch_norm_forward(const BatchNormForwardParams&, const Plan&, const Scratch&, cudaStream_t);
+
+// The statistics of several processes -> mean, invstd, count; updates the running statistics, not the counter. Needs
+// neither plan nor scratch.
+cudaError_t launch_batch_norm_merge(const BatchNormMergeParams&, cudaStream_t);
 
 // dy, x -> sum_dy, sum_dy_xmu, dweight?, dbias?.
 cudaError_t launch_batch_norm_backward_reduce(const BatchNormBackwardParams&, const Plan&, const Scratch&,

@@ -213,7 +213,7 @@ static void thread_main() {
 
 // On the OS thread of the slot.
 static void run_block(Slot& slot) {
-  memset(slot.static_shared, 0xff, static_shared_bytes);
+  if (static_shared_bytes > 0) memset(slot.static_shared, 0xff, static_shared_bytes);  // else it is null
   memset(slot.dynamic_shared, 0xff, launched->dynamic_shared);
   if constexpr (race::enabled) race::begin_block(slot);
   switch_context(slot.own, next_of(slot).context);

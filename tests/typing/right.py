@@ -32,6 +32,11 @@ class Wide(bnext.BatchNorm2d):
         super().__init__(3 * factor, activation="relu")
 
 
+synchronised: nn.SyncBatchNorm = bnext.SyncBatchNorm(3, process_group=None, activation="relu")
+y = bnext.SyncBatchNorm(3, activation=nn.SiLU())(x, x)
+model: nn.Module = bnext.convert_sync_batchnorm(nn.Sequential(fused))
+
+
 def block(layer: bnext.BatchNorm2d, x: Tensor) -> Tensor:
     return layer(x, residual=x).relu()
 

@@ -159,6 +159,7 @@ struct BatchNormForward {
     const A mean = whole.mean();
     if (p.mean) static_cast<A*>(p.mean)[channel] = mean;
     if (p.var) static_cast<A*>(p.var)[channel] = whole.var;
+    if (p.mean_rest) static_cast<A*>(p.mean_rest)[channel] = (whole.shift - mean) + whole.offset;
     if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(whole.var, p.eps);
     if (!p.running_mean) return;
     // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
