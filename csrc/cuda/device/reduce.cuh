@@ -23,7 +23,9 @@ template <int WIDTH, class State>
 __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int col, int row, int cols, int rows) {
   State* slots = state_slots<WIDTH, State>();
   int half = 1;
+#pragma unroll 1
   while (2 * half < rows) half *= 2;
+#pragma unroll 1
   for (; half >= 1 && rows > 1; half /= 2) {
     const int slot = (row - half) * cols + col;
     if (row >= half && row < 2 * half && row < rows) {
@@ -56,6 +58,7 @@ template <class State>
 __device__ __forceinline__ State merge_strided(const State* first, int64_t stride, int count) {
   constexpr int kBatch = 128 / sizeof(State);  // bytes of registers
   State total = {};
+#pragma unroll 1
   for (int i = 0; i < count; i += kBatch, first += kBatch * stride) {
     State batch[kBatch];
 #pragma unroll
@@ -96,10 +99,12 @@ struct Partials {
     const int rows = blockDim.x / cols;
     const int row = threadIdx.x / cols, col = threadIdx.x - row * cols;
     const int count = (static_cast<int>(splits) - row + rows - 1) / rows;
+#pragma unroll 1
     for (int64_t base = first; base < past; base += cols) {
       const int64_t channel = base + col;
       State total[1] = {};
       if (row < rows && channel < past) {
+#pragma unroll 1
         for (int r = 0; r < repeat; ++r) {
           const int64_t column = channel + r * channels, tile = column / width;
           total[0].merge(merge_strided(&at(tile, row, column - tile * width), rows * width, count));
@@ -127,6 +132,7 @@ __device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool h
       for (int e = 0; e < WIDTH; ++e) whole[col - first + e] = state[e];
     }
     __syncthreads();
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < min(width, channels - first); i += blockDim.x) finish(first + i, whole[i]);
     __syncthreads();
     return true;

@@ -29,6 +29,7 @@ struct WorkTile {
 // Calls body(WorkTile) on each of a partition's work tiles that are this block's, in a launch of any number of blocks.
 template <class Body>
 __device__ __forceinline__ void for_work_tiles(const Partition& partition, Body&& body) {
+#pragma unroll 1
   for (int64_t block = blockIdx.x; block < partition.blocks(); block += gridDim.x) body(WorkTile(partition, block));
 }
 

@@ -137,6 +137,7 @@ struct BatchNormBackward {
     const int64_t numel = p.shape.numel();
     const Affine<A> affine = load_affine(p, channel);
     const A param = static_cast<A>(p.activation_param);
+#pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
       if (i % p.shape.c != channel) continue;
       const A x = widen(static_cast<const T*>(p.x)[i]);
@@ -146,7 +147,11 @@ struct BatchNormBackward {
       } else if (DERIVATIVE != Derivative::none) {
         A z = affine(x);
         if (p.residual) z += widen(static_cast<const T*>(p.residual)[i]);
-        derivative = with_activation(p.activation, A(1), [&](auto act) { return decltype(act)::grad(z, param); });
+        if constexpr (kGeneral) {
+          with_general_activation(p.activation, [&](auto act) { derivative = decltype(act)::grad(z, param); });
+        } else if (DERIVATIVE != Derivative::run_time || p.activation != Activation::none) {
+          derivative = Relu::grad(z, param);
+        }
       }
       whole.add(through(widen(static_cast<const T*>(p.dy)[i]), derivative), x - affine.mean);
     }
@@ -329,8 +334,10 @@ struct BatchNormBackward {
         } else {
           // relu's derivative is 0 or 1, which makes the product a selection: one instruction less. `masked` is a
           // constant but in run_time, whose kernels have one instance of the code for all.
-          const bool passes = masked ? bits[k] >> (e % 8) & 1 : Relu::grad(affine_at(e)(x[e]), A(0)) == A(1);
-          dy[e] = passes ? dy[e] : A(0);
+          A derivative;
+          if (masked) derivative = bits[k] >> (e % 8) & 1 ? A(1) : A(0);
+          else derivative = Relu::grad(affine_at(e)(x[e]), A(0));
+          dy[e] = derivative == A(1) ? dy[e] : A(0);
         }
       }
       body(k, dy, x);

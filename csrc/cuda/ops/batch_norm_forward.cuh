@@ -149,6 +149,7 @@ struct BatchNormForward {
   // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
   __device__ __forceinline__ static void add_tail(const BatchNormForwardParams& p, int64_t channel, State& whole) {
     const int64_t numel = p.shape.numel();
+#pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
       if (i % p.shape.c == channel) whole.merge({A(1), widen(static_cast<const T*>(p.x)[i]), A(0), A(0)});
     }

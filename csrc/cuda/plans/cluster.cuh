@@ -26,6 +26,7 @@ __device__ __forceinline__ State merge_cluster(const State& mine, const Partitio
   }
   __syncthreads();
   State total = ranks[0];
+#pragma unroll 1
   for (unsigned rank = 1; rank < size; ++rank) total.merge(ranks[rank]);
   return total;
 }

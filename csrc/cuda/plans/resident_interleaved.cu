@@ -19,7 +19,9 @@ __device__ __forceinline__ void pipeline_tiles(const Partition& partition, Load&
   const int64_t group = blockIdx.x / partition.splits, split = blockIdx.x - group * partition.splits;
   int64_t next = group;
   int32_t filling = 0, emptying = 0;
+#pragma unroll 1
   for (int64_t tile = group; tile < partition.tiles; tile += partition.groups) {
+#pragma unroll 1
     for (; next < partition.tiles && next < tile + partition.buffers * partition.groups; next += partition.groups) {
       load(WorkTile(next, split), filling);
       filling = partition.buffers - 1 - filling;

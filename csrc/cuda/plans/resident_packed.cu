@@ -28,6 +28,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
   const int channels = partition.tile_channels, rows = blockDim.x / channels;
   const int row = threadIdx.x / channels, channel = threadIdx.x - row * channels;
   State total[1] = {};
+#pragma unroll 1
   for (int32_t pack = 0; pack < partition.packs; ++pack) {
     const WorkTile mine = pack_of(partition, work, pack);
     const ColumnPlace<N> place(partition, mine);
@@ -43,6 +44,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     const int width = partition.tile_vecs * N, plane = static_cast<int>(shape.s), origin = pack * width;
     if (row < rows) {
       const int past = min(plane * (channel + 1), origin + width);
+#pragma unroll 1
       for (int i = max(plane * channel, origin) + row; i < past; i += rows) total[0].merge(columns[i - origin]);
     }
     __syncthreads();
@@ -55,6 +57,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     cluster_sync();
     if (row == 0) {
       total[0] = *map_shared(&block[channel], 0);
+#pragma unroll 1
       for (unsigned rank = 1; rank < static_cast<unsigned>(partition.splits); ++rank) {
         total[0].merge(*map_shared(&block[channel], rank));
       }
@@ -85,6 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         if (work.split == 0) Op::finish(p, first + channel, whole);
       });
 
+#pragma unroll 1
   for (int32_t pack = 0; pack < partition.packs; ++pack) {
     const WorkTile mine = pack_of(partition, work, pack);
     const ColumnPlace<N> place(partition, mine);
