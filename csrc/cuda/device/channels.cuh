@@ -14,7 +14,7 @@ struct Channels {
 
   // Of WIDTH columns from `col` on, of which channels change every `channel_stride`.
   __device__ __forceinline__ Channels(const Partition& partition, const Shape& shape, int64_t col) {
-    const int64_t stride = partition.channel_stride;
+    const int64_t stride = partition.columns.channel_stride;
     const int64_t plane = stride == 1 ? col : divide(col, stride);
     const int64_t position = col - plane * stride;
     bool first_round = plane < shape.c, begins = position == 0;

@@ -66,7 +66,7 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
   if (left <= 0) return;
 
   // The first of them: image n, vector j of the plane.
-  const int32_t plane_vecs = static_cast<int32_t>(partition.plane_vecs);
+  const int32_t plane_vecs = static_cast<int32_t>(partition.planar.plane_vecs);
   int64_t n = begin / plane_vecs;
   int32_t j = static_cast<int32_t>(begin - n * plane_vecs);
   const uint32_t ahead = static_cast<uint32_t>(j) + threadIdx.x;
@@ -78,14 +78,15 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
   int64_t plane = n * image + work.tile * shape.s;  // element offset of the plane
   // And an aligned vector of it; a stride, within a plane and on to the next.
   uint32_t vec = static_cast<uint32_t>(plane / N) + j;
-  const uint32_t stride = static_cast<uint32_t>(partition.stride_planes * (image / N)) + partition.stride_vecs;
+  const uint32_t stride =
+      static_cast<uint32_t>(partition.planar.stride_planes * (image / N)) + partition.planar.stride_vecs;
   const uint32_t stride_on = stride + static_cast<uint32_t>((image - shape.s) / N);
 
   // Additions alone: a division for each vector would be most of the loop's instructions.
   auto next = [&](auto& chunk, int k) {
     if constexpr (ALIGNED) {
       chunk.vec[k] = vec;
-      j += partition.stride_vecs;
+      j += partition.planar.stride_vecs;
       const bool on = j >= plane_vecs;
       if (on) j -= plane_vecs;
       vec += on ? stride_on : stride;
@@ -94,8 +95,8 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
       chunk.vec[k] = static_cast<uint32_t>(covering / N);
       chunk.lo[k] = static_cast<int32_t>(max(plane - covering, int64_t{0}));
       chunk.hi[k] = static_cast<int32_t>(min(plane + shape.s - covering, int64_t{N}));
-      plane += partition.stride_planes * image;
-      j += partition.stride_vecs;
+      plane += partition.planar.stride_planes * image;
+      j += partition.planar.stride_vecs;
       if (j >= plane_vecs) {
         j -= plane_vecs;
         plane += image;
@@ -114,10 +115,10 @@ struct ColumnPlace {
   bool active;  // some threads have no row, and the last tile may have tile_vecs to spare
 
   __device__ __forceinline__ ColumnPlace(const Partition& partition, const WorkTile& work) {
-    row = static_cast<int32_t>(threadIdx.x) / partition.tile_vecs;
-    vec_col = static_cast<int32_t>(threadIdx.x) - row * partition.tile_vecs;
-    col = (work.tile * partition.tile_vecs + vec_col) * N;
-    active = row < partition.thread_rows && col < partition.cols;
+    row = static_cast<int32_t>(threadIdx.x) / partition.columns.tile_vecs;
+    vec_col = static_cast<int32_t>(threadIdx.x) - row * partition.columns.tile_vecs;
+    col = (work.tile * partition.columns.tile_vecs + vec_col) * N;
+    active = row < partition.columns.thread_rows && col < partition.columns.cols;
   }
 };
 
@@ -129,20 +130,21 @@ __device__ __forceinline__ void iterate_columns(const Partition& partition, int6
   if (!place.active) return;
   const int64_t begin = work.split * partition.steps_per_split;
   int32_t rows = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
-  const int64_t last = (partition.steps - 1) * partition.cols + place.col;  // in the row that may be short
+  const int64_t last = (partition.steps - 1) * partition.columns.cols + place.col;  // in the row that may be short
   const bool short_vec = begin + rows == partition.steps && last + N > numel;
   if (short_vec) --rows;  // it is not whole, and comes last, or not at all
 
-  int32_t left = (rows - place.row + partition.thread_rows - 1) / partition.thread_rows;
-  uint32_t vec = static_cast<uint32_t>(((begin + place.row) * partition.cols + place.col) / N);
-  const uint32_t stride = static_cast<uint32_t>(partition.thread_rows * (partition.cols / N));
+  int32_t left = (rows - place.row + partition.columns.thread_rows - 1) / partition.columns.thread_rows;
+  uint32_t vec = static_cast<uint32_t>(((begin + place.row) * partition.columns.cols + place.col) / N);
+  const uint32_t stride = static_cast<uint32_t>(partition.columns.thread_rows * (partition.columns.cols / N));
   auto next = [&](auto& chunk, int k) {
     chunk.vec[k] = vec;
     vec += stride;
   };
-  for_each_chunk<CHUNK, true>(left, static_cast<int32_t>(partition.l2_steps) / partition.thread_rows, next, body);
+  for_each_chunk<CHUNK, true>(left, static_cast<int32_t>(partition.l2_steps) / partition.columns.thread_rows, next,
+                              body);
   if constexpr (PARTIAL) {
-    if (short_vec && rows % partition.thread_rows == place.row && last < numel) {
+    if (short_vec && rows % partition.columns.thread_rows == place.row && last < numel) {
       Chunk<1, false> chunk;
       chunk.keep_in_l2 = true;
       chunk.vec[0] = static_cast<uint32_t>(last / N);

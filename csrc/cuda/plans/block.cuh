@@ -53,7 +53,7 @@ __device__ __forceinline__ void reduce_columns(typename Op::State (&state)[Op::N
                                                           reducer.add(p, chunk, vecs);
                                                         });
   reducer.result(state);
-  reduce_rows(state, place.vec_col, place.row, partition.tile_vecs, partition.thread_rows);
+  reduce_rows(state, place.vec_col, place.row, partition.columns.tile_vecs, partition.columns.thread_rows);
 }
 
 // The elementwise pass over the block's part of one channel.

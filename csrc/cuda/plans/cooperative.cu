@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 // Planes that are not whole vectors of the reduction are not of the elementwise pass, whose vectors may be wider.
 template <class Reduce, class Apply>
 auto kernel_of(const Plan& plan) {
-  if (plan.reduce.columns) return cooperative_kernel<Reduce, Reads::columns, Apply, true>;
-  if (!plan.reduce.aligned) return cooperative_kernel<Reduce, Reads::covered_planes, Apply, true>;
+  if (plan.reduce.by_columns) return cooperative_kernel<Reduce, Reads::columns, Apply, true>;
+  if (!plan.reduce.planar.aligned) return cooperative_kernel<Reduce, Reads::covered_planes, Apply, true>;
   if constexpr (Reduce::N != Apply::N) {
-    if (plan.apply.columns) return cooperative_kernel<Reduce, Reads::planes, Apply, true>;
+    if (plan.apply.by_columns) return cooperative_kernel<Reduce, Reads::planes, Apply, true>;
   }
   return cooperative_kernel<Reduce, Reads::planes, Apply, false>;
 }
