@@ -36,8 +36,13 @@ struct Channels {
       }
     }
   }
-  __device__ __forceinline__ explicit Channels(int64_t channel) : at{static_cast<uint32_t>(channel)}, first{true} {
-    static_assert(WIDTH == 1);
+  // Those from `channel` on, a column each.
+  __device__ __forceinline__ explicit Channels(int64_t channel) {
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) {
+      at[e] = static_cast<uint32_t>(channel) + e;
+      first[e] = true;
+    }
   }
 
  private:

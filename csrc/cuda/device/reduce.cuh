@@ -68,8 +68,8 @@ __device__ __forceinline__ State merge_strided(const State* first, int64_t strid
   return total;
 }
 
-// Partial results of a pass in memory: [tile][split][column of the tile].
-template <class State>
+// Partial results of a pass in memory: [tile][split][column of the tile]. WIDTH divides the columns of a tile.
+template <int WIDTH, class State>
 struct Partials {
   State* data;
   int64_t width;
@@ -83,7 +83,6 @@ struct Partials {
   }
 
   // WIDTH columns from `col` on, which lie in the tile.
-  template <int WIDTH>
   __device__ __forceinline__ void put(const State (&state)[WIDTH], int64_t col, const WorkTile& work) const {
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) at(work.tile, work.split, col + e - work.tile * width) = state[e];
@@ -106,7 +105,9 @@ struct Partials {
       if (row < rows && channel < past) {
 #pragma unroll 1
         for (int r = 0; r < repeat; ++r) {
-          const int64_t column = channel + r * channels, tile = column / width;
+          // Columns have numbers of more than 32 bits, their vectors of 32.
+          const int64_t column = channel + r * channels;
+          const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
           total[0].merge(merge_strided(&at(tile, row, column - tile * width), rows * width, count));
         }
       }
@@ -137,7 +138,7 @@ __device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool h
     __syncthreads();
     return true;
   }
-  const Partials<State> partials(partition, scratch);
+  const Partials<WIDTH, State> partials(partition, scratch);
   if (holds) partials.put(state, col, work);
   if (!arrive()) return false;
   // The channels of the tile, or all of them where a channel's columns lie in several tiles.

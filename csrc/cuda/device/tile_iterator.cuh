@@ -13,9 +13,11 @@ struct WorkTile {
 
   __device__ __forceinline__ WorkTile(int64_t tile, int64_t split) : tile(tile), split(split) {}
 
-  __device__ __forceinline__ explicit WorkTile(const Partition& partition, int64_t block) {
-    split = block / partition.tiles;
-    tile = block - split * partition.tiles;
+  // Blocks have numbers of 32 bits, see Partition::fits(); a division of 64 takes about 100 instructions.
+  __device__ __forceinline__ explicit WorkTile(const Partition& partition, uint32_t block) {
+    const uint32_t tiles = static_cast<uint32_t>(partition.tiles), number = block / tiles;
+    split = number;
+    tile = block - number * tiles;
   }
 
   __device__ __forceinline__ static WorkTile forward(const Partition& partition) {
@@ -29,8 +31,9 @@ struct WorkTile {
 // Calls body(WorkTile) on each of a partition's work tiles that are this block's, in a launch of any number of blocks.
 template <class Body>
 __device__ __forceinline__ void for_work_tiles(const Partition& partition, Body&& body) {
+  const uint32_t blocks = static_cast<uint32_t>(partition.blocks());
 #pragma unroll 1
-  for (int64_t block = blockIdx.x; block < partition.blocks(); block += gridDim.x) body(WorkTile(partition, block));
+  for (uint32_t block = blockIdx.x; block < blocks; block += gridDim.x) body(WorkTile(partition, block));
 }
 
 // Calls body(Chunk) on `left` vectors, which next(chunk, k) puts into a chunk: CHUNK at a time, then what remains in
@@ -67,7 +70,8 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
 
   // The first of them: image n, vector j of the plane.
   const int32_t plane_vecs = static_cast<int32_t>(partition.planar.plane_vecs);
-  int64_t n = begin / plane_vecs;
+  // Of vectors that cover planes there may be more than the tensor has.
+  int64_t n = ALIGNED ? static_cast<uint32_t>(begin) / static_cast<uint32_t>(plane_vecs) : begin / plane_vecs;
   int32_t j = static_cast<int32_t>(begin - n * plane_vecs);
   const uint32_t ahead = static_cast<uint32_t>(j) + threadIdx.x;
   const uint32_t planes = ahead / static_cast<uint32_t>(plane_vecs);

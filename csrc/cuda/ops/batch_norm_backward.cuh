@@ -106,11 +106,11 @@ struct BatchNormBackward {
     Affine<A> affine[N] = {};
     State sums[N];
 
-    __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Partition& partition, int64_t col,
+    __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Channels<N>& channels,
                                              bool active) {
       // A thread past the tile's columns has none to load; it still meets the barriers of the reduction.
       A invstd[N];
-      if (active) load_affine(affine, invstd, p, Channels<N>(partition, p.shape, col));
+      if (active) load_affine(affine, invstd, p, channels);
 #pragma unroll
       for (int e = 0; e < N; ++e) sums[e] = {};
     }

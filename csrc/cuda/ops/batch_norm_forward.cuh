@@ -116,7 +116,7 @@ struct BatchNormForward {
     A count = A(0);
     A shift[N] = {}, offset[N] = {}, var[N] = {};
 
-    __device__ __forceinline__ ColumnReducer(const BatchNormForwardParams&, const Partition&, int64_t, bool) {}
+    __device__ __forceinline__ ColumnReducer(const BatchNormForwardParams&, const Channels<N>&, bool) {}
 
     template <int COUNT>
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, true>&,

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
       partition, p.shape, work,
       [&](int32_t pack, const WorkTile& mine, const ColumnPlace<N>& place, State(&state)[N]) {
         const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
-        reduce_columns<Op>(state, p, partition, mine, place, shared_tile.fill(p));
+        const Channels<N> channels(partition, p.shape, place.col);
+        reduce_columns<Op>(state, p, partition, mine, place, channels, shared_tile.fill(p));
       },
       [&](int channel, const State& whole) {
         summaries[channel] = Op::summary(p, whole);
