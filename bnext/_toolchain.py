@@ -20,6 +20,10 @@ from pathlib import Path
 #: each generation, whose machine code all of it runs. Where a GPU is visible, its own is compiled.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 
+#: Where the sources' use of __CUDA_ARCH__ begins to tell architectures apart: from one of these to the next, kernels
+#: are the same PTX.
+STAGES = ("7.5", "8.0", "9.0")
+
 #: Where CUDA's own installers put it; the last place that torch looks in.
 CONVENTIONAL_PREFIX = Path("/usr/local/cuda")
 
@@ -147,11 +151,18 @@ def code_for(built_for: str, capability: tuple[int, int]) -> str | None:
     return f"PTX of {max(ptx)[1]}" if ptx else None
 
 
+def ptx_for(architecture: str, architectures: Sequence[str]) -> str:
+    """Whose PTX this architecture's machine code is made of: the first of the same stage. Two thirds of the time that a
+    kernel takes to compile go by before there is PTX."""
+    stage = max((s for s in STAGES if _number(s) <= _number(architecture)), key=_number, default=architecture)
+    return min((a for a in architectures if _number(stage) <= _number(a) <= _number(architecture)), key=_number)
+
+
 def gencode(architectures: Sequence[str]) -> list[str]:
-    """nvcc's flags: machine code for each architecture, and PTX of the newest for those to come."""
-    numbers = [_number(a) for a in architectures]
-    ptx = [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"] if numbers else []
-    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers] + ptx
+    """nvcc's flags: machine code for each architecture, and PTX of the newest stage for those to come."""
+    pairs = [(_number(ptx_for(a, architectures)), _number(a)) for a in architectures]
+    flags = [f"-gencode=arch=compute_{ptx},code=sm_{number}" for ptx, number in pairs]
+    return flags + [f"-gencode=arch=compute_{ptx},code=compute_{ptx}" for ptx, _ in pairs[-1:]]
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,10 @@ def describe(
 
 
 def _spelled(architectures: Sequence[str]) -> str:
-    return ";".join(architectures) + "+PTX" if architectures else requested_architectures()
+    if not architectures:
+        return requested_architectures()
+    ptx = ptx_for(architectures[-1], architectures)
+    return ";".join(a + "+PTX" if a == ptx else a for a in architectures)
 
 
 def _encode(info: Mapping[str, str]) -> str:

@@ -42,7 +42,9 @@ def kernels_of(csrc: Path, architecture: str) -> collections.Counter:
 
 def compiled(source: Path, architecture: str, folder: Path) -> Path:
     cubin = folder / f"{source.stem}.cubin"
-    command = [str(static.TOOLKIT.nvcc), "-cubin", f"-arch=sm_{architecture.replace('.', '')}", *static.flags()]
+    stage = static._toolchain.ptx_for(architecture, static._toolchain.ARCHITECTURES)
+    ptx, code = (a.replace(".", "") for a in (stage, architecture))
+    command = [str(static.TOOLKIT.nvcc), "-cubin", f"-arch=compute_{ptx}", f"-code=sm_{code}", *static.flags()]
     subprocess.run([*command, "-o", str(cubin), str(source)], check=True)
     return cubin
 

@@ -642,7 +642,7 @@ std::string describe(const cuda::Plan& plan, bool whole) {
   switch (plan.kind) {
     case cuda::PlanKind::resident: {
       const cuda::Partition& pass = plan.resident;
-      if (pass.tile_channels > 0) return say("packed/%d", static_cast<int>(pass.splits));
+      if (pass.columns.tile_channels > 0) return say("packed/%d", static_cast<int>(pass.splits));
       const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
       return say("resident/%d/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds), pass.buffers);
     }

@@ -13,16 +13,18 @@ using namespace bnext;
 using namespace bnext::cuda;
 
 void print(const char* name, const Partition& p) {
-  std::cout << ",\"" << name << "\":{\"columns\":" << p.columns << ",\"aligned\":" << p.aligned << ",\"vec\":" << p.vec
-            << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles << ",\"groups\":" << p.groups
-            << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers << ",\"l2_steps\":" << p.l2_steps
-            << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next << ",\"tile_channels\":" << p.tile_channels
-            << ",\"packs\":" << p.packs << ",\"clustered\":" << p.clustered << ",\"steps\":" << p.steps
+  std::cout << ",\"" << name << "\":{\"columns\":" << p.by_columns << ",\"aligned\":" << p.planar.aligned
+            << ",\"vec\":" << p.vec << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles
+            << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers
+            << ",\"l2_steps\":" << p.l2_steps << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next
+            << ",\"tile_channels\":" << p.columns.tile_channels << ",\"packs\":" << p.columns.packs
+            << ",\"clustered\":" << p.clustered << ",\"steps\":" << p.steps
             << ",\"steps_per_split\":" << p.steps_per_split << ",\"shared_bytes\":" << p.shared_bytes
-            << ",\"resident_bytes\":" << p.resident_bytes << ",\"plane_vecs\":" << p.plane_vecs
-            << ",\"stride_planes\":" << p.stride_planes << ",\"stride_vecs\":" << p.stride_vecs
-            << ",\"cols\":" << p.cols << ",\"tile_vecs\":" << p.tile_vecs << ",\"thread_rows\":" << p.thread_rows
-            << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
+            << ",\"resident_bytes\":" << p.resident_bytes << ",\"plane_vecs\":" << p.planar.plane_vecs
+            << ",\"stride_planes\":" << p.planar.stride_planes << ",\"stride_vecs\":" << p.planar.stride_vecs
+            << ",\"cols\":" << p.columns.cols << ",\"tile_vecs\":" << p.columns.tile_vecs
+            << ",\"thread_rows\":" << p.columns.thread_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits()
+            << "}";
 }
 
 void print_choices() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,23 +150,40 @@ def test_architectures_of_the_compiler(tmp_path):
     assert _toolchain.known_architectures(toolkit) == ["7.5", "8.0", "9.0", "12.0"]
 
 
-def test_ptx_of_the_newest():
-    assert _toolchain.gencode(["9.0", "12.0"]) == [
+def test_architectures_of_a_stage_share_its_ptx():
+    assert _toolchain.gencode(["8.0", "8.6", "9.0", "12.0"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
         "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
+        "-gencode=arch=compute_90,code=sm_120",
+        "-gencode=arch=compute_90,code=compute_90",
     ]
+    assert _toolchain.gencode(["8.9"]) == [
+        "-gencode=arch=compute_89,code=sm_89",
+        "-gencode=arch=compute_89,code=compute_89",
+    ]
+    assert _toolchain.gencode([]) == []
+
+
+def test_stages_are_what_the_sources_tell_apart():
+    told_apart = {_toolchain.STAGES[0].replace(".", "") + "0"}  # the oldest that nvcc 13 knows
+    for path in [p for part in ("core", "cuda") for p in (ROOT / "csrc" / part).glob("**/*") if p.is_file()]:
+        text = re.sub(r"defined\(__CUDA_ARCH__\)", "", path.read_text())
+        found = re.findall(r"__CUDA_ARCH__ >= (\d+)", text)
+        assert len(found) == text.count("__CUDA_ARCH__"), path
+        told_apart.update(found)
+    assert told_apart == {stage.replace(".", "") + "0" for stage in _toolchain.STAGES}
 
 
 @pytest.mark.skipif(_toolchain.find_toolkit()[0] is None, reason="no CUDA compiler")
 def test_every_generation_that_this_compiler_knows_gets_an_image():
-    """What is compiled where no GPU is visible is machine code for each: the PTX is that of the newest."""
+    """What is compiled where no GPU is visible is machine code for each: the PTX is that of the newest stage."""
     known = _toolchain.known_architectures(_toolchain.find_toolkit()[0])
     built_for = _toolchain.describe("", "", TOOLKIT, _toolchain.choose_architectures(known, []))["gpus"]
     for architecture in known:
         major, minor = map(int, architecture.split("."))
         assert (_toolchain.code_for(built_for, (major, minor)) or "").startswith("machine code"), architecture
-    assert _toolchain.code_for(built_for, (20, 0)) == f"PTX of {_toolchain.ARCHITECTURES[-1]}"
+    assert _toolchain.code_for(built_for, (20, 0)) == f"PTX of {_toolchain.STAGES[-1]}"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -78,22 +79,45 @@ def folder() -> Path:
     return made
 
 
+@contextlib.contextmanager
+def kept_in(name: str) -> Iterator[Path]:
+    """A folder of that name, for one process at a time: others want the same files."""
+    kept = folder() / name
+    kept.mkdir(exist_ok=True)
+    with open(kept / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield kept
+
+
+def nvcc(*arguments: str) -> str:
+    done = subprocess.run([str(TOOLKIT.nvcc), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def ptx_of(source: Path, architecture: str) -> Path:
+    """The PTX that the build makes this architecture's machine code of, which others may share."""
+    stage = _toolchain.ptx_for(architecture, _toolchain.ARCHITECTURES)
+    made = f"{source.stem}.ptx"
+    with kept_in(f"{source.stem}-compute-{stage}") as kept:
+        if not (kept / made).exists():
+            arch = f"-arch=compute_{stage.replace('.', '')}"
+            nvcc("-ptx", arch, *flags(), "-o", str(kept / "unfinished.ptx"), str(source))
+            (kept / "unfinished.ptx").rename(kept / made)
+    return kept / made
+
+
 @functools.cache
 def compiled(source: Path, architecture: str) -> Compilation:
     if architecture not in _toolchain.known_architectures(TOOLKIT):
         pytest.skip(f"this nvcc does not know {architecture}")
-    kept = folder() / f"{source.stem}-{architecture}"
-    kept.mkdir(exist_ok=True)
-    with open(kept / "lock", "w") as lock:  # other test processes want the same file
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    ptx = ptx_of(source, architecture)
+    with kept_in(f"{source.stem}-{architecture}") as kept:
         if not (kept / "log").exists():
-            number = architecture.replace(".", "")
-            command = [str(TOOLKIT.nvcc), "-cubin", f"-arch=sm_{number}", *flags(), "-Xptxas", "-v"]
-            command += ["--keep", "--keep-dir", str(kept), "-o", str(kept / "cubin"), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            (kept / "log").write_text(done.stderr)
-    return Compilation(kept / "cubin", (kept / "log").read_text(), (kept / f"{source.stem}.ptx").read_text())
+            arch = f"-arch=sm_{architecture.replace('.', '')}"
+            log = nvcc("-cubin", arch, "-O3", "-Xptxas", "-v", "-o", str(kept / "cubin"), str(ptx))
+            (kept / "log").write_text(log)
+    return Compilation(kept / "cubin", (kept / "log").read_text(), ptx.read_text())
 
 
 def enumerators(header: str, enum: str) -> list[str]:
@@ -108,10 +132,14 @@ VARIANTS = {
     "BatchNormBackward": ("backward", enumerators("cuda/ops/batch_norm_backward.cuh", "Derivative")),
 }
 
+#: How a cooperative kernel reduces.
+READS = enumerators("cuda/plans/cooperative.cu", "Reads")
+
 
 @functools.cache
 def title(mangled: str) -> str:
-    """A kernel in words: "resident_planar forward bf16 relu", "reduce_planar backward float none covering"."""
+    """A kernel in words: "resident_planar forward bf16 relu", "reduce_planar backward float none covering",
+    "cooperative forward float run_time planes by 4, columns by 8"."""
     full = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
     full = re.sub(r"bnext::|cuda::|\(anonymous namespace\)::", "", full)
     found = re.search(r"(\w+)_kernel<(\w+)<(\w+), \(\w+\)(\d+), \d+ ?>(?:, (true|false))? ?>\(", full)
@@ -119,8 +147,15 @@ def title(mangled: str) -> str:
         plan, op, dtype, variant, aligned = found.groups()
         direction, variants = VARIANTS[op]
         return " ".join([plan, direction, dtype, variants[int(variant)], *(["covering"] if aligned == "false" else [])])
-    found = re.search(r"cooperative_kernel<(\w+), (\w+)>\(", full)
-    return f"cooperative {found[2].lower()} {found[1]} run_time" if found else full.strip()
+    found = re.search(
+        r"cooperative_kernel<(\w+)<(\w+), \(\w+\)\d+, (\d+) ?>, \(\w+\)(\d+), \w+<\w+, \(\w+\)\d+, (\d+) ?>, (\w+)>\(",
+        full,
+    )
+    if not found:
+        return full.strip()
+    op, dtype, vec, reads, apply_vec, columns = found.groups()
+    passes = f"{READS[int(reads)]} by {vec}, {'columns' if columns == 'true' else 'planes'} by {apply_vec}"
+    return f"cooperative {VARIANTS[op][0]} {dtype} run_time {passes}"
 
 
 # ---- registers

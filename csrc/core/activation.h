@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "types.h"
 
@@ -47,9 +48,9 @@ template <class A> BNEXT_HD A constant_like(A, double v) { return static_cast<A>
 template <class A> BNEXT_HD A where_le(A z, double limit, A a, A b) { return z <= static_cast<A>(limit) ? a : b; }
 template <class A> BNEXT_HD A where_ge(A z, double limit, A a, A b) { return z >= static_cast<A>(limit) ? a : b; }
 BNEXT_HD float exp(float v) { return ::expf(v); }
-BNEXT_HD double exp(double v) { return ::exp(v); }
+BNEXT_HD_CALLED double exp(double v) { return ::exp(v); }
 BNEXT_HD float tanh(float v) { return ::tanhf(v); }
-BNEXT_HD double tanh(double v) { return ::tanh(v); }
+BNEXT_HD_CALLED double tanh(double v) { return ::tanh(v); }
 
 // a / b. On the device a float takes the division that is off by 2 ulp at most, as exp is: one that rounds correctly
 // would be four fifths of the code of whatever calls it.
@@ -195,6 +196,17 @@ BNEXT_HD void with_activation(Activation activation, F&& f) {
   }
 }
 
+// The same of those that share kernels, for their derivatives alone: none is not among them, and relu's derivative is
+// leaky_relu's with a slope of 0.
+template <class F>
+BNEXT_HD void with_general_activation(Activation activation, F&& f) {
+  if (activation == Activation::relu) activation = Activation::leaky_relu;
+  with_activation(activation, [&](auto act) {
+    using Act = decltype(act);
+    if constexpr (!std::is_same_v<Act, Identity> && !std::is_same_v<Act, Relu>) f(act);
+  });
+}
+
 inline const char* name_of(Activation activation) {
   switch (activation) {
 #define BNEXT_CASE(name, type) \
@@ -209,7 +221,7 @@ inline Kept kept_of(Activation activation) {
   return with_activation(activation, Kept::nothing, [](auto act) { return decltype(act)::kept; });
 }
 
-// CUDA kernels of the others share one instance of every plan, with uniform branches.
+// CUDA kernels of the others share one instance of every plan, with uniform branches on the activation.
 constexpr bool is_general(Activation activation) {
   return activation != Activation::none && activation != Activation::relu;
 }

@@ -22,7 +22,7 @@ struct Shape {
 struct BatchNormForwardParams {
   Shape shape;
   DType dtype;          // of x, residual, y
-  DType weight_dtype;   // of weight and bias
+  DType weight_dtype;   // of weight and bias: that of x, or of what x is accumulated in; likewise the next
   DType running_dtype;  // of running_mean and running_var
   Activation activation;
   double activation_param;  // leaky_relu's slope; 0 for all others
@@ -55,7 +55,7 @@ struct BatchNormForwardParams {
 struct BatchNormBackwardParams {
   Shape shape;
   DType dtype;         // of dy, x, dx, dresidual
-  DType weight_dtype;  // of weight, bias, dweight, dbias
+  DType weight_dtype;  // of weight, bias, dweight, dbias: that of x, or of what x is accumulated in
   Activation activation;
   double activation_param;
   bool training;  // false: mean and invstd are constants, and dx = dy' * weight * invstd

@@ -6,8 +6,10 @@
 
 #if defined(__CUDACC__)
 #define BNEXT_HD __host__ __device__ __forceinline__
+#define BNEXT_HD_CALLED inline __host__ __device__ __noinline__  // whose code is too long for a copy in every place
 #else
 #define BNEXT_HD inline
+#define BNEXT_HD_CALLED inline
 #endif
 
 // What follows a switch that has a case for every value.

@@ -64,40 +64,42 @@ Partition planar(const Shape& shape, int32_t vec) {
   Partition partition = {};
   partition.vec = vec;
   partition.vecs = ceil_div(shape.numel(), vec);
-  partition.aligned = shape.s % vec == 0;
-  partition.plane_vecs = partition.aligned ? shape.s / vec : (shape.s + 2 * vec - 2) / vec;
+  partition.planar.aligned = shape.s % vec == 0;
+  partition.planar.plane_vecs = partition.planar.aligned ? shape.s / vec : (shape.s + 2 * vec - 2) / vec;
   partition.tiles = shape.c;
-  partition.steps = shape.n * partition.plane_vecs;
+  partition.steps = shape.n * partition.planar.plane_vecs;
   partition.repeat = 1;
   return partition;
 }
 
 void set_planar_threads(Partition& partition, int32_t threads) {
   partition.threads = threads;
-  partition.stride_planes = partition.plane_vecs > 0 ? static_cast<int32_t>(threads / partition.plane_vecs) : 0;
-  partition.stride_vecs = static_cast<int32_t>(threads - partition.stride_planes * partition.plane_vecs);
+  partition.planar.stride_planes =
+      partition.planar.plane_vecs > 0 ? static_cast<int32_t>(threads / partition.planar.plane_vecs) : 0;
+  partition.planar.stride_vecs =
+      static_cast<int32_t>(threads - partition.planar.stride_planes * partition.planar.plane_vecs);
 }
 
 // Tiles of so many vectors of a row.
 void set_tile_vecs(Partition& partition, int64_t tile_vecs) {
-  partition.tiles = ceil_div(partition.cols / partition.vec, tile_vecs);
-  partition.tile_vecs = static_cast<int32_t>(tile_vecs);
-  partition.thread_rows =
+  partition.tiles = ceil_div(partition.columns.cols / partition.vec, tile_vecs);
+  partition.columns.tile_vecs = static_cast<int32_t>(tile_vecs);
+  partition.columns.thread_rows =
       static_cast<int32_t>(std::clamp<int64_t>(ceil_div(partition.steps, kVecsPerThread), 1, kMaxThreads / tile_vecs));
-  partition.threads = static_cast<int32_t>(ceil_div(tile_vecs * partition.thread_rows, 32) * 32);
+  partition.threads = static_cast<int32_t>(ceil_div(tile_vecs * partition.columns.thread_rows, 32) * 32);
 }
 
 // `period` is the number of elements after which channels recur: c, or c * s for planes.
 Partition columns(const Shape& shape, int32_t vec, int64_t period, int64_t channel_stride, int64_t tile_vecs) {
   Partition partition = {};
-  partition.columns = true;
+  partition.by_columns = true;
   partition.vec = vec;
   partition.vecs = ceil_div(shape.numel(), vec);
-  partition.channel_stride = channel_stride;
+  partition.columns.channel_stride = channel_stride;
   partition.repeat = static_cast<int32_t>(vec / std::gcd(period, int64_t{vec}));
-  partition.cols = partition.repeat * period;
-  partition.steps = partition.cols > 0 ? ceil_div(shape.numel(), partition.cols) : 0;
-  const int64_t vecs = partition.cols / vec, tiles = ceil_div(vecs, tile_vecs);
+  partition.columns.cols = partition.repeat * period;
+  partition.steps = partition.columns.cols > 0 ? ceil_div(shape.numel(), partition.columns.cols) : 0;
+  const int64_t vecs = partition.columns.cols / vec, tiles = ceil_div(vecs, tile_vecs);
   set_tile_vecs(partition, std::max<int64_t>(1, ceil_div(vecs, std::max<int64_t>(1, tiles))));
   return partition;
 }
@@ -106,16 +108,16 @@ Partition reduce_partition(const Shape& shape, int32_t vec, const DeviceProperti
   if (shape.layout == Layout::planar) {
     Partition partition = planar(shape, vec);
     set_planar_threads(partition, threads_for(ceil_div(partition.steps, kVecsPerThread)));
-    int64_t slots =
-        int64_t{device.multiprocessors} * blocks_per_sm(false, partition.aligned) * (kMaxThreads / partition.threads);
+    int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(false, partition.planar.aligned) *
+                    (kMaxThreads / partition.threads);
     int64_t most = ceil_div(partition.steps, partition.threads * kVecsPerThread);
     set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.threads);
     return partition;
   }
   Partition partition = columns(shape, vec, shape.c, 1, kTileVecs);
   int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(true, true);
-  int64_t most = ceil_div(partition.steps, partition.thread_rows * kVecsPerThread);
-  set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.thread_rows);
+  int64_t most = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
+  set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.columns.thread_rows);
   return partition;
 }
 
@@ -137,7 +139,7 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
     // Planes that are not whole vectors: a vector may hold several channels, which columns provide for.
     partition = is_planar ? columns(shape, vec, shape.c * shape.s, shape.s, kTileVecs)
                           : columns(shape, vec, shape.c, 1, kTileVecs);
-    set_apply_splits(partition, partition.thread_rows, kColumnsApplyStrides, device);
+    set_apply_splits(partition, partition.columns.thread_rows, kColumnsApplyStrides, device);
   }
   partition.pdl = device.compute_capability >= 90;
   return partition;
@@ -164,7 +166,7 @@ struct Problem {
   int64_t merge_bytes(int64_t width) const { return state_bytes * kStateSlots * width; }
   // Of a pass over columns: a thread's own, and one in the merge of the blocks.
   int64_t merge_bytes(const Partition& partition) const {
-    return merge_bytes(partition.columns ? partition.vec + 1 : 1);
+    return merge_bytes(partition.by_columns ? partition.vec + 1 : 1);
   }
 };
 
@@ -180,17 +182,17 @@ Partition packed_planes(const Shape& shape, int32_t vec) {
   while (packs < kMaxPacks && row_vecs % packs != 0) ++packs;
   const bool even = row_vecs % packs == 0 && (packs == 1 || row_vecs / packs >= kMinTileVecs);
   if (shape.c % channels != 0 || packs > kMaxPacks || !even) return partition;
-  partition.columns = true;
+  partition.by_columns = true;
   partition.vec = vec;
   partition.vecs = ceil_div(shape.numel(), vec);
-  partition.channel_stride = shape.s;
+  partition.columns.channel_stride = shape.s;
   partition.repeat = 1;
-  partition.cols = shape.c * shape.s;
+  partition.columns.cols = shape.c * shape.s;
   partition.steps = shape.n;
-  partition.tile_channels = static_cast<int32_t>(channels);
+  partition.columns.tile_channels = static_cast<int32_t>(channels);
   partition.tiles = shape.c / channels;
-  partition.packs = static_cast<int32_t>(packs);
-  partition.tile_vecs = static_cast<int32_t>(row_vecs / packs);
+  partition.columns.packs = static_cast<int32_t>(packs);
+  partition.columns.tile_vecs = static_cast<int32_t>(row_vecs / packs);
   return partition;
 }
 
@@ -201,12 +203,15 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
   partition.groups = partition.tiles;
   partition.splits = cluster;
   partition.steps_per_split = ceil_div(partition.steps, cluster);
-  if (partition.columns) {
+  if (partition.by_columns) {
     const int64_t rows = ceil_div(partition.steps_per_split, kVecsPerThread);
-    partition.thread_rows = static_cast<int32_t>(std::clamp<int64_t>(rows, 1, kMaxThreads / partition.tile_vecs));
-    partition.threads = static_cast<int32_t>(ceil_div(int64_t{partition.tile_vecs} * partition.thread_rows, 32) * 32);
-    partition.resident_bytes =
-        partition.packs * ceil_div(partition.steps_per_split, partition.thread_rows) * partition.threads * vec_bytes;
+    partition.columns.thread_rows =
+        static_cast<int32_t>(std::clamp<int64_t>(rows, 1, kMaxThreads / partition.columns.tile_vecs));
+    partition.threads =
+        static_cast<int32_t>(ceil_div(int64_t{partition.columns.tile_vecs} * partition.columns.thread_rows, 32) * 32);
+    partition.resident_bytes = partition.columns.packs *
+                               ceil_div(partition.steps_per_split, partition.columns.thread_rows) * partition.threads *
+                               vec_bytes;
   } else {
     set_planar_threads(partition, threads_for(ceil_div(partition.steps_per_split, kVecsPerThread)));
     partition.resident_bytes = partition.steps_per_split * vec_bytes;
@@ -216,7 +221,7 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
 
 // The least cluster whose blocks keep their shares in shared memory, two blocks to a multiprocessor, and
 // fill the device; or else the largest that still has work for every thread; or the one that is asked for.
-// kept_bytes is 0 where nothing fits.
+// resident_bytes is 0 where nothing fits.
 Partition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
   const int32_t vec = problem.vec();
   const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
@@ -226,8 +231,8 @@ Partition resident_planar(const Problem& problem, const DeviceProperties& device
            partition.splits <= device.multiprocessors;
   };
   auto work_vecs = [](const Partition& partition) {
-    return partition.columns ? partition.steps_per_split * partition.tile_vecs * partition.packs
-                             : partition.steps_per_split;
+    return partition.by_columns ? partition.steps_per_split * partition.columns.tile_vecs * partition.columns.packs
+                                : partition.steps_per_split;
   };
   Partition best = {};
   if (base.tiles == 0) return best;
@@ -254,13 +259,13 @@ Partition resident_planar(const Problem& problem, const DeviceProperties& device
   return best;
 }
 
-// Groups of blocks that together fill `slots`, and take the tiles in turn, `stages` at a time: the least
+// Groups of blocks that together fill `slots`, and take the tiles in turn, `buffers` at a time: the least
 // rounds whose shares fit into `capacity` bytes of a block, or somewhat more, where a tenth of the slots or of
-// the last round would be idle. kept_bytes is 0 where nothing fits.
+// the last round would be idle. resident_bytes is 0 where nothing fits.
 Partition in_groups(Partition partition, int64_t slots, int32_t buffers, int64_t capacity, int64_t vec_bytes) {
   Partition best = {};
   const int64_t stride_bytes = partition.threads * vec_bytes;
-  const int64_t max_steps = capacity / buffers / stride_bytes * partition.thread_rows;
+  const int64_t max_steps = capacity / buffers / stride_bytes * partition.columns.thread_rows;
   if (max_steps <= 0) return best;
   const int64_t max_groups = std::min(partition.tiles, slots / ceil_div(partition.steps, max_steps));
   if (max_groups == 0) return best;
@@ -268,7 +273,7 @@ Partition in_groups(Partition partition, int64_t slots, int32_t buffers, int64_t
   double best_used = 0;
   for (int64_t rounds = min_rounds; rounds <= std::min(partition.tiles, min_rounds + 7) && best_used < 0.9; ++rounds) {
     const int64_t groups = ceil_div(partition.tiles, rounds);
-    set_splits(partition, slots / groups, partition.thread_rows);
+    set_splits(partition, slots / groups, partition.columns.thread_rows);
     partition.groups = groups;
     const double used = static_cast<double>(partition.tiles * partition.steps) /
                         static_cast<double>(ceil_div(partition.tiles, groups) * partition.steps_per_split * slots);
@@ -276,7 +281,7 @@ Partition in_groups(Partition partition, int64_t slots, int32_t buffers, int64_t
     best_used = used;
     best = partition;
     best.buffers = buffers;
-    best.resident_bytes = buffers * (partition.steps_per_split / partition.thread_rows) * stride_bytes;
+    best.resident_bytes = buffers * (partition.steps_per_split / partition.columns.thread_rows) * stride_bytes;
   }
   return best;
 }
@@ -288,17 +293,17 @@ Partition in_these_groups(Partition partition, int64_t slots, int32_t buffers, i
   if (groups == 0 || groups > std::min(partition.tiles, slots) || ceil_div(partition.tiles, groups) < buffers)
     return {};
   const int64_t splits = wanted.splits ? wanted.splits : slots / groups;
-  set_splits(partition, splits, partition.thread_rows);
+  set_splits(partition, splits, partition.columns.thread_rows);
   partition.groups = groups;
   partition.buffers = buffers;
   partition.resident_bytes =
-      buffers * (partition.steps_per_split / partition.thread_rows) * partition.threads * vec_bytes;
+      buffers * (partition.steps_per_split / partition.columns.thread_rows) * partition.threads * vec_bytes;
   const bool fits = partition.blocks() <= slots && partition.resident_bytes <= capacity;
   return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
 }
 
 // One block to a tile where that is small; else all blocks that the device holds at a time, in pairs on a
-// multiprocessor or, where that does not fit, one by one; rather one by one than without a second stage.
+// multiprocessor or, where that does not fit, one by one; rather one by one than without a second buffer.
 Partition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
                            const PlanOptions& options) {
   const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
@@ -306,15 +311,17 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
       columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes));
   if (partition.repeat > 1) return {};
   const PlanChoice& wanted = options.plan;
-  if (wanted.tile_vecs * partition.vec > partition.cols) return {};
+  if (wanted.tile_vecs * partition.vec > partition.columns.cols) return {};
   if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
   const bool grouping_wanted = wanted.groups || wanted.splits;
-  if (partition.steps * partition.tile_vecs * vec_bytes <= kSmallTileBytes && !grouping_wanted && !wanted.buffers) {
-    set_splits(partition, 1, partition.thread_rows);
+  if (partition.steps * partition.columns.tile_vecs * vec_bytes <= kSmallTileBytes && !grouping_wanted &&
+      !wanted.buffers) {
+    set_splits(partition, 1, partition.columns.thread_rows);
     partition.buffers = 1;
-    partition.resident_bytes = partition.steps_per_split / partition.thread_rows * partition.threads * vec_bytes;
+    partition.resident_bytes =
+        partition.steps_per_split / partition.columns.thread_rows * partition.threads * vec_bytes;
     if (partition.resident_bytes + reserved <= device.shared_per_block) return partition;
   }
   if (!device.cooperative) return {};
@@ -338,7 +345,7 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
 void set_cooperative(Plan& plan, const DeviceProperties& device, const PlanOptions& options) {
   plan.kind = PlanKind::cooperative;
   for (Partition* partition : {&plan.reduce, &plan.apply}) {
-    if (!partition->columns) {
+    if (!partition->by_columns) {
       set_planar_threads(*partition, kMaxThreads);
       set_splits(*partition, ceil_div(partition->steps, partition->steps_per_split), kMaxThreads);
     }
@@ -367,7 +374,7 @@ PlanChoice choice_of(const Partition& resident) {
   if (resident.clustered) {
     choice.cluster = static_cast<uint8_t>(resident.splits);
   } else {
-    choice.tile_vecs = static_cast<uint8_t>(resident.tile_vecs);
+    choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
     if (resident.splits > 1 ||
         resident.groups < resident.tiles) {  // else a block to a tile, of which there may be many
       choice.groups = static_cast<uint16_t>(resident.groups);

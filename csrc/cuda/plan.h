@@ -62,8 +62,7 @@ constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 // In other resident passes, groups of `splits` blocks take the tiles in turn: block b is of group
 // b / splits, whose tiles are that one, and every `groups`-th from there.
 struct Partition {
-  bool columns;
-  bool aligned;
+  bool by_columns;  // and `columns` says how; otherwise `planar`
   int32_t vec;
   int64_t vecs;  // of the tensor
   int32_t threads;
@@ -80,19 +79,24 @@ struct Partition {
   bool pdl;                 // the launch may begin while the kernel before, of the same plan, is running
   bool starts_next;         // the next launch does so: only the caller of both knows that
 
-  // planar
-  int64_t plane_vecs;
-  int32_t stride_planes;  // one stride of a block, `threads` vectors, as whole planes
-  int32_t stride_vecs;    // and the vectors left over
+  // Columns of a matrix row that belong to one channel, in a reduction; 1 where a tile is one channel.
+  int32_t repeat;
 
-  // columns
-  int64_t cols;
-  int64_t channel_stride;
-  int32_t tile_vecs;
-  int32_t thread_rows;  // rows a block takes in one stride: threads / tile_vecs
-  int32_t repeat;       // columns of a matrix row that belong to one channel, in a reduction
-  int32_t packs;
-  int32_t tile_channels;  // 0 where that is not how tiles are made
+  struct Planar {
+    bool aligned;
+    int64_t plane_vecs;
+    int32_t stride_planes;  // one stride of a block, `threads` vectors, as whole planes
+    int32_t stride_vecs;    // and the vectors left over
+  } planar;
+
+  struct Columns {
+    int64_t cols;
+    int64_t channel_stride;
+    int32_t tile_vecs;
+    int32_t thread_rows;  // rows a block takes in one stride: threads / tile_vecs
+    int32_t packs;
+    int32_t tile_channels;  // 0 where that is not how tiles are made
+  } columns;
 
   constexpr int64_t blocks() const { return groups * splits; }
   // Blocks of a cluster of the launch, and whether all of its blocks have to be there together.
@@ -101,10 +105,10 @@ struct Partition {
   // Kernels count blocks, the vectors of a plane and the steps of a split in 32 bits, and so they do all vectors. A
   // tensor beyond that has 2^31 channels, a plane of 2^31 vectors (32 GiB), or 2^32 vectors (64 GiB).
   constexpr bool fits() const {
-    return blocks() < kMaxCount && plane_vecs < kMaxCount && steps_per_split < kMaxCount && vecs <= UINT32_MAX;
+    return blocks() < kMaxCount && planar.plane_vecs < kMaxCount && steps_per_split < kMaxCount && vecs <= UINT32_MAX;
   }
   // Columns of a tile: so many partial results a block of a reduction has.
-  constexpr int64_t tile_width() const { return columns ? int64_t{tile_vecs} * vec : 1; }
+  constexpr int64_t tile_width() const { return by_columns ? int64_t{columns.tile_vecs} * vec : 1; }
 };
 
 struct Plan {
@@ -112,9 +116,10 @@ struct Plan {
   Partition resident;     // of that kind
   Partition reduce;       // of the others: stats, backward_reduce
   Partition apply;        // and normalize, backward_input
-  int64_t blocks;         // of the kind `small`
+  int64_t blocks;         // of the kind `cooperative`
   int64_t partial_bytes;  // scratch that the kind needs
-  int64_t counters;       // 32-bit counters likewise; the last is that of small's barrier, or count_batch's
+  int64_t counters;  // 32-bit counters likewise; the last is the barrier's of `cooperative`, or counts blocks that have
+                     // read num_batches_tracked
 };
 
 // What a caller may ask for.

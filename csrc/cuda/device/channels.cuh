@@ -9,28 +9,40 @@ namespace bnext::cuda {
 
 template <int WIDTH>
 struct Channels {
-  int64_t at[WIDTH];
+  uint32_t at[WIDTH];
   bool first[WIDTH];  // whether it is the channel's first column
 
   // Of WIDTH columns from `col` on, of which channels change every `channel_stride`.
   __device__ __forceinline__ Channels(const Partition& partition, const Shape& shape, int64_t col) {
-    const int64_t stride = partition.channel_stride;
-    int64_t plane = stride == 1 ? col : divide(col, stride);
-    int64_t position = col - plane * stride;
-    int64_t channel = plane < shape.c ? plane : plane - divide(plane, shape.c) * shape.c;
+    const int64_t stride = partition.columns.channel_stride;
+    const int64_t plane = stride == 1 ? col : divide(col, stride);
+    const int64_t position = col - plane * stride;
+    bool first_round = plane < shape.c, begins = position == 0;
+    uint32_t channel = static_cast<uint32_t>(first_round ? plane : plane - divide(plane, shape.c) * shape.c);
+    // Columns until the next channel; how many, once there are as many as WIDTH, makes no difference.
+    const int every = static_cast<int>(min(stride, int64_t{WIDTH}));
+    int left = static_cast<int>(min(stride - position, int64_t{WIDTH}));
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) {
       at[e] = channel;
-      first[e] = position == 0 && plane < shape.c;
-      if (++position == stride) {
-        position = 0;
-        ++plane;
-        if (++channel == shape.c) channel = 0;
+      first[e] = begins && first_round;
+      begins = --left == 0;
+      if (begins) {
+        left = every;
+        if (++channel == static_cast<uint32_t>(shape.c)) {
+          channel = 0;
+          first_round = false;
+        }
       }
     }
   }
-  __device__ __forceinline__ explicit Channels(int64_t channel) : at{channel}, first{true} {
-    static_assert(WIDTH == 1);
+  // Those from `channel` on, a column each.
+  __device__ __forceinline__ explicit Channels(int64_t channel) {
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) {
+      at[e] = static_cast<uint32_t>(channel) + e;
+      first[e] = true;
+    }
   }
 
  private:
@@ -51,21 +63,34 @@ __device__ __forceinline__ void load_vector(A (&out)[WIDTH], const void* p, cons
   for (int e = 0; e < WIDTH; ++e) out[e] = static_cast<A>(widen(raw[e]));
 }
 
-// The same where the type is known at run time only; `fallback` where the vector is null.
-template <class A, int WIDTH>
-__device__ __forceinline__ void load_vector(A (&out)[WIDTH], const void* p, DType t, const Channels<WIDTH>& channels,
-                                            A fallback) {
+// A [c] vector of parameters or running statistics is of the input's type T, or of the one it is accumulated in: which,
+// is known at run time only. `fallback` where the vector is null.
+template <class T, int WIDTH>
+__device__ __forceinline__ void load_parameters(acc_t<T> (&out)[WIDTH], const void* p, DType t,
+                                                const Channels<WIDTH>& channels, acc_t<T> fallback) {
   if (p == nullptr) {
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) out[e] = fallback;
-    return;
+  } else if (t == dtype_of<T>::value) {
+    load_vector<T>(out, p, channels);
+  } else {
+    load_vector<acc_t<T>>(out, p, channels);
   }
-  switch (t) {
-#define BNEXT_CASE(name, type, python) \
-  case DType::name: return load_vector<type>(out, p, channels);
-    BNEXT_DTYPES(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
+}
+
+// One element of such a vector.
+template <class T>
+__device__ __forceinline__ acc_t<T> load_parameter(const void* p, DType t, int64_t channel) {
+  if (t == dtype_of<T>::value) return widen(static_cast<const T*>(p)[channel]);
+  return static_cast<const acc_t<T>*>(p)[channel];
+}
+
+// Where the vector is null, nothing is stored.
+template <class T>
+__device__ __forceinline__ void store_parameter(void* p, DType t, int64_t channel, acc_t<T> v) {
+  if (p == nullptr) return;
+  if (t == dtype_of<T>::value) static_cast<T*>(p)[channel] = narrow<T>(v);
+  else static_cast<acc_t<T>*>(p)[channel] = v;
 }
 
 }  // namespace bnext::cuda

@@ -116,8 +116,8 @@ class SharedTile {
  public:
   // Tile `index` of the `tiles` that the block's dynamic shared memory is divided into.
   __device__ __forceinline__ SharedTile(const Partition& partition, int32_t index, int32_t tiles)
-      : first_(dynamic_shared() + index * (partition.resident_bytes / tiles)),
-        input_bytes_(partition.resident_bytes / tiles / Op::kInputs) {}
+      : input_bytes_(static_cast<int32_t>(partition.resident_bytes) / tiles / Op::kInputs),
+        first_(dynamic_shared() + index * Op::kInputs * input_bytes_) {}
 
   // Loads from global memory into the tile.
   __device__ __forceinline__ auto fill(const typename Op::Params& p) const {
@@ -142,8 +142,8 @@ class SharedTile {
     return reinterpret_cast<Vec<T, N>*>(first_ + input * input_bytes_) + threadIdx.x;
   }
 
+  int32_t input_bytes_;
   unsigned char* first_;
-  int64_t input_bytes_;
 };
 
 }  // namespace bnext::cuda

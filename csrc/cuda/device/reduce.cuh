@@ -23,7 +23,9 @@ template <int WIDTH, class State>
 __device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int col, int row, int cols, int rows) {
   State* slots = state_slots<WIDTH, State>();
   int half = 1;
+#pragma unroll 1
   while (2 * half < rows) half *= 2;
+#pragma unroll 1
   for (; half >= 1 && rows > 1; half /= 2) {
     const int slot = (row - half) * cols + col;
     if (row >= half && row < 2 * half && row < rows) {
@@ -56,6 +58,7 @@ template <class State>
 __device__ __forceinline__ State merge_strided(const State* first, int64_t stride, int count) {
   constexpr int kBatch = 128 / sizeof(State);  // bytes of registers
   State total = {};
+#pragma unroll 1
   for (int i = 0; i < count; i += kBatch, first += kBatch * stride) {
     State batch[kBatch];
 #pragma unroll
@@ -65,8 +68,8 @@ __device__ __forceinline__ State merge_strided(const State* first, int64_t strid
   return total;
 }
 
-// Partial results of a pass in memory: [tile][split][column of the tile].
-template <class State>
+// Partial results of a pass in memory: [tile][split][column of the tile]. WIDTH divides the columns of a tile.
+template <int WIDTH, class State>
 struct Partials {
   State* data;
   int64_t width;
@@ -80,7 +83,6 @@ struct Partials {
   }
 
   // WIDTH columns from `col` on, which lie in the tile.
-  template <int WIDTH>
   __device__ __forceinline__ void put(const State (&state)[WIDTH], int64_t col, const WorkTile& work) const {
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) at(work.tile, work.split, col + e - work.tile * width) = state[e];
@@ -96,12 +98,16 @@ struct Partials {
     const int rows = blockDim.x / cols;
     const int row = threadIdx.x / cols, col = threadIdx.x - row * cols;
     const int count = (static_cast<int>(splits) - row + rows - 1) / rows;
+#pragma unroll 1
     for (int64_t base = first; base < past; base += cols) {
       const int64_t channel = base + col;
       State total[1] = {};
       if (row < rows && channel < past) {
+#pragma unroll 1
         for (int r = 0; r < repeat; ++r) {
-          const int64_t column = channel + r * channels, tile = column / width;
+          // Columns have numbers of more than 32 bits, their vectors of 32.
+          const int64_t column = channel + r * channels;
+          const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
           total[0].merge(merge_strided(&at(tile, row, column - tile * width), rows * width, count));
         }
       }
@@ -127,11 +133,12 @@ __device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool h
       for (int e = 0; e < WIDTH; ++e) whole[col - first + e] = state[e];
     }
     __syncthreads();
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < min(width, channels - first); i += blockDim.x) finish(first + i, whole[i]);
     __syncthreads();
     return true;
   }
-  const Partials<State> partials(partition, scratch);
+  const Partials<WIDTH, State> partials(partition, scratch);
   if (holds) partials.put(state, col, work);
   if (!arrive()) return false;
   // The channels of the tile, or all of them where a channel's columns lie in several tiles.

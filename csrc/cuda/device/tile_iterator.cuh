@@ -13,9 +13,11 @@ struct WorkTile {
 
   __device__ __forceinline__ WorkTile(int64_t tile, int64_t split) : tile(tile), split(split) {}
 
-  __device__ __forceinline__ explicit WorkTile(const Partition& partition, int64_t block) {
-    split = block / partition.tiles;
-    tile = block - split * partition.tiles;
+  // Blocks have numbers of 32 bits, see Partition::fits(); a division of 64 takes about 100 instructions.
+  __device__ __forceinline__ explicit WorkTile(const Partition& partition, uint32_t block) {
+    const uint32_t tiles = static_cast<uint32_t>(partition.tiles), number = block / tiles;
+    split = number;
+    tile = block - number * tiles;
   }
 
   __device__ __forceinline__ static WorkTile forward(const Partition& partition) {
@@ -29,7 +31,9 @@ struct WorkTile {
 // Calls body(WorkTile) on each of a partition's work tiles that are this block's, in a launch of any number of blocks.
 template <class Body>
 __device__ __forceinline__ void for_work_tiles(const Partition& partition, Body&& body) {
-  for (int64_t block = blockIdx.x; block < partition.blocks(); block += gridDim.x) body(WorkTile(partition, block));
+  const uint32_t blocks = static_cast<uint32_t>(partition.blocks());
+#pragma unroll 1
+  for (uint32_t block = blockIdx.x; block < blocks; block += gridDim.x) body(WorkTile(partition, block));
 }
 
 // Calls body(Chunk) on `left` vectors, which next(chunk, k) puts into a chunk: CHUNK at a time, then what remains in
@@ -65,8 +69,9 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
   if (left <= 0) return;
 
   // The first of them: image n, vector j of the plane.
-  const int32_t plane_vecs = static_cast<int32_t>(partition.plane_vecs);
-  int64_t n = begin / plane_vecs;
+  const int32_t plane_vecs = static_cast<int32_t>(partition.planar.plane_vecs);
+  // Of vectors that cover planes there may be more than the tensor has.
+  int64_t n = ALIGNED ? static_cast<uint32_t>(begin) / static_cast<uint32_t>(plane_vecs) : begin / plane_vecs;
   int32_t j = static_cast<int32_t>(begin - n * plane_vecs);
   const uint32_t ahead = static_cast<uint32_t>(j) + threadIdx.x;
   const uint32_t planes = ahead / static_cast<uint32_t>(plane_vecs);
@@ -77,14 +82,15 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
   int64_t plane = n * image + work.tile * shape.s;  // element offset of the plane
   // And an aligned vector of it; a stride, within a plane and on to the next.
   uint32_t vec = static_cast<uint32_t>(plane / N) + j;
-  const uint32_t stride = static_cast<uint32_t>(partition.stride_planes * (image / N)) + partition.stride_vecs;
+  const uint32_t stride =
+      static_cast<uint32_t>(partition.planar.stride_planes * (image / N)) + partition.planar.stride_vecs;
   const uint32_t stride_on = stride + static_cast<uint32_t>((image - shape.s) / N);
 
   // Additions alone: a division for each vector would be most of the loop's instructions.
   auto next = [&](auto& chunk, int k) {
     if constexpr (ALIGNED) {
       chunk.vec[k] = vec;
-      j += partition.stride_vecs;
+      j += partition.planar.stride_vecs;
       const bool on = j >= plane_vecs;
       if (on) j -= plane_vecs;
       vec += on ? stride_on : stride;
@@ -93,8 +99,8 @@ __device__ __forceinline__ void iterate_planar(const Partition& partition, const
       chunk.vec[k] = static_cast<uint32_t>(covering / N);
       chunk.lo[k] = static_cast<int32_t>(max(plane - covering, int64_t{0}));
       chunk.hi[k] = static_cast<int32_t>(min(plane + shape.s - covering, int64_t{N}));
-      plane += partition.stride_planes * image;
-      j += partition.stride_vecs;
+      plane += partition.planar.stride_planes * image;
+      j += partition.planar.stride_vecs;
       if (j >= plane_vecs) {
         j -= plane_vecs;
         plane += image;
@@ -113,10 +119,10 @@ struct ColumnPlace {
   bool active;  // some threads have no row, and the last tile may have tile_vecs to spare
 
   __device__ __forceinline__ ColumnPlace(const Partition& partition, const WorkTile& work) {
-    row = static_cast<int32_t>(threadIdx.x) / partition.tile_vecs;
-    vec_col = static_cast<int32_t>(threadIdx.x) - row * partition.tile_vecs;
-    col = (work.tile * partition.tile_vecs + vec_col) * N;
-    active = row < partition.thread_rows && col < partition.cols;
+    row = static_cast<int32_t>(threadIdx.x) / partition.columns.tile_vecs;
+    vec_col = static_cast<int32_t>(threadIdx.x) - row * partition.columns.tile_vecs;
+    col = (work.tile * partition.columns.tile_vecs + vec_col) * N;
+    active = row < partition.columns.thread_rows && col < partition.columns.cols;
   }
 };
 
@@ -128,20 +134,21 @@ __device__ __forceinline__ void iterate_columns(const Partition& partition, int6
   if (!place.active) return;
   const int64_t begin = work.split * partition.steps_per_split;
   int32_t rows = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
-  const int64_t last = (partition.steps - 1) * partition.cols + place.col;  // in the row that may be short
+  const int64_t last = (partition.steps - 1) * partition.columns.cols + place.col;  // in the row that may be short
   const bool short_vec = begin + rows == partition.steps && last + N > numel;
   if (short_vec) --rows;  // it is not whole, and comes last, or not at all
 
-  int32_t left = (rows - place.row + partition.thread_rows - 1) / partition.thread_rows;
-  uint32_t vec = static_cast<uint32_t>(((begin + place.row) * partition.cols + place.col) / N);
-  const uint32_t stride = static_cast<uint32_t>(partition.thread_rows * (partition.cols / N));
+  int32_t left = (rows - place.row + partition.columns.thread_rows - 1) / partition.columns.thread_rows;
+  uint32_t vec = static_cast<uint32_t>(((begin + place.row) * partition.columns.cols + place.col) / N);
+  const uint32_t stride = static_cast<uint32_t>(partition.columns.thread_rows * (partition.columns.cols / N));
   auto next = [&](auto& chunk, int k) {
     chunk.vec[k] = vec;
     vec += stride;
   };
-  for_each_chunk<CHUNK, true>(left, static_cast<int32_t>(partition.l2_steps) / partition.thread_rows, next, body);
+  for_each_chunk<CHUNK, true>(left, static_cast<int32_t>(partition.l2_steps) / partition.columns.thread_rows, next,
+                              body);
   if constexpr (PARTIAL) {
-    if (short_vec && rows % partition.thread_rows == place.row && last < numel) {
+    if (short_vec && rows % partition.columns.thread_rows == place.row && last < numel) {
       Chunk<1, false> chunk;
       chunk.keep_in_l2 = true;
       chunk.vec[0] = static_cast<uint32_t>(last / N);

@@ -106,11 +106,11 @@ struct BatchNormBackward {
     Affine<A> affine[N] = {};
     State sums[N];
 
-    __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Partition& partition, int64_t col,
+    __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Channels<N>& channels,
                                              bool active) {
       // A thread past the tile's columns has none to load; it still meets the barriers of the reduction.
       A invstd[N];
-      if (active) load_affine(affine, invstd, p, Channels<N>(partition, p.shape, col));
+      if (active) load_affine(affine, invstd, p, channels);
 #pragma unroll
       for (int e = 0; e < N; ++e) sums[e] = {};
     }
@@ -137,6 +137,7 @@ struct BatchNormBackward {
     const int64_t numel = p.shape.numel();
     const Affine<A> affine = load_affine(p, channel);
     const A param = static_cast<A>(p.activation_param);
+#pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
       if (i % p.shape.c != channel) continue;
       const A x = widen(static_cast<const T*>(p.x)[i]);
@@ -146,7 +147,11 @@ struct BatchNormBackward {
       } else if (DERIVATIVE != Derivative::none) {
         A z = affine(x);
         if (p.residual) z += widen(static_cast<const T*>(p.residual)[i]);
-        derivative = with_activation(p.activation, A(1), [&](auto act) { return decltype(act)::grad(z, param); });
+        if constexpr (kGeneral) {
+          with_general_activation(p.activation, [&](auto act) { derivative = decltype(act)::grad(z, param); });
+        } else if (DERIVATIVE != Derivative::run_time || p.activation != Activation::none) {
+          derivative = Relu::grad(z, param);
+        }
       }
       whole.add(through(widen(static_cast<const T*>(p.dy)[i]), derivative), x - affine.mean);
     }
@@ -156,8 +161,8 @@ struct BatchNormBackward {
   __device__ __forceinline__ static void finish(const BatchNormBackwardParams& p, int64_t channel, const State& whole) {
     static_cast<A*>(p.sum_dy)[channel] = whole.dy;
     static_cast<A*>(p.sum_dy_xmu)[channel] = whole.dy_xmu;
-    store_scalar<A>(p.dweight, p.weight_dtype, channel, whole.dy_xmu * static_cast<const A*>(p.invstd)[channel]);
-    store_scalar<A>(p.dbias, p.weight_dtype, channel, whole.dy);
+    store_parameter<T>(p.dweight, p.weight_dtype, channel, whole.dy_xmu * static_cast<const A*>(p.invstd)[channel]);
+    store_parameter<T>(p.dbias, p.weight_dtype, channel, whole.dy);
   }
 
   __device__ __forceinline__ static void after_reduction(const BatchNormBackwardParams&) {}
@@ -197,8 +202,8 @@ struct BatchNormBackward {
   __device__ __forceinline__ static void load_coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
                                                            const Channels<WIDTH>& channels) {
     A sum_dy[WIDTH], sum_dy_xmu[WIDTH];
-    load_vector(sum_dy, p.training ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
-    load_vector(sum_dy_xmu, p.training ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
+    load_parameters<A>(sum_dy, p.training ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
+    load_parameters<A>(sum_dy_xmu, p.training ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
     Summary sums[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) sums[e] = {sum_dy[e], sum_dy_xmu[e]};
@@ -254,8 +259,8 @@ struct BatchNormBackward {
     A mean[WIDTH], weight[WIDTH], bias[WIDTH];
     load_vector<A>(mean, p.mean, channels);
     load_vector<A>(invstd, p.invstd, channels);
-    load_vector(weight, p.weight, p.weight_dtype, channels, A(1));
-    load_vector(bias, p.bias, p.weight_dtype, channels, A(0));
+    load_parameters<T>(weight, p.weight, p.weight_dtype, channels, A(1));
+    load_parameters<T>(bias, p.bias, p.weight_dtype, channels, A(0));
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
   }
@@ -285,41 +290,57 @@ struct BatchNormBackward {
     }
     if (adds) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, added);
 
-    const A param = kGeneral ? static_cast<A>(p.activation_param) : A(0);
-    // by_bits is a constant wherever visit is called, so that one of its two ways remains of each call; but in
-    // run_time, whose kernels have one instance of the code for all.
     const bool active =
         DERIVATIVE == Derivative::run_time ? p.activation != Activation::none : DERIVATIVE != Derivative::none;
-    auto visit = [&](auto act, bool by_bits) {
+    A derivative[COUNT][N];
+    if constexpr (kGeneral) {
+      const A param = static_cast<A>(p.activation_param);
+      if (masked) {
 #pragma unroll
-      for (int k = 0; k < COUNT; ++k) {
-        A dy[N], x[N];
-        widen_vec<T, N>(vecs[0][k], dy);
-        widen_vec<T, N>(vecs[1][k], x);
+        for (int k = 0; k < COUNT; ++k) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) {
-          if (!active) continue;
-          A derivative;
-          if (by_bits) {
-            derivative = bits[k] >> (e % 8) & 1 ? A(1) : param;
-          } else {
-            A z = affine_at(e)(x[e]);
-            if (adds) z += added[k][e];
-            derivative = decltype(act)::grad(z, param);
-          }
-          // relu's derivative is 0 or 1, which makes the product a selection: one instruction less.
-          dy[e] = kGeneral ? through(dy[e], derivative) : derivative == A(1) ? dy[e] : A(0);
+          for (int e = 0; e < N; ++e) derivative[k][e] = bits[k] >> (e % 8) & 1 ? A(1) : param;
         }
-        body(k, dy, x);
+      } else {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) {
+          widen_vec<T, N>(vecs[1][k], derivative[k]);
+#pragma unroll
+          for (int e = 0; e < N; ++e) {
+            derivative[k][e] = affine_at(e)(derivative[k][e]);
+            if (adds) derivative[k][e] += added[k][e];
+          }
+        }
+        // The branch is uniform over the grid, and there is nothing but arithmetic in each of its arms.
+        with_general_activation(p.activation, [&](auto act) {
+#pragma unroll
+          for (int k = 0; k < COUNT; ++k) {
+#pragma unroll
+            for (int e = 0; e < N; ++e) derivative[k][e] = decltype(act)::grad(derivative[k][e], param);
+          }
+        });
       }
-      return 0;
-    };
-    if constexpr (!kGeneral) {
-      visit(Relu{}, masked);
-    } else if (masked) {
-      visit(Identity{}, true);
-    } else {
-      with_activation(p.activation, 0, [&](auto act) { return visit(act, false); });
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      A dy[N], x[N];
+      widen_vec<T, N>(vecs[0][k], dy);
+      widen_vec<T, N>(vecs[1][k], x);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        if (!active) continue;
+        if constexpr (kGeneral) {
+          dy[e] = through(dy[e], derivative[k][e]);
+        } else {
+          // relu's derivative is 0 or 1, which makes the product a selection: one instruction less. `masked` is a
+          // constant but in run_time, whose kernels have one instance of the code for all.
+          A derivative;
+          if (masked) derivative = bits[k] >> (e % 8) & 1 ? A(1) : A(0);
+          else derivative = Relu::grad(affine_at(e)(x[e]), A(0));
+          dy[e] = derivative == A(1) ? dy[e] : A(0);
+        }
+      }
+      body(k, dy, x);
     }
   }
 };

@@ -116,7 +116,7 @@ struct BatchNormForward {
     A count = A(0);
     A shift[N] = {}, offset[N] = {}, var[N] = {};
 
-    __device__ __forceinline__ ColumnReducer(const BatchNormForwardParams&, const Partition&, int64_t, bool) {}
+    __device__ __forceinline__ ColumnReducer(const BatchNormForwardParams&, const Channels<N>&, bool) {}
 
     template <int COUNT>
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, true>&,
@@ -149,6 +149,7 @@ struct BatchNormForward {
   // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
   __device__ __forceinline__ static void add_tail(const BatchNormForwardParams& p, int64_t channel, State& whole) {
     const int64_t numel = p.shape.numel();
+#pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
       if (i % p.shape.c == channel) whole.merge({A(1), widen(static_cast<const T*>(p.x)[i]), A(0), A(0)});
     }
@@ -164,10 +165,10 @@ struct BatchNormForward {
     if (!p.running_mean) return;
     // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
     const auto update = RunningUpdate<A>::of(p.shape.per_channel(), p.momentum, p.cumulative, p.num_batches_tracked);
-    const A running_mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
-    const A running_var = load_scalar<A>(p.running_var, p.running_dtype, channel, A(0));
-    store_scalar<A>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
-    store_scalar<A>(p.running_var, p.running_dtype, channel, update.var(running_var, whole.var));
+    const A running_mean = load_parameter<T>(p.running_mean, p.running_dtype, channel);
+    const A running_var = load_parameter<T>(p.running_var, p.running_dtype, channel);
+    store_parameter<T>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
+    store_parameter<T>(p.running_var, p.running_dtype, channel, update.var(running_var, whole.var));
   }
 
   // Adds one to num_batches_tracked, where it is given: by the first block of a pass that begins when every block of
@@ -200,8 +201,8 @@ struct BatchNormForward {
                                                       const A (&invstd)[WIDTH]) {
     // weight * invstd is rounded once, here as in the backward, so that both compute the same z.
     A weight[WIDTH], bias[WIDTH];
-    load_vector(weight, p.weight, p.weight_dtype, channels, A(1));
-    load_vector(bias, p.bias, p.weight_dtype, channels, A(0));
+    load_parameters<T>(weight, p.weight, p.weight_dtype, channels, A(1));
+    load_parameters<T>(bias, p.bias, p.weight_dtype, channels, A(0));
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
   }
@@ -224,7 +225,7 @@ struct BatchNormForward {
   __device__ __forceinline__ static void load_coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
                                                            const Channels<WIDTH>& channels) {
     A mean[WIDTH], invstd[WIDTH];
-    load_vector(mean, p.mean, dtype_of<A>::value, channels, A(0));
+    load_parameters<A>(mean, p.mean, dtype_of<A>::value, channels, A(0));
     load_vector<A>(invstd, p.invstd, channels);
     coefficients(affine, p, channels, mean, invstd);
   }
@@ -237,8 +238,8 @@ struct BatchNormForward {
                                                                    const Channels<WIDTH>& channels, bool save) {
     if (p.running_mean == nullptr) return load_coefficients(affine, p, channels);
     A mean[WIDTH], invstd[WIDTH];
-    load_vector(mean, p.running_mean, p.running_dtype, channels, A(0));
-    load_vector(invstd, p.running_var, p.running_dtype, channels, A(1));
+    load_parameters<T>(mean, p.running_mean, p.running_dtype, channels, A(0));
+    load_parameters<T>(invstd, p.running_var, p.running_dtype, channels, A(1));
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) {
       invstd[e] = inverse_std(invstd[e], p.eps);
@@ -264,43 +265,51 @@ struct BatchNormForward {
     // Issued before the first element is computed, so that these loads overlap those of x.
     Vec<T, N> added[COUNT];
     if (adds) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
-    // The branch on the activation is outside of the loops: once a chunk, and uniform over the grid.
-    auto apply_as = [&](auto act) {
+    A z[COUNT][N];
 #pragma unroll
-      for (int k = 0; k < COUNT; ++k) apply_vec<decltype(act)>(p, chunk, k, vecs[0][k], adds, added[k], affine_at);
-      return 0;
-    };
+    for (int k = 0; k < COUNT; ++k) {
+      widen_vec<T, N>(vecs[0][k], z[k]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        z[k][e] = affine_at(e)(z[k][e]);
+        if (adds) z[k][e] += added[k][e];
+      }
+    }
+    uint32_t bits[COUNT] = {};
     if constexpr (kGeneral) {
-      with_activation(p.activation, 0, apply_as);
+      // The branch is uniform over the grid, and there is nothing but arithmetic in each of its arms.
+      with_general_activation(p.activation, [&](auto act) { activate<decltype(act)>(p, chunk, z, bits); });
     } else if constexpr (EPILOGUE == Epilogue::none || EPILOGUE == Epilogue::add) {
-      apply_as(Identity{});
+      activate<Identity>(p, chunk, z, bits);
     } else {
-      apply_as(Relu{});
+      activate<Relu>(p, chunk, z, bits);
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(z[k]));
+      if (kMasks && p.mask) p.mask[chunk.vec[k]] = static_cast<uint8_t>(bits[k]);
     }
   }
 
  private:
-  template <class Act, int COUNT, bool WHOLE, class AffineAt>
-  __device__ __forceinline__ static void apply_vec(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                                   int k, const Vec<T, N>& x, bool adds, const Vec<T, N>& added,
-                                                   const AffineAt& affine_at) {
-    constexpr bool kMasks = masks(EPILOGUE) && N == 8 && Act::kept == Kept::bit;
+  static constexpr bool kMasks = masks(EPILOGUE) && N == 8;
+
+  // From z to the activation's value, and the bits that say where its derivative is 1.
+  template <class Act, int COUNT, bool WHOLE>
+  __device__ __forceinline__ static void activate(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                  A (&z)[COUNT][N], uint32_t (&bits)[COUNT]) {
     const A param = static_cast<A>(p.activation_param);
-    A y[N];
-    uint32_t bits = 0;  // whether the derivative is 1, an element each
-    widen_vec<T, N>(x, y);
 #pragma unroll
-    for (int e = 0; e < N; ++e) {
-      A z = affine_at(e)(y[e]);
-      if (adds) z += added[e];
-      if constexpr (kMasks) bits |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z) == A(1)) << e;
-      // One instance of the code for both: the selection is uniform.
-      const bool passes = EPILOGUE == Epilogue::run_time && p.activation == Activation::none;
-      y[e] = passes ? z : Act::value(z, param);
-    }
-    store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(y));
-    if constexpr (kMasks) {
-      if (p.mask) p.mask[chunk.vec[k]] = static_cast<uint8_t>(bits);
+    for (int k = 0; k < COUNT; ++k) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        if constexpr (kMasks && Act::kept == Kept::bit) {
+          bits[k] |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z[k][e]) == A(1)) << e;
+        }
+        // One instance of the code for both: the selection is uniform.
+        const bool passes = EPILOGUE == Epilogue::run_time && p.activation == Activation::none;
+        z[k][e] = passes ? z[k][e] : Act::value(z[k][e], param);
+      }
     }
   }
 };

@@ -5,7 +5,7 @@
 //   kResident                             whether the plan `resident` is compiled for it
 //   State                                 a channel's partial result: empty when zero-initialised, merge(const State&)
 //   PlanarReducer(p, channel)             a thread's part of a channel: add(p, chunk, vecs), result()
-//   ColumnReducer(p, partition, col, active)   a thread's N columns: add(p, chunk, vecs), result(state)
+//   ColumnReducer(p, channels, active)    a thread's N columns: add(p, chunk, vecs), result(state)
 //   kPlanarReduceChunk<ALIGNED>, kColumnReduceChunk, kApplyChunk<COLUMNS>   vectors in flight
 //   add_tail(p, channel, state)           adds what the end of the tensor cuts from its last vector
 //   finish(p, channel, state)             writes what a channel's reduction gives
@@ -44,8 +44,9 @@ __device__ __forceinline__ typename Op::State reduce_planar(const typename Op::P
 template <class Op, class Source>
 __device__ __forceinline__ void reduce_columns(typename Op::State (&state)[Op::N], const typename Op::Params& p,
                                                const Partition& partition, const WorkTile& work,
-                                               const ColumnPlace<Op::N>& place, Source&& source) {
-  typename Op::ColumnReducer reducer(p, partition, place.col, place.active);
+                                               const ColumnPlace<Op::N>& place, const Channels<Op::N>& channels,
+                                               Source&& source) {
+  typename Op::ColumnReducer reducer(p, channels, place.active);
   iterate_columns<Op::N, Op::kColumnReduceChunk, false>(partition, p.shape.numel(), work, place,
                                                         [&](const auto& chunk) {
                                                           Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
@@ -53,7 +54,7 @@ __device__ __forceinline__ void reduce_columns(typename Op::State (&state)[Op::N
                                                           reducer.add(p, chunk, vecs);
                                                         });
   reducer.result(state);
-  reduce_rows(state, place.vec_col, place.row, partition.tile_vecs, partition.thread_rows);
+  reduce_rows(state, place.vec_col, place.row, partition.columns.tile_vecs, partition.columns.thread_rows);
 }
 
 // The elementwise pass over the block's part of one channel.

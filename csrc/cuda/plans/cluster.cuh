@@ -7,8 +7,8 @@ namespace bnext::cuda {
 
 // A cluster is adjacent blocks: the tile is the cluster's number, the split is the block's rank.
 __device__ __forceinline__ WorkTile cluster_work_tile(const Partition& partition) {
-  const int64_t tile = blockIdx.x / partition.splits;
-  return WorkTile(tile, blockIdx.x - tile * partition.splits);
+  const uint32_t splits = static_cast<uint32_t>(partition.splits), tile = blockIdx.x / splits;
+  return WorkTile(tile, blockIdx.x - tile * splits);
 }
 
 // The merge, in rank order, of what thread 0 of each block of the cluster holds; in every thread. The caller goes on to
@@ -26,6 +26,7 @@ __device__ __forceinline__ State merge_cluster(const State& mine, const Partitio
   }
   __syncthreads();
   State total = ranks[0];
+#pragma unroll 1
   for (unsigned rank = 1; rank < size; ++rank) total.merge(ranks[rank]);
   return total;
 }

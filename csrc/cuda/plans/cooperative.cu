@@ -3,7 +3,9 @@
 // 2e bytes an element forward, 3e backward.
 //
 // What is fused is read from the parameters, since these launches are bound by latency, not by instructions: relu or
-// none. Other activations do without this plan, whose kernels would be a third of the build.
+// none. Other activations do without this plan.
+#include <type_traits>
+
 #include "launch_plan.cuh"
 #include "passes.cuh"
 
@@ -24,38 +26,36 @@ struct Backward {
   static constexpr bool kReducesMasked = true;
 };
 
-template <class Op>
-__device__ __forceinline__ void reduce_all(const typename Op::Params& p, const Partition& reduce,
-                                           const Scratch& scratch) {
-  for_work_tiles(reduce, [&](const WorkTile& work) {
-    if (reduce.columns) column_reduce_pass<Op>(p, reduce, scratch, work);
-    else if (reduce.aligned) planar_reduce_pass<Op, true>(p, reduce, scratch, work);
-    else planar_reduce_pass<Op, false>(p, reduce, scratch, work);
-  });
-}
+// How a reduction shares out the tensor: see Partition.
+enum class Reads { columns, planes, covered_planes };
 
-template <class Op>
-__device__ __forceinline__ void apply_all(const typename Op::Params& p, const Partition& apply) {
-  for_work_tiles(apply, [&](const WorkTile& work) {
-    if (apply.columns) column_apply_pass<Op, false>(p, apply, work);
-    else planar_apply_pass<Op, false>(p, apply, work);
-  });
-}
-
-template <class T, template <class> class Family>
+// A kernel for each way that two partitions come together, of code as long as its two passes. One that chose among them
+// would take the compiler more than twice the time, and hold the registers of the worst.
+template <class Reduce, Reads READS, class Apply, bool APPLIES_COLUMNS>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    cooperative_kernel(const BNEXT_GRID_CONSTANT typename Family<T>::Params p,
-                       const BNEXT_GRID_CONSTANT Partition reduce, const BNEXT_GRID_CONSTANT Partition apply,
-                       const Scratch scratch, uint32_t* counter) {
-  constexpr int kPlain = kVec<T, false>, kMasked = kVec<T, true>;
-  using Plain = typename Family<T>::template Op<kPlain>;
-  using Masked = typename Family<T>::template Op<kMasked>;
-  if (!Family<T>::kReducesMasked || kPlain == kMasked || reduce.vec == kPlain) reduce_all<Plain>(p, reduce, scratch);
-  else reduce_all<Masked>(p, reduce, scratch);
+    cooperative_kernel(const BNEXT_GRID_CONSTANT typename Reduce::Params p, const BNEXT_GRID_CONSTANT Partition reduce,
+                       const BNEXT_GRID_CONSTANT Partition apply, const Scratch scratch, uint32_t* counter) {
+  for_work_tiles(reduce, [&](const WorkTile& work) {
+    if constexpr (READS == Reads::columns) column_reduce_pass<Reduce>(p, reduce, scratch, work);
+    else planar_reduce_pass<Reduce, READS == Reads::planes>(p, reduce, scratch, work);
+  });
   grid_sync(counter);
-  Plain::after_reduction(p);
-  if (kPlain == kMasked || apply.vec == kPlain) apply_all<Plain>(p, apply);
-  else apply_all<Masked>(p, apply);
+  Reduce::after_reduction(p);
+  for_work_tiles(apply, [&](const WorkTile& work) {
+    if constexpr (APPLIES_COLUMNS) column_apply_pass<Apply, false>(p, apply, work);
+    else planar_apply_pass<Apply, false>(p, apply, work);
+  });
+}
+
+// Planes that are not whole vectors of the reduction are not of the elementwise pass, whose vectors may be wider.
+template <class Reduce, class Apply>
+auto kernel_of(const Plan& plan) {
+  if (plan.reduce.by_columns) return cooperative_kernel<Reduce, Reads::columns, Apply, true>;
+  if (!plan.reduce.planar.aligned) return cooperative_kernel<Reduce, Reads::covered_planes, Apply, true>;
+  if constexpr (Reduce::N != Apply::N) {
+    if (plan.apply.by_columns) return cooperative_kernel<Reduce, Reads::planes, Apply, true>;
+  }
+  return cooperative_kernel<Reduce, Reads::planes, Apply, false>;
 }
 
 template <template <class> class Family, class Params>
@@ -63,7 +63,11 @@ cudaError_t launch_any(const Params& p, const Plan& plan, const Scratch& scratch
   if (!plan.reduce.fits() || !plan.apply.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(plan.blocks)), block(kMaxThreads);
   return with_dtype(p.dtype, [&](auto element) {
-    const auto kernel = cooperative_kernel<decltype(element), Family>;
+    using T = decltype(element);
+    using Plain = typename Family<T>::template Op<kVec<T, false>>;
+    using Masked = typename Family<T>::template Op<kVec<T, true>>;
+    using Reduce = std::conditional_t<Family<T>::kReducesMasked, Masked, Plain>;
+    const auto kernel = plan.apply.vec == Plain::N ? kernel_of<Plain, Plain>(plan) : kernel_of<Reduce, Masked>(plan);
     const cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), kMaxThreads, 0, 1);
     if (error != cudaSuccess) return error;
     return launch_cooperative(kernel, grid, block, 0, stream, p, plan.reduce, plan.apply, scratch,

@@ -31,7 +31,8 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
   using State = typename Op::State;
   const ColumnPlace<Op::N> place(partition, work);
   State state[Op::N];
-  reduce_columns<Op>(state, p, partition, work, place, from_global<Op, Reuse::again>(p));
+  reduce_columns<Op>(state, p, partition, work, place, Channels<Op::N>(partition, p.shape, place.col),
+                     from_global<Op, Reuse::again>(p));
   merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, partition, scratch, work,
                [&](int64_t channel, State whole) {
                  Op::add_tail(p, channel, whole);

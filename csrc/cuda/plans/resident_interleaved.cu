@@ -16,10 +16,13 @@ namespace {
 // not wait at the same time.
 template <class Load, class Store>
 __device__ __forceinline__ void pipeline_tiles(const Partition& partition, Load&& load, Store&& store) {
-  const int64_t group = blockIdx.x / partition.splits, split = blockIdx.x - group * partition.splits;
+  const uint32_t splits = static_cast<uint32_t>(partition.splits), number = blockIdx.x / splits;
+  const int64_t group = number, split = blockIdx.x - number * splits;
   int64_t next = group;
   int32_t filling = 0, emptying = 0;
+#pragma unroll 1
   for (int64_t tile = group; tile < partition.tiles; tile += partition.groups) {
+#pragma unroll 1
     for (; next < partition.tiles && next < tile + partition.buffers * partition.groups; next += partition.groups) {
       load(WorkTile(next, split), filling);
       filling = partition.buffers - 1 - filling;
@@ -47,7 +50,9 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         const ColumnPlace<N> place(partition, work);
         State state[N];
         const SharedTile<Op> shared_tile(partition, buffer, partition.buffers);
-        reduce_columns<Op>(state, p, partition, work, place, shared_tile.fill(p));
+        // A matrix row of this plan is one pixel: plan.cpp sees to it.
+        const Channels<N> channels(place.col);
+        reduce_columns<Op>(state, p, partition, work, place, channels, shared_tile.fill(p));
         const SplitBarrier barrier = split_barrier_of(partition, scratch, work);
         const bool merged = merge_blocks(
             state, place.active && place.row == 0, place.col, p.shape.c, partition, scratch, work,
@@ -60,7 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         const ColumnPlace<N> place(partition, work);
         if (!place.active) return;
         typename Op::Coefficients coefficients[N];
-        Op::load_coefficients(coefficients, p, Channels<N>(partition, p.shape, place.col));
+        Op::load_coefficients(coefficients, p, Channels<N>(place.col));
         const SharedTile<Op> shared_tile(partition, buffer, partition.buffers);
         apply_columns<Op, false>(p, partition, work, place, shared_tile.read(), coefficients);
       });

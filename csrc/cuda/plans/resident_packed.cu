@@ -16,7 +16,7 @@ constexpr int kMaxTileChannels = 8;
 
 // One pack of the tile.
 __device__ __forceinline__ WorkTile pack_of(const Partition& partition, const WorkTile& work, int32_t pack) {
-  return WorkTile(work.tile * partition.packs + pack, work.split);
+  return WorkTile(work.tile * partition.columns.packs + pack, work.split);
 }
 
 // The states of the channels of a cluster's tile. reduce(pack, WorkTile, ColumnPlace, state) gives those of a pack's
@@ -25,10 +25,11 @@ __device__ __forceinline__ WorkTile pack_of(const Partition& partition, const Wo
 template <class State, int N, class Reduce, class Finish>
 __device__ __forceinline__ void merge_packed(const Partition& partition, const Shape& shape, const WorkTile& work,
                                              Reduce&& reduce, Finish&& finish) {
-  const int channels = partition.tile_channels, rows = blockDim.x / channels;
+  const int channels = partition.columns.tile_channels, rows = blockDim.x / channels;
   const int row = threadIdx.x / channels, channel = threadIdx.x - row * channels;
   State total[1] = {};
-  for (int32_t pack = 0; pack < partition.packs; ++pack) {
+#pragma unroll 1
+  for (int32_t pack = 0; pack < partition.columns.packs; ++pack) {
     const WorkTile mine = pack_of(partition, work, pack);
     const ColumnPlace<N> place(partition, mine);
     State state[N];
@@ -40,9 +41,10 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     }
     __syncthreads();
     // The channel's columns in this pack are shared out among as many threads as there are for a channel.
-    const int width = partition.tile_vecs * N, plane = static_cast<int>(shape.s), origin = pack * width;
+    const int width = partition.columns.tile_vecs * N, plane = static_cast<int>(shape.s), origin = pack * width;
     if (row < rows) {
       const int past = min(plane * (channel + 1), origin + width);
+#pragma unroll 1
       for (int i = max(plane * channel, origin) + row; i < past; i += rows) total[0].merge(columns[i - origin]);
     }
     __syncthreads();
@@ -55,6 +57,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     cluster_sync();
     if (row == 0) {
       total[0] = *map_shared(&block[channel], 0);
+#pragma unroll 1
       for (unsigned rank = 1; rank < static_cast<unsigned>(partition.splits); ++rank) {
         total[0].merge(*map_shared(&block[channel], rank));
       }
@@ -71,21 +74,23 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   constexpr int N = Op::N;
   using State = typename Op::State;
   const WorkTile work = cluster_work_tile(partition);
-  const int64_t first = work.tile * partition.tile_channels;
+  const int64_t first = work.tile * partition.columns.tile_channels;
 
   __shared__ typename Op::Summary summaries[kMaxTileChannels];
   merge_packed<State, N>(
       partition, p.shape, work,
       [&](int32_t pack, const WorkTile& mine, const ColumnPlace<N>& place, State(&state)[N]) {
-        const SharedTile<Op> shared_tile(partition, pack, partition.packs);
-        reduce_columns<Op>(state, p, partition, mine, place, shared_tile.fill(p));
+        const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
+        const Channels<N> channels(partition, p.shape, place.col);
+        reduce_columns<Op>(state, p, partition, mine, place, channels, shared_tile.fill(p));
       },
       [&](int channel, const State& whole) {
         summaries[channel] = Op::summary(p, whole);
         if (work.split == 0) Op::finish(p, first + channel, whole);
       });
 
-  for (int32_t pack = 0; pack < partition.packs; ++pack) {
+#pragma unroll 1
+  for (int32_t pack = 0; pack < partition.columns.packs; ++pack) {
     const WorkTile mine = pack_of(partition, work, pack);
     const ColumnPlace<N> place(partition, mine);
     if (!place.active) continue;
@@ -95,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     for (int e = 0; e < N; ++e) summary[e] = summaries[channels.at[e] - first];
     typename Op::Coefficients coefficients[N];
     Op::coefficients(coefficients, p, channels, summary);
-    const SharedTile<Op> shared_tile(partition, pack, partition.packs);
+    const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
     apply_columns<Op, false>(p, partition, mine, place, shared_tile.read(), coefficients);
   }
   Op::end(p, scratch, 0);

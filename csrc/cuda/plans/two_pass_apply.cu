@@ -33,7 +33,7 @@ template <class Params>
 cudaError_t launch_any(const Params& p, const Partition& partition, cudaStream_t stream) {
   return with_op(p, [&](auto op) {
     using Op = decltype(op);
-    auto kernel = partition.columns ? apply_columns_kernel<Op> : apply_planar_kernel<Op>;
+    auto kernel = partition.by_columns ? apply_columns_kernel<Op> : apply_planar_kernel<Op>;
     return launch_partition(kernel, partition, stream, p, partition);
   });
 }

@@ -30,9 +30,9 @@ template <class Params>
 cudaError_t launch_any(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
   return with_reduction(p, [&](auto op) {
     using Op = decltype(op);
-    auto kernel = partition.columns   ? reduce_columns_kernel<Op>
-                  : partition.aligned ? reduce_planar_kernel<Op, true>
-                                      : reduce_planar_kernel<Op, false>;
+    auto kernel = partition.by_columns       ? reduce_columns_kernel<Op>
+                  : partition.planar.aligned ? reduce_planar_kernel<Op, true>
+                                             : reduce_planar_kernel<Op, false>;
     return launch_partition(kernel, partition, stream, p, partition, scratch);
   });
 }
