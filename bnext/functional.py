@@ -66,7 +66,7 @@ def batch_norm(
             promoted as by `y + residual`, without fusion.
         num_batches_tracked: one element, on the device of `input`.
 
-    Where the kernels cannot go, torch's own operators compute the same: `bnext.explain` says when, and docs/routes.md
+    Where the kernels cannot go, torch's own operators compute the same: `bnext.explain` says when, and docs/models.md
     gives the rules.
 
     Returns:
