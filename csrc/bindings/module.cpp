@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "autograd.h"
-#include "obstacle.h"
 #include "enable.h"
 #include "kernels_run.h"
+#include "obstacle.h"
 #include "plans.h"
 
 namespace bnext {
