@@ -1,3 +1,4 @@
+import importlib
 import os
 import sys
 
@@ -11,6 +12,20 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     return request.param
+
+
+@pytest.fixture
+def library():
+    """Imports a library that need not be there: the test is skipped where it does not import. Not pytest.importorskip,
+    as torchvision for another torch fails with other errors than ImportError."""
+
+    def load(name: str):
+        try:
+            return importlib.import_module(name)
+        except Exception as error:
+            pytest.skip(f"{name} does not import here: {error}")
+
+    return load
 
 
 @pytest.fixture(autouse=True)

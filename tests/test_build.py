@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -510,6 +511,20 @@ def test_an_installed_package_compiles_itself_at_first_use(tmp_path):
     assert done.stdout.startswith(str(site))
     assert len(compilations(done)) == 1
     assert compilations(python(site, "-c", program)) == []
+
+
+def test_the_sdist_has_what_its_tests_need(tmp_path):
+    from test_house_rules import our_files
+
+    tree = tmp_path / "tree"
+    files = [path.relative_to(ROOT) for path in our_files(ROOT) if not path.relative_to(ROOT).parts[0].startswith(".")]
+    for path in files:
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tree / path)
+    python(tree, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), BNEXT_BUILD="jit")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    assert not set(files) - packed
 
 
 # ---- the doctor

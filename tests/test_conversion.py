@@ -169,11 +169,9 @@ def test_eager_quantization_says_that_it_does_not_know_the_layer():
     assert type(folded[1]) is nn.Identity
 
 
-def test_tools_of_timm():
-    timm = pytest.importorskip("timm")
-    from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
-
-    for tool in (convert_sync_batchnorm, freeze_batch_norm_2d):
+def test_tools_of_timm(library):
+    timm, layers = library("timm"), library("timm.layers")
+    for tool in (layers.convert_sync_batchnorm, layers.freeze_batch_norm_2d):
         with pytest.raises(RuntimeError, match="would drop activation"):
             tool(nn.Sequential(fused_layer()))
     # timm maps norm_layer by the name of its class, to a class of its own: convert the model instead.
@@ -201,8 +199,8 @@ NETWORKS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_timm(name):
-    timm = pytest.importorskip("timm")
+def test_networks_of_timm(name, library):
+    timm = library("timm")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).double()
     model.eval()  # no dropout: batch norm alone trains
@@ -227,8 +225,8 @@ def test_networks_of_timm(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_timm_layers_keep_activation_and_drop():
-    layers = pytest.importorskip("timm.layers")
+def test_timm_layers_keep_activation_and_drop(library):
+    layers = library("timm.layers")
     for act in (nn.ReLU, nn.SiLU, nn.GELU, None):
         for drop in (None, lambda: nn.Dropout(0.5)):
             layer = layers.BatchNormAct2d(3, act_layer=act, apply_act=act is not None, drop_layer=drop)
@@ -247,12 +245,12 @@ def test_timm_layers_keep_activation_and_drop():
             torch.testing.assert_close(bnext.revert(layer)(x), twin(x))
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_frozen_layers(library):
-    if library == "torchvision":
-        layer = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d(3)
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_frozen_layers(source, library):
+    if source == "torchvision":
+        layer = library("torchvision").ops.FrozenBatchNorm2d(3)
     else:
-        layer = pytest.importorskip("timm.layers").FrozenBatchNormAct2d(3)
+        layer = library("timm.layers").FrozenBatchNormAct2d(3)
         layer.drop, layer.act = nn.Identity(), nn.ReLU()
     layer.running_mean.normal_(), layer.weight.uniform_()
     twin = copy.deepcopy(layer)

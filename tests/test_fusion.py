@@ -115,8 +115,8 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_site_of_a_network_is_found(name):
-    torchvision = pytest.importorskip("torchvision")
+def test_every_site_of_a_network_is_found(name, library):
+    torchvision = library("torchvision")
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=10).double().eval()
     twin = copy.deepcopy(model)

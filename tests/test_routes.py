@@ -238,10 +238,9 @@ def test_the_profiler_links_backward_to_forward(device):
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(exporter):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
+def test_onnx(exporter, library):
+    onnx, reference = library("onnx"), library("onnx.reference")
+    library("onnxscript")
 
     model = net("cpu")
     x = torch.randn(2, 3, 6, 5)
@@ -253,5 +252,5 @@ def test_onnx(exporter):
         "pkg.onnxscript.torch_lib",
         "pkg.onnxscript.torch_lib.common",
     }
-    (y,) = ReferenceEvaluator(graph).run(None, {"x": x.numpy()})
+    (y,) = reference.ReferenceEvaluator(graph).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-5)
