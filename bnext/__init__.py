@@ -40,6 +40,7 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "hold_statistics",
     "is_enabled",
     "kernels_run",
     "nn",
@@ -49,6 +50,7 @@ __all__ = [
     "switch",
     "sync",
     "unfreeze",
+    "update_once",
     "update_statistics",
 ]
 
@@ -56,6 +58,7 @@ __all__ = [
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
     from bnext import activation, cuda, functional, nn, ops, reference, switch, sync
     from bnext.activation import Activation
+    from bnext.checkpointing import hold_statistics, update_once
     from bnext.conversion import convert, revert
     from bnext.explanation import explain
     from bnext.fusion import fuse

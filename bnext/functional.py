@@ -145,7 +145,7 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
     return (transforms if route.way == "function" else aten).batch_norm(*args)
 
 
-implement_batch_norm(call_kernels_or_torch)
+implement_batch_norm(call_kernels_or_torch, aten.batch_norm)
 
 
 def _check_broadcast(input: Tensor, residual: Tensor) -> None:

@@ -26,6 +26,7 @@ from torch.fx import Proxy
 from bnext import aten, routes
 from bnext._extension import extension
 from bnext.activation import Activation, ActivationName, fusible, has_parameter, resolve
+from bnext.checkpointing import held
 from bnext.functional import batch_norm
 
 __all__ = [
@@ -122,6 +123,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 0.0 if self.activation_param is None else self.activation_param,
             )
         else:
+            if training and not torch.compiler.is_compiling() and held():
+                mean = var = counter = None
             return batch_norm(
                 input,
                 mean,

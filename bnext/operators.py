@@ -55,14 +55,15 @@ OPERATORS = [schema.split("(")[0] for schema in SCHEMAS]
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}  # where the extension has kernels
 
 
-def implement_batch_norm(function: Callable[..., Tensor]) -> None:
+def implement_batch_norm(function: Callable[..., Tensor], by_torch: Callable[..., Tensor]) -> None:
     """Has the operator `batch_norm` call `function`, which is composed of the others: what compilers trace it into, and
-    autograd runs."""
+    autograd runs. Where torch.compile traces vmap it calls `by_torch`, as there is no rule for a Function."""
 
-    def batch_norm(*args: Any) -> Tensor:
-        return function(*args, *("none", 0.0)[len(args) - 10 :])  # the dispatcher leaves out defaults
+    def complete(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: f(*args, *("none", 0.0)[len(args) - 10 :])  # the dispatcher leaves out defaults
 
-    _LIBRARY.impl("batch_norm", batch_norm, "CompositeImplicitAutograd")
+    _LIBRARY.impl("batch_norm", complete(function), "CompositeImplicitAutograd")
+    _LIBRARY.impl("batch_norm", complete(by_torch), "FuncTorchBatchedDecomposition")
 
 
 def _load(name: str) -> Callable[..., Any]:

@@ -89,7 +89,6 @@ def update_statistics(
         raise ValueError("update_statistics: model has no batch norm with running statistics")
     merged = {name: _Merged() for name in found}
     modes = {module: module.training for module in model.modules()}
-    momenta = {name: layer.momentum for name, layer in found.items()}
     before = {name: [t.clone() for t in layer.buffers()] for name, layer in found.items()}
     hooks = [layer.register_forward_pre_hook(_merge_into(merged[name])) for name, layer in found.items()]
     batches = 0
@@ -97,7 +96,6 @@ def update_statistics(
         model.eval()
         for layer in found.values():
             layer.train()
-            layer.momentum = 0.0
         for batch in _shown(loader, progress):
             batches += 1
             if forward is not None:
@@ -117,8 +115,6 @@ def update_statistics(
             hook.remove()
         for module, training in modes.items():
             module.training = training
-        for name, layer in found.items():
-            layer.momentum = momenta[name]
     for name, layer in found.items():
         merged[name].write(layer)
         if layer.num_batches_tracked is not None:

@@ -29,6 +29,7 @@ from torch.fx import Proxy
 from bnext import ops
 from bnext._extension import extension
 from bnext.activation import Activation, resolve
+from bnext.checkpointing import held
 from bnext.nn import _BatchNorm
 
 if dist.is_available():
@@ -96,7 +97,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             return super().forward(input, residual)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        tracked = (self.running_mean, self.running_var, self.num_batches_tracked) if self.track_running_stats else ()
+        steps = self.track_running_stats and (torch.compiler.is_compiling() or not held())
+        tracked = (self.running_mean, self.running_var, self.num_batches_tracked) if steps else ()
         mean, var, counter = tracked or (None, None, None)
         if not torch.compiler.is_compiling():
             # Before the others wait for this process, and before anything is changed.

@@ -68,6 +68,7 @@ def test_convert_and_revert_each_kind(kind):
     before = dict(layer.__dict__)
     assert type(bnext.revert(layer)) is kind
     assert layer.__dict__.keys() == kind(3).__dict__.keys() and before.keys() >= layer.__dict__.keys()
+    assert bnext.revert(getattr(bnext, kind.__name__)(3)).__dict__.keys() == kind(3).__dict__.keys()
     lazy = getattr(nn, f"Lazy{kind.__name__}")()
     assert type(bnext.convert(lazy)) is getattr(bnext, f"Lazy{kind.__name__}")
 

@@ -1,10 +1,12 @@
-"""freeze, unfreeze and update_statistics."""
+"""freeze, unfreeze, update_statistics, and the statistics under checkpointing."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import bnext
 
@@ -94,3 +96,28 @@ def test_freezing_what_has_no_statistics():
     with pytest.raises(ValueError, match="freeze: 1 has no running statistics"):
         bnext.freeze(net)
     assert type(net[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_updates_the_statistics_once(device, momentum):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), bnext.BatchNorm2d(4, momentum=momentum, activation="relu")).to(device)
+    twin = copy.deepcopy(net)
+    x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    y = checkpoint(net, x, use_reentrant=False, context_fn=bnext.update_once)
+    y.square().sum().backward()
+    twin(x2).square().sum().backward()
+    assert torch.equal(x.grad, x2.grad) and net[1].num_batches_tracked == 1
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers(), strict=True))
+
+
+def test_held_statistics_end_with_the_block_and_stay_in_the_thread():
+    norm = bnext.BatchNorm1d(3)
+    x = torch.randn(4, 3)
+    with bnext.hold_statistics(), bnext.hold_statistics():
+        expected = norm(x)
+        assert norm.num_batches_tracked == 0
+        thread = threading.Thread(target=norm, args=(x,))
+        thread.start(), thread.join()
+        assert norm.num_batches_tracked == 1
+    assert torch.equal(norm(x), expected) and norm.num_batches_tracked == 2

@@ -183,3 +183,17 @@ def test_functionalize(device):
     m = bnext.BatchNorm1d(3, activation="relu", track_running_stats=False, device=device)
     x = torch.randn(4, 3, device=device)
     torch.testing.assert_close(torch.func.functionalize(m)(x), m(x))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_transforms_inside_a_compiled_graph(device, activation):
+    torch._dynamo.reset()
+    m = bnext.BatchNorm1d(3, activation=activation, track_running_stats=False, device=device)
+    x = torch.randn(5, 4, 3, device=device)
+
+    def loss(x):
+        return m(x).square().sum()
+
+    for f, argument in ((grad(loss), x[0]), (vmap(m), x), (jacrev(lambda x: m(x).sum(0)), x[0])):
+        compiled = torch.compile(f, backend="aot_eager")
+        torch.testing.assert_close(compiled(argument), f(argument), rtol=1e-5, atol=1e-5)
