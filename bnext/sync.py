@@ -32,9 +32,6 @@ from bnext.activation import Activation, resolve
 from bnext.checkpointing import held
 from bnext.nn import _BatchNorm
 
-if dist.is_available():
-    import torch.distributed._functional_collectives as funcol
-
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
 
@@ -312,6 +309,8 @@ def _gathered(row: Tensor, settings: _Settings) -> Tensor:
     """The rows of all processes of the group, in the order of their ranks."""
     group = settings.group
     if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as funcol  # takes longer to import than all of bnext
+
         return funcol.all_gather_tensor(row.unsqueeze(0), 0, group)
     ranks = dist.get_world_size(group)
     rows = row.new_empty(ranks * row.numel())
@@ -324,6 +323,8 @@ def _gathered(row: Tensor, settings: _Settings) -> Tensor:
 def _added(sums: Tensor, settings: _Settings) -> Tensor:
     """The sum over all processes of the group; may be `sums` itself."""
     if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as funcol
+
         return funcol.all_reduce(sums, "sum", settings.group)
     with _failing_by_name("all_reduce", settings):
         dist.all_reduce(sums, group=settings.group)
