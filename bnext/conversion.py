@@ -77,7 +77,7 @@ def _class_for(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
             continue
         if nn.utils.parametrize.is_parametrized(layer):
             return None, "it is parametrized: convert the model before that"
-        changed = [name for name in _BEHAVIOUR if getattr(kind, name) is not getattr(base, name)]
+        changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
         if changed:
             return None, f"{_spelled(kind)} has its own {', '.join(changed)}"
         return ours, ""
