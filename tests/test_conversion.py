@@ -182,6 +182,12 @@ def test_tools_of_timm(library):
     assert any(isinstance(m, bnext.BatchNorm2d) for m in model.modules())
 
 
+def test_lightning_does_not_drop_the_activation(library):
+    layer_sync = library("lightning.pytorch.plugins.layer_sync")
+    with pytest.raises(RuntimeError, match="would drop activation"):
+        layer_sync.TorchSyncBatchNorm().apply(nn.Sequential(fused_layer()))
+
+
 NETWORKS = [
     "resnet18",
     "resnet50",

@@ -254,3 +254,27 @@ def test_onnx(exporter, library):
     }
     (y,) = reference.ReferenceEvaluator(graph).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path):
+    model = net("cpu")
+    x = torch.randn(2, 3, 6, 5)
+    program = torch.export.export(model, (x,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_of_an_exported_program_folds(library):
+    steps = library("torchao.quantization.pt2e.quantize_pt2e")
+    quantizers = library("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), bnext.BatchNorm2d(4, activation="relu")).eval()
+    x = torch.randn(2, 3, 8, 8)
+    quantizer = quantizers.X86InductorQuantizer()
+    quantizer.set_global(quantizers.get_default_x86_inductor_quantization_config())
+    prepared = steps.prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared(x)
+    quantized = steps.convert_pt2e(prepared)
+    assert not any("norm" in str(node.target) for node in quantized.graph.nodes)
+    torch.testing.assert_close(quantized(x), model(x), rtol=0.1, atol=0.1)
