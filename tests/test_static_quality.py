@@ -499,5 +499,17 @@ def test_every_plan_has_a_kernel_of_every_operation_type_and_variant():
             if plan.startswith("resident") and (dtype, variant) == ("double", "general"):
                 continue  # see kResident
             assert f"{plan} {direction} {dtype} {variant}" in kernels
+    cooperative = {kernel for kernel in kernels if kernel.startswith("cooperative")}
+    expected = set()
     for direction, dtype in itertools.product(("forward", "backward"), ("float", "double", "f16", "bf16")):
-        assert f"cooperative {direction} {dtype} run_time" in kernels
+        plain = {"float": 4, "double": 2}.get(dtype, 8)
+        for applied_by in {plain, 8}:
+            reduced_by = applied_by if direction == "backward" else plain
+            passes = [("planes", "planes"), ("covered_planes", "columns"), ("columns", "columns")]
+            if reduced_by != applied_by:  # planes of whole narrow vectors, and no whole wide ones
+                passes.append(("planes", "columns"))
+            for reads, applies in passes:
+                expected.add(
+                    f"cooperative {direction} {dtype} run_time {reads} by {reduced_by}, {applies} by {applied_by}"
+                )
+    assert cooperative == expected
