@@ -46,7 +46,7 @@ def while_traced(training: bool) -> Route | None:
         return None
     if training:
         return Route("kernels", "torch.compile keeps the operator of a training step")
-    return Route("torch", "Inductor fuses evaluation into its neighbours")
+    return Route("torch", "Inductor can fold evaluation into its neighbours")
 
 
 def of_call(

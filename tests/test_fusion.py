@@ -54,6 +54,7 @@ LEFT = {
     "a number": (lambda m, y, x: F.relu(y + 1.0), None, None),
     "unknown": (lambda m, y, x: F.gelu(y), None, None),
     "sum used twice": (lambda m, y, x: (lambda z: F.relu(z) + z)(y + x), None, None),
+    "operand used twice": (lambda m, y, x: F.relu(y + x) + y, None, None),
     "called twice": (lambda m, y, x: F.relu(m.bn(y)), None, None),
 }
 
