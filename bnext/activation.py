@@ -9,6 +9,7 @@ Adding one takes a row and a line of `apply` here, and an entry, with its deriva
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -121,9 +122,7 @@ def fusible_call(
         return None
     row = _TABLE[name]
     if row.parameter is None:
-        return (
-            (_public(name), None) if not keywords and all(isinstance(option, bool) for option in options[:1]) else None
-        )
+        return None if keywords or not all(isinstance(option, bool) for option in options) else (_public(name), None)
     param = keywords.pop(row.parameter, options[0] if options else row.default)
     return (_public(name), float(param)) if not keywords and isinstance(param, (int, float)) else None
 
@@ -152,8 +151,14 @@ def _parameter_of(module: nn.Module, row: _Row) -> float:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise ValueError(f"activation {module!r} has hooks, which would not be called")
     known = {"training", "inplace", row.parameter}
-    usual = vars(row.module())
+    usual = _usual(row.module)  # type: ignore[arg-type]  # mypy takes nn.Module's classes for unhashable
     for option, value in vars(module).items():
         if not option.startswith("_") and option not in known and value != usual.get(option):
             raise ValueError(f"activation {module!r} has {option}={value!r}, where only {usual.get(option)!r} is fused")
     return row.default if row.parameter is None else float(getattr(module, row.parameter))
+
+
+@functools.cache
+def _usual(kind: type[nn.Module]) -> dict[str, Any]:
+    """The attributes of an activation as it is made by default."""
+    return vars(kind())

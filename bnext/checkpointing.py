@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 __all__ = ["hold_statistics", "update_once"]
 
-_local = threading.local()
+
+class _Held(threading.local):
+    """How many blocks of `hold_statistics` this thread is in; a default in the class, as every training step asks."""
+
+    depth = 0
 
 
-def held() -> bool:
-    """Whether this thread is inside `hold_statistics`."""
-    return getattr(_local, "depth", 0) > 0
+held = _Held()
 
 
 @contextlib.contextmanager
@@ -22,11 +24,11 @@ def hold_statistics() -> Iterator[None]:
 
     It holds for the thread. Graphs that torch.compile has made do not ask for it.
     """
-    _local.depth = getattr(_local, "depth", 0) + 1
+    held.depth += 1
     try:
         yield
     finally:
-        _local.depth -= 1
+        held.depth -= 1
 
 
 def update_once() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

@@ -79,10 +79,10 @@ def _class_for(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
             return None, "it is parametrized: convert the model before that"
         changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
         if changed:
-            return None, f"{_spelled(kind)} has its own {', '.join(changed)}"
+            return None, f"{spelled(kind)} has its own {', '.join(changed)}"
         return ours, ""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return None, f"bnext has no layer for {_spelled(kind)}"
+        return None, f"bnext has no layer for {spelled(kind)}"
     return None, ""
 
 
@@ -120,7 +120,7 @@ def convert(model: Model, *, inplace: bool = True, strict: bool = False, report:
         raise ValueError("bnext.convert: " + "; ".join(f"{name}: {why}" for name, why in report.unconverted.items()))
     for name, layer, kind, _ in found:
         if kind is not None:
-            report[name] = f"{_spelled(type(layer))} -> {_spelled(kind)}"
+            report[name] = f"{spelled(type(layer))} -> {spelled(kind)}"
             layer.__class__ = kind
             if isinstance(layer, layers.BatchNormAct2d):
                 layer._find_activation()
@@ -137,19 +137,31 @@ def revert(model: Model, *, inplace: bool = True) -> Model:
     Args:
         model: any module.
         inplace: change `model`; otherwise revert a copy, which shares its parameters and buffers.
+
+    Raises:
+        ValueError: a layer is of a class derived from bnext's, or lazy and fused. Nothing has changed then.
     """
     model = model if inplace else _sharing_copy(model)
-    for layer in model.modules():
-        kind = type(layer)
-        if kind not in _TORCHS and kind not in _REVERTED:
-            continue
-        state = layer.__dict__
-        fuses = any(state.get(name, usual) != usual for name, usual in _FUSED.items())
-        layer.__class__ = _REVERTED[kind] if fuses or kind not in _TORCHS else _TORCHS[kind]
-        if not fuses:
+    ours = (layers._BatchNorm, layers.FrozenBatchNorm2d)
+    found: dict[nn.Module, type[nn.Module]]
+    found = {layer: _reverted(name, layer) for name, layer in model.named_modules() if isinstance(layer, ours)}
+    for layer, kind in found.items():
+        layer.__class__ = kind
+        if kind in _TORCHS.values():
             for name in _FUSED:
-                state.pop(name, None)
+                layer.__dict__.pop(name, None)
     return model
+
+
+def _reverted(name: str, layer: nn.Module) -> type[nn.Module]:
+    kind = type(layer)
+    fuses = any(layer.__dict__.get(key, usual) != usual for key, usual in _FUSED.items())
+    reverted = (None if fuses else _TORCHS.get(kind)) or _REVERTED.get(kind)
+    if reverted is None:
+        raise ValueError(
+            f"bnext.revert: {name or 'the layer'} is {layer!r} of {spelled(kind)}, which torch has nothing for"
+        )
+    return reverted
 
 
 def _sharing_copy(model: Model) -> Model:
@@ -161,7 +173,8 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
-def _spelled(kind: type) -> str:
+def spelled(kind: type) -> str:
+    """The name that people import it by: torch.nn.BatchNorm2d."""
     module = kind.__module__.removesuffix(".modules.batchnorm").removesuffix(
         ".nn" if "bnext" in kind.__module__ else ""
     )

@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from bnext.conversion import spelled
 from bnext.nn import _BatchNorm
 from bnext.routes import Route
 from bnext.switch import is_enabled
@@ -43,7 +44,7 @@ def explain(module: nn.Module, *inputs: object, **keywords: object) -> Explanati
             elif is_enabled():
                 found[name] = Route("kernels", "bnext.enable() has put them behind torch's operators")
             else:
-                kind = f"{type(layer).__module__.removesuffix('.modules.batchnorm')}.{type(layer).__name__}"
+                kind = spelled(type(layer))
                 found[name] = Route("torch", f"it is a {kind}: bnext.convert(model) makes it one of bnext")
 
         return hook

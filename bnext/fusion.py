@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from bnext.conversion import convert
 
 __all__ = ["fuse"]
 
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUMS_IN_PLACE = (operator.iadd, "add_")
+_SUMS = (operator.add, torch.add, "add", *_SUMS_IN_PLACE)
 
 
 def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule:
@@ -40,85 +42,72 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     Raises:
         torch.fx.proxy.TraceError: and what else tracing raises.
     """
-    tracer = fx.Tracer() if tracer is None else tracer
-    graph = tracer.trace(model)
+    graph = (fx.Tracer() if tracer is None else tracer).trace(model)
     convert(model)
-    modules: dict[Any, Any] = dict(model.named_modules())
-    calls: dict[Any, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
+    fuser = _Fuser(graph, model)
     for node in list(graph.nodes):
-        found = _activation_of(node, modules)
-        if found is not None and node.args and isinstance(node.args[0], fx.Node):
-            _fuse_at(graph, node, *found, modules, calls)
+        fuser.fuse_before(node)
     fused = fx.GraphModule(model, graph, type(model).__name__)
     fused.train(model.training)
     return fused
 
 
-def _fuse_at(
-    graph: fx.Graph,
-    node: fx.Node,
-    name: ActivationName,
-    param: float | None,
-    modules: dict[Any, Any],
-    calls: dict[Any, int],
-) -> None:
-    """Fuses what comes before the activation at `node`, where it can be."""
-    before: Any = node.args[0]
-    if len(before.users) > 1:
-        return
-    operands: tuple[Any, Any] = (before, None)
-    if _is_sum(before):
-        first, second = before.args
-        # Of two batch norms the later one takes the sum in: the other's result is there by then.
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        candidates = [
-            pair for pair in ((first, second), (second, first)) if _is_free_batch_norm(pair[0], modules, calls)
-        ]
-        if not candidates:
+class _Fuser:
+    """The graph of a model whose batch norms are bnext's."""
+
+    def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
+        self.graph = graph
+        self.modules: dict[Any, Any] = dict(model.named_modules())
+        self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+
+    def fuse_before(self, node: fx.Node) -> None:
+        """Fuses what comes before `node`, if that is an activation, where it can be."""
+        found = self._activation_of(node)
+        before: Any = node.args[0] if node.args else None
+        if found is None or not isinstance(before, fx.Node) or len(before.users) > 1:
             return
-        operands = max(candidates, key=lambda pair: order[pair[0]])
-    norm, residual = operands
-    if not _is_free_batch_norm(norm, modules, calls):
-        return
-    layer = modules[norm.target]
-    layer._set_activation(name, param)
-    with graph.inserting_before(node):
-        args = norm.args if residual is None else (*norm.args, residual)
-        fused = graph.call_module(norm.target, args)
-    fused.meta = dict(node.meta)
-    node.replace_all_uses_with(fused)
-    for old in dict.fromkeys((node, before, norm)):
-        graph.erase_node(old)
+        pairs = _operands_of_sum(before) or [(before, None)]
+        # Where two batch norms meet, either may take the sum in: it runs where the activation was.
+        free = [(norm, residual) for norm, residual in pairs if self._is_free_batch_norm(norm)]
+        if not free:
+            return
+        norm, residual = free[-1]
+        self.modules[norm.target]._set_activation(*found)
+        with self.graph.inserting_before(node):
+            args = norm.args if residual is None else (*norm.args, residual)
+            fused = self.graph.call_module(str(norm.target), args)
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        for old in dict.fromkeys((node, before, norm)):
+            self.graph.erase_node(old)
+
+    def _activation_of(self, node: fx.Node) -> tuple[ActivationName, float | None] | None:
+        if node.op == "call_module":
+            module = self.modules.get(node.target)
+            found = None if module is None or isinstance(module, layers._BatchNorm) else fusible(module)
+        elif node.op in ("call_function", "call_method"):
+            found = fusible_call(node.target, node.args[1:], node.kwargs)
+        else:
+            return None
+        return None if found is None or found[0] is None else (found[0], found[1])
+
+    def _is_free_batch_norm(self, node: fx.Node) -> bool:
+        """A call of one of our layers that has no activation yet, runs once, and whose result nothing else sees: no
+        other node, and no hook."""
+        if node.op != "call_module" or len(node.users) > 1 or len(node.args) != 1 or node.kwargs:
+            return False
+        layer: Any = self.modules.get(node.target)
+        plain = type(layer) in (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
+        return plain and self.calls[node.target] == 1 and layer.activation is None and not layer._forward_hooks
 
 
-def _activation_of(node: fx.Node, modules: dict[Any, Any]) -> tuple[ActivationName, float | None] | None:
-    if node.op == "call_module":
-        module = modules.get(node.target)
-        found = None if module is None or isinstance(module, layers._BatchNorm) else fusible(module)
-    elif node.op in ("call_function", "call_method"):
-        found = fusible_call(node.target, node.args[1:], node.kwargs)
-    else:
-        return None
-    return None if found is None or found[0] is None else (found[0], found[1])
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return (
-        node.op in ("call_function", "call_method")
-        and node.target in _SUMS
-        and len(node.args) == 2
-        and not node.kwargs
-        and all(isinstance(a, fx.Node) for a in node.args)
-    )
-
-
-def _is_free_batch_norm(node: Any, modules: dict[Any, Any], calls: dict[Any, int]) -> bool:
-    """A call of one of our layers that has no activation yet, runs once, and whose result nothing else uses."""
-    if not (isinstance(node, fx.Node) and node.op == "call_module" and len(node.users) == 1):
-        return False
-    layer: Any = modules.get(node.target)
-    plain = type(layer) in (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
-    return plain and calls[node.target] == 1 and layer.activation is None and len(node.args) == 1 and not node.kwargs
+def _operands_of_sum(node: fx.Node) -> list[tuple[fx.Node, fx.Node | None]]:
+    """What a batch norm's result may be in a sum, and what is added to it; nothing where it is no sum of two tensors.
+    One in place changes its first operand, which somebody else may see, unless that is the batch norm's result."""
+    if node.op not in ("call_function", "call_method") or node.target not in _SUMS or node.kwargs:
+        return []
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    if len(node.args) != 2 or len(operands) != 2:
+        return []
+    first, second = operands
+    return [(first, second)] if node.target in _SUMS_IN_PLACE else [(first, second), (second, first)]

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
-from bnext import aten, routes
+from bnext import routes
 from bnext._extension import extension
-from bnext.activation import Activation, ActivationName, fusible, has_parameter, resolve
+from bnext.activation import Activation, fusible, has_parameter, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
+from bnext.torch_layers import _TorchBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -53,16 +53,12 @@ _REBUILDERS = {
 }
 
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(_TorchBatchNorm):
     """The forward of all layers here; `torch.nn`'s class after it says what shapes it takes."""
 
-    activation: ActivationName | None = None  # always a name, whatever is assigned to it
-    activation_param: float | None = None  # assigning to `activation` sets it, too
-    frozen: bool = False  # `bnext.freeze`: evaluates in training mode, too
+    # `activation` is always a name, whatever is assigned to it, which also sets `activation_param`.
 
-    # For TorchScript, which compiles no property.
-    __constants__ = ["activation", "activation_param", "frozen"]
-    __jit_unused_properties__ = ["eps"]
+    __jit_unused_properties__ = ["eps"]  # TorchScript would compile it
 
     def __init__(
         self,
@@ -90,40 +86,19 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
         def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(bn(input) + residual), in the shape, dtype and memory format of `input`.
-
-        Call the layer, not this: `layer(input)` or `layer(input, residual)` runs its hooks too. In
-        training mode it updates the running statistics. `residual` is fused where it has the shape and dtype of
-        `input`, and otherwise broadcast and promoted as in `y + residual`.
-        """
-        if not torch.jit.is_scripting():  # on its own: TorchScript leaves out what is below such a line # noqa: SIM102
-            if type(input) is not Tensor and isinstance(input, Proxy):
-                return _leaf(self, input, residual)
-        self._check_input_dim(input)
-        training = self.training and not self.frozen
-        track = self.track_running_stats or not training
-        mean = self.running_mean if track else None
-        var = self.running_var if track else None
-        counter = self.num_batches_tracked if training and self.track_running_stats else None
-        by_batch = training or (mean is None and var is None)
+    def _batch_norm(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counter: Tensor | None,
+        residual: Tensor | None,
+        by_batch: bool,
+    ) -> Tensor:
         if torch.jit.is_scripting():
-            return aten.batch_norm(
-                input,
-                self.weight,
-                self.bias,
-                mean,
-                var,
-                counter,
-                residual,
-                by_batch,
-                self.momentum,
-                self.eps,
-                "none" if self.activation is None else self.activation,
-                0.0 if self.activation_param is None else self.activation_param,
-            )
+            return self._by_torch(input, mean, var, counter, residual, by_batch)
         else:
-            if training and not torch.compiler.is_compiling() and held():
+            if by_batch and held.depth > 0 and not torch.compiler.is_compiling():
                 mean = var = counter = None
             return batch_norm(
                 input,
@@ -181,20 +156,6 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         training = (self.training and not self.frozen) or self.running_mean is None
         statistics = (self.running_mean, self.running_var, self.num_batches_tracked)
         return routes.while_traced(training) or routes.of_call(input, self.weight, self.bias, *statistics, residual)
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name in ("activation", "activation_param"):
-            if getattr(self, name) is not None:
-                text += f", {name}={getattr(self, name)!r}"
-        return text + (", frozen=True" if self.frozen else "")
-
-
-def _leaf(layer: _BatchNorm, input: Proxy, residual: Proxy | None) -> Proxy:
-    """A call of the layer in the graph of torch.fx, which traces into the forward of layers that are not torch.nn's."""
-    tracer: Any = input.tracer
-    args = (input,) if residual is None else (input, residual)
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
 
 
 def _refuse_rebuilding(layer: _BatchNorm, reader: Any) -> None:

@@ -24,13 +24,13 @@ class Route(NamedTuple):
 
 
 _KERNELS = Route("kernels", "nothing keeps the call from them")
+_WRAPPER = Route("torch", "a tensor is a wrapper of others, such as a DTensor")
 
 #: What csrc/bindings/obstacle.cpp finds.
 _OBSTACLES = {
     "transform": Route("function", "torch.func (vmap, grad, jvp, ...) is at work"),
     "forward_ad": Route("function", "a tensor has a tangent of forward-mode differentiation"),
     "residual": Route("sum", "the residual has another shape or dtype than the input: it is broadcast and promoted"),
-    "subclass": Route("torch", "a tensor is a wrapper of others, such as a DTensor"),
     "layout": Route("torch", "a tensor has the layout of MKL-DNN"),
     "device": Route("torch", "there are kernels for the CPU and for CUDA alone"),
     "empty": Route("torch", "the input is a vector of no elements"),
@@ -60,8 +60,10 @@ def of_call(
 ) -> Route:
     """The way of a call that is executed, or whose operator a compiler takes apart."""
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked, residual)
+    if any(_wraps_others(t) for t in tensors):
+        return _WRAPPER
     found = extension().obstacle(*tensors)
-    if found is None or (found == "subclass" and not any(_wraps_others(t) for t in tensors)):
+    if found is None or found == "subclass":  # a fake tensor, say, which takes any operator
         return _KERNELS
     if found == "transform" and _functionalizes():
         return Route("torch", "torch.func.functionalize takes no Function")
@@ -74,5 +76,5 @@ def _functionalizes() -> bool:
 
 
 def _wraps_others(t: Tensor | None) -> bool:
-    """DTensor and its like. Fake tensors, and those of functionalization, take any operator."""
+    """DTensor and its like."""
     return isinstance(t, Tensor) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(t)

@@ -28,7 +28,7 @@ from torch.fx import Proxy
 
 from bnext import ops
 from bnext._extension import extension
-from bnext.activation import Activation, resolve
+from bnext.activation import Activation, apply, resolve
 from bnext.checkpointing import held
 from bnext.nn import _BatchNorm
 
@@ -87,14 +87,14 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
         Call the layer, not this: `layer(input)` or `layer(input, residual)` runs its hooks too. In training mode every
         process of the group has to call it, and it updates the running statistics. `residual` has the shape, dtype and
-        device of `input`; it is not broadcast.
+        device of `input` then: what other layers broadcast or promote is an error where several processes take part.
         """
         group = self._group() if self.training and not self.frozen and not isinstance(input, Proxy) else None
         if group is None:
             return super().forward(input, residual)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        steps = self.track_running_stats and (torch.compiler.is_compiling() or not held())
+        steps = self.track_running_stats and (torch.compiler.is_compiling() or held.depth == 0)
         tracked = (self.running_mean, self.running_var, self.num_batches_tracked) if steps else ()
         mean, var, counter = tracked or (None, None, None)
         if not torch.compiler.is_compiling():
@@ -270,8 +270,7 @@ def _differentiable_gradients(dy: Tensor, saved: _Saved, settings: _Settings) ->
         if saved.residual is not None:
             z = z + saved.residual.to(acc)
         z = z if z.requires_grad else z.requires_grad_()
-        parameter = [settings.param] if settings.param else []
-        y = getattr(nn.functional, settings.activation)(z, *parameter)
+        y = apply(settings.activation, settings.param, z)
         (g,) = torch.autograd.grad(y, z, dy, create_graph=True)
     else:
         g = dy

@@ -1,15 +1,17 @@
-"""What `bnext.revert` makes of layers that `torch.nn` has no class for: batch norms with an activation, a residual or
-frozen statistics, by torch's operators alone. They are scripted, exported and quantized as such, and what is saved of
-that runs without bnext."""
+"""Batch norms with an activation, a residual or frozen statistics, by torch's operators alone: what `bnext.revert`
+makes of layers that `torch.nn` has no class for. They are scripted, exported and quantized as such, and what is saved
+of that runs without bnext."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bnext import aten
-from bnext.activation import apply
+from bnext.activation import ActivationName, apply
 
 __all__ = [
     "TorchBatchNorm1d",
@@ -22,28 +24,61 @@ __all__ = [
 
 
 class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """activation(bn(input) + residual), as the layer of bnext that it stands for."""
+    """activation(bn(input) + residual), by torch's operators; bnext's own layers put the kernels in their place."""
 
-    activation: str | None = None
+    activation: ActivationName | None = None
     activation_param: float | None = None
-    frozen: bool = False
-    __constants__ = ["activation", "activation_param", "frozen"]
+    frozen: bool = False  # evaluates in training mode, too
+    __constants__ = ["activation", "activation_param", "frozen"]  # for TorchScript
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(bn(input) + residual), in the shape, dtype and memory format of `input`.
+
+        Call the layer, not this: `layer(input)` or `layer(input, residual)` runs its hooks too. In
+        training mode it updates the running statistics. `residual` is fused where it has the shape and dtype of
+        `input`, and otherwise broadcast and promoted as in `y + residual`.
+        """
+        if not torch.jit.is_scripting():  # on its own: TorchScript leaves out what is below such a line # noqa: SIM102
+            if type(input) is not Tensor and isinstance(input, Proxy):
+                return _leaf(self, input, residual)
         self._check_input_dim(input)
         training = self.training and not self.frozen
         track = self.track_running_stats or not training
         mean = self.running_mean if track else None
         var = self.running_var if track else None
+        counter = self.num_batches_tracked if training and self.track_running_stats else None
+        by_batch = training or (mean is None and var is None)
+        return self._batch_norm(input, mean, var, counter, residual, by_batch)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counter: Tensor | None,
+        residual: Tensor | None,
+        by_batch: bool,
+    ) -> Tensor:
+        return self._by_torch(input, mean, var, counter, residual, by_batch)
+
+    def _by_torch(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counter: Tensor | None,
+        residual: Tensor | None,
+        by_batch: bool,
+    ) -> Tensor:
         return aten.batch_norm(
             input,
             self.weight,
             self.bias,
             mean,
             var,
-            self.num_batches_tracked if training and self.track_running_stats else None,
+            counter,
             residual,
-            training or (mean is None and var is None),
+            by_batch,
             self.momentum,
             self.eps,
             "none" if self.activation is None else self.activation,
@@ -51,8 +86,18 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def extra_repr(self) -> str:
-        fused = "" if self.activation is None else f", activation={self.activation!r}"
-        return super().extra_repr() + fused + (", frozen=True" if self.frozen else "")
+        text = super().extra_repr()
+        for name in ("activation", "activation_param"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + (", frozen=True" if self.frozen else "")
+
+
+def _leaf(layer: nn.Module, input: Proxy, residual: Proxy | None) -> Proxy:
+    """A call of the layer in the graph of torch.fx, which traces into the forward of layers that are not torch.nn's."""
+    tracer: Any = input.tracer
+    args = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
 
 
 class TorchBatchNorm1d(_TorchBatchNorm, nn.BatchNorm1d):
@@ -67,20 +112,13 @@ class TorchBatchNorm3d(_TorchBatchNorm, nn.BatchNorm3d):
     """A reverted `bnext.BatchNorm3d`."""
 
 
-class TorchSyncBatchNorm(nn.SyncBatchNorm):
+class TorchSyncBatchNorm(_TorchBatchNorm, nn.SyncBatchNorm):
     """A reverted `bnext.SyncBatchNorm`; the only one that cannot be scripted, as torch's own."""
 
-    activation: str | None = None
-    activation_param: float | None = None
-    frozen: bool = False
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.frozen:
-            y = nn.functional.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        else:
-            y = super().forward(input)
+        if self.frozen or not self.training or isinstance(input, Proxy):
+            return super().forward(input, residual)
+        y = nn.SyncBatchNorm.forward(self, input)
         if residual is not None:
             y = y + residual
         return apply(self.activation or "none", self.activation_param or 0.0, y)

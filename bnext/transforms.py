@@ -271,31 +271,22 @@ def _push_forward(
     tangents: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """The formula's Jacobian-vector product, as the transpose of the transpose: forward mode does not nest."""
-    there = [i for i, t in enumerate(primals) if t is not None]
-    moved = [torch.zeros_like(primals[i]) if tangents[i] is None else tangents[i] for i in there]
-
-    def of_those(*tensors: Tensor) -> tuple[Any, ...]:
-        everything = list(primals)
-        for i, t in zip(there, tensors, strict=True):
-            everything[i] = t
-        return formula(*everything)
-
-    results = of_those(*(primals[i] for i in there))
+    results = formula(*primals)
     given = [i for i, r in enumerate(results) if r is not None]
 
+    def spread(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        everything: list[Tensor | None] = [None] * len(results)
+        for i, t in zip(given, tensors, strict=True):
+            everything[i] = t
+        return everything
+
     def transpose(*cotangents: Tensor) -> tuple[Tensor, ...]:
-        def present(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            all_results = of_those(*tensors)
-            return tuple(all_results[i] for i in given)
+        return tuple(g for g in _pull_back(formula, primals, spread(cotangents)) if g is not None)
 
-        return torch.func.vjp(present, *(primals[i] for i in there))[1](cotangents)
-
-    zeros = tuple(torch.zeros_like(results[i]) for i in given)
-    pushed = torch.func.vjp(transpose, *zeros)[1](tuple(moved))
-    out: list[Tensor | None] = [None] * len(results)
-    for i, t in zip(given, pushed, strict=True):
-        out[i] = t
-    return tuple(out)
+    zeros = (torch.zeros_like(r) for r in results if r is not None)
+    pairs = zip(primals, tangents, strict=True)
+    moved = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs if p is not None)
+    return tuple(spread(torch.func.vjp(transpose, *zeros)[1](moved)))
 
 
 def _fold(

@@ -116,6 +116,24 @@ def test_revert_round_trip_is_bitwise_equal(training):
     assert torch.equal(restored(x), expected)
 
 
+def test_what_cannot_be_reverted_is_an_error():
+    class Own(bnext.BatchNorm2d):
+        pass
+
+    for layer in (Own(3), bnext.LazyBatchNorm2d(activation="relu")):
+        model = nn.Sequential(bnext.BatchNorm2d(3), layer)
+        with pytest.raises(ValueError, match=r"bnext.revert: 1 is .* which torch has nothing for"):
+            bnext.revert(model)
+        assert type(model[0]) is bnext.BatchNorm2d
+    assert type(bnext.revert(bnext.LazyBatchNorm2d())) is nn.LazyBatchNorm2d
+
+
+def test_reverted_layers_are_leaves_of_torch_fx():
+    model = bnext.revert(nn.Sequential(nn.Conv2d(3, 3, 1), fused_layer()))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_reverted_layers_script_with_a_residual():
     class Net(nn.Module):

@@ -48,7 +48,16 @@ SUMS = {
     "torch.add": (lambda m, y, x: F.hardswish(torch.add(x, y)), None, "hardswish"),
     "add_": (lambda m, y, x: torch.tanh(y.add_(x)), None, "tanh"),
 }
+
+
+def added_to_the_input(m, y, x):
+    x = x * 1
+    z = F.relu(x.add_(y))
+    return z + x  # which has changed
+
+
 LEFT = {
+    "added to the other": (added_to_the_input, None, None),
     "used twice": (lambda m, y, x: F.relu(y) + y, None, None),
     "scaled sum": (lambda m, y, x: F.relu(torch.add(y, x, alpha=2)), None, None),
     "a number": (lambda m, y, x: F.relu(y + 1.0), None, None),
@@ -137,3 +146,13 @@ def test_every_site_of_a_network_is_found(name, library):
             if isinstance(layer, nn.BatchNorm2d):
                 layer.train()
     assert_same_step(fused, twin, x)
+
+
+def test_a_hook_goes_on_seeing_the_normalized_values():
+    model = Chain(lambda m, y, x: m.act(y), nn.ReLU())
+    seen = []
+    model.bn.register_forward_hook(lambda module, args, output: seen.append(output.min().item()))
+    fused = bnext.fuse(model)
+    assert fused.bn.activation is None
+    fused(torch.randn(4, 3, 5, 5))
+    assert seen[0] < 0

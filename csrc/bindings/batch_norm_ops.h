@@ -133,7 +133,7 @@ struct BatchNormOps {
       if (p.shape.numel() == 0) {
         row.zero_();
       } else {
-        Backend::stats(p, xd);
+        run(Backend::stats, p, xd);
         row.select(0, 3 * p.shape.c).fill_(p.shape.per_channel() / kCountBase);
         row.select(0, 3 * p.shape.c + 1).fill_(p.shape.per_channel() % kCountBase);
       }
@@ -177,7 +177,7 @@ struct BatchNormOps {
       if (p.c == 0) {
         count.zero_();
       } else {
-        Backend::merge(p, stats_d);
+        run(Backend::merge, p, stats_d);
         running_mean_d.write_back();
         running_var_d.write_back();
       }
@@ -519,6 +519,12 @@ struct BatchNormOps {
     }
   };
 };
+
+// Their names, for what is done to all of them alike.
+constexpr const char* kBatchNormOps[] = {
+    "batch_norm_stats",           "batch_norm_local_stats",    "batch_norm_merge",
+    "batch_norm_normalize",       "batch_norm_forward",        "batch_norm_forward_eval",
+    "batch_norm_backward_reduce", "batch_norm_backward_input", "batch_norm_backward"};
 
 template <class Backend>
 void register_batch_norm(torch::Library& m) {

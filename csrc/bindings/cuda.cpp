@@ -232,9 +232,7 @@ void refuse(const c10::OperatorHandle& op, c10::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  for (const char* name :
-       {"batch_norm_stats", "batch_norm_local_stats", "batch_norm_merge", "batch_norm_normalize", "batch_norm_forward",
-        "batch_norm_forward_eval", "batch_norm_backward_reduce", "batch_norm_backward_input", "batch_norm_backward"}) {
+  for (const char* name : kBatchNormOps) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

@@ -9,9 +9,7 @@ namespace bnext {
 // The operators compute; batch_norm is what has gradients. A backward through one of them says so, instead of leaving
 // gradients out in silence.
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
-  for (const char* name : {"batch_norm_stats", "batch_norm_normalize", "batch_norm_forward", "batch_norm_forward_eval",
-                           "batch_norm_backward_reduce", "batch_norm_backward_input", "batch_norm_backward",
-                           "batch_norm_local_stats", "batch_norm_merge"}) {
+  for (const char* name : kBatchNormOps) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

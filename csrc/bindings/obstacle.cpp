@@ -5,30 +5,12 @@
 namespace bnext {
 namespace {
 
-bool any_of(std::initializer_list<const OptionalTensor*> tensors, bool (*has)(const Tensor&)) {
-  for (const OptionalTensor* t : tensors) {
-    if (given(*t) && has(**t)) return true;
-  }
-  return false;
-}
-
 // vmap, grad, jvp and so on wrap tensors on their way through the dispatcher, where a C++ Function cannot follow.
 bool in_transform() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
-bool has_subclass(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
-// The other layouts are refused, in words that help.
-bool has_layout(const Tensor& t) { return t.layout() == at::kMkldnn; }
-
-bool has_device(const Tensor& t) {
-  const at::DeviceType device = t.device().type();
-  return device != at::kCPU && device != at::kCUDA && device != at::kMeta;
-}
-
-// torch returns these as they are; of other vectors the kernels' checks say what is wrong.
-bool is_empty_vector(const Tensor& t) { return t.dim() == 1 && t.sym_numel() == 0; }
+bool has_kernels(at::DeviceType device) { return device == at::kCPU || device == at::kCUDA || device == at::kMeta; }
 
 }  // namespace
 
@@ -36,20 +18,28 @@ const char* obstacle(const Tensor& input, const OptionalTensor& weight, const Op
                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& num_batches_tracked, const OptionalTensor& residual) {
   if (in_transform()) return "transform";
-  const OptionalTensor x = input;
-  if (any_of({&x, &weight, &bias, &running_mean, &running_var, &num_batches_tracked, &residual}, has_subclass)) {
-    return "subclass";
+  bool mkldnn = false, tangent = false, subclass = false;
+  const auto look_at = [&](const Tensor& t) {
+    mkldnn |= t.layout() == at::kMkldnn;  // the other layouts are refused, in words that help
+    tangent |= t._fw_grad(/*level=*/0).defined();
+    subclass |= t.unsafeGetTensorImpl()->is_python_dispatch();
+  };
+  look_at(input);
+  for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var, &num_batches_tracked, &residual}) {
+    if (given(*t)) look_at(**t);
   }
-  if (any_of({&x, &weight, &bias, &running_mean, &running_var, &residual}, has_layout)) return "layout";
-  if (any_of({&x}, has_device)) return "device";
-  if (any_of({&x}, is_empty_vector)) return "empty";
-  if (any_of({&x, &weight, &bias, &residual}, has_tangent)) return "forward_ad";
+  if (mkldnn) return "layout";
+  if (!has_kernels(input.device().type())) return "device";
+  // torch returns these as they are; of other vectors the kernels' checks say what is wrong.
+  if (input.dim() == 1 && input.sym_numel() == 0) return "empty";
+  if (tangent) return "forward_ad";
   if (given(num_batches_tracked) && num_batches_tracked->scalar_type() != at::kLong) return "counter";
-  if (given(residual) &&
+  if (given(residual) && residual->layout() == at::kStrided &&
       (residual->scalar_type() != input.scalar_type() || residual->sym_sizes() != input.sym_sizes())) {
     return "residual";
   }
-  return nullptr;
+  // Last: fake tensors and their like are subclasses, to which all of the above applies.
+  return subclass ? "subclass" : nullptr;
 }
 
 }  // namespace bnext
