@@ -3,6 +3,8 @@
 // mask?.
 #pragma once
 
+#include <type_traits>
+
 #include "../../core/epilogue.h"
 #include "../../core/welford.h"
 #include "../device/barrier.cuh"
@@ -265,52 +267,61 @@ struct BatchNormForward {
     // Issued before the first element is computed, so that these loads overlap those of x.
     Vec<T, N> added[COUNT];
     if (adds) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
-    A z[COUNT][N];
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
-      widen_vec<T, N>(vecs[0][k], z[k]);
+    const auto argument = [&](int k, const Vec<T, N>& x, A(&z)[N]) {
+      widen_vec<T, N>(x, z);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        z[k][e] = affine_at(e)(z[k][e]);
-        if (adds) z[k][e] += added[k][e];
+        z[e] = affine_at(e)(z[e]);
+        if (adds) z[e] += added[k][e];
       }
-    }
-    uint32_t bits[COUNT] = {};
+    };
+    const auto store = [&](int k, const A(&y)[N], uint32_t bits) {
+      store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(y));
+      if (kMasks && p.mask) p.mask[chunk.vec[k]] = static_cast<uint8_t>(bits);
+    };
     if constexpr (kGeneral) {
-      // The branch is uniform over the grid, and there is nothing but arithmetic in each of its arms.
-      with_general_activation(p.activation, [&](auto act) { activate<decltype(act)>(p, chunk, z, bits); });
-    } else if constexpr (EPILOGUE == Epilogue::none || EPILOGUE == Epilogue::add) {
-      activate<Identity>(p, chunk, z, bits);
-    } else {
-      activate<Relu>(p, chunk, z, bits);
-    }
+      A z[COUNT][N];
+      uint32_t bits[COUNT] = {};
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
-      store_at(static_cast<T*>(p.y), chunk, k, narrow_vec<T, N>(z[k]));
-      if (kMasks && p.mask) p.mask[chunk.vec[k]] = static_cast<uint8_t>(bits[k]);
+      for (int k = 0; k < COUNT; ++k) argument(k, vecs[0][k], z[k]);
+      // The branch is uniform over the grid, and there is nothing but arithmetic in each of its arms.
+      with_general_activation(p.activation, [&](auto act) {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) bits[k] = activate<decltype(act)>(p, chunk, k, z[k]);
+      });
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) store(k, z[k], bits[k]);
+    } else {
+      using Act = std::conditional_t<EPILOGUE == Epilogue::none || EPILOGUE == Epilogue::add, Identity, Relu>;
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) {
+        A z[N];
+        argument(k, vecs[0][k], z);
+        const uint32_t bits = activate<Act>(p, chunk, k, z);
+        store(k, z, bits);
+      }
     }
   }
 
  private:
   static constexpr bool kMasks = masks(EPILOGUE) && N == 8;
 
-  // From z to the activation's value, and the bits that say where its derivative is 1.
+  // From z to the activation's value. Returns the bits that say where its derivative is 1.
   template <class Act, int COUNT, bool WHOLE>
-  __device__ __forceinline__ static void activate(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                                  A (&z)[COUNT][N], uint32_t (&bits)[COUNT]) {
+  __device__ __forceinline__ static uint32_t activate(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
+                                                      int k, A (&z)[N]) {
     const A param = static_cast<A>(p.activation_param);
+    uint32_t bits = 0;
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
-#pragma unroll
-      for (int e = 0; e < N; ++e) {
-        if constexpr (kMasks && Act::kept == Kept::bit) {
-          bits[k] |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z[k][e]) == A(1)) << e;
-        }
-        // One instance of the code for both: the selection is uniform.
-        const bool passes = EPILOGUE == Epilogue::run_time && p.activation == Activation::none;
-        z[k][e] = passes ? z[k][e] : Act::value(z[k][e], param);
+    for (int e = 0; e < N; ++e) {
+      if constexpr (kMasks && Act::kept == Kept::bit) {
+        bits |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z[e]) == A(1)) << e;
       }
+      // One instance of the code for both: the selection is uniform.
+      const bool passes = EPILOGUE == Epilogue::run_time && p.activation == Activation::none;
+      z[e] = passes ? z[e] : Act::value(z[e], param);
     }
+    return bits;
   }
 };
 
