@@ -21,6 +21,7 @@ def batch_norm(
     eps: float,
     activation: str,
     activation_param: float,
+    unbiased: bool,
     /,
 ) -> Tensor: ...
 def batch_norm_if_possible(
@@ -36,6 +37,7 @@ def batch_norm_if_possible(
     eps: float,
     activation: str,
     activation_param: float,
+    unbiased: bool,
 ) -> Tensor | None: ...
 def obstacle(
     input: Tensor,

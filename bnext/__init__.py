@@ -42,9 +42,13 @@ __all__ = [
     "fuse",
     "hold_statistics",
     "is_enabled",
+    "keras",
     "kernels_run",
+    "masked",
+    "memory",
     "nn",
     "ops",
+    "recompute",
     "reference",
     "revert",
     "switch",
@@ -56,11 +60,12 @@ __all__ = [
 
 # `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
 if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
-    from bnext import activation, cuda, functional, nn, ops, reference, switch, sync
+    from bnext import activation, cuda, functional, keras, nn, ops, reference, switch, sync
     from bnext.activation import Activation
     from bnext.checkpointing import hold_statistics, update_once
     from bnext.conversion import convert, revert
     from bnext.explanation import explain
+    from bnext.footprint import memory
     from bnext.fusion import fuse
     from bnext.nn import (
         BatchNorm1d,
@@ -70,6 +75,8 @@ if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3])
         LazyBatchNorm2d,
         LazyBatchNorm3d,
     )
+    from bnext.padding import masked
+    from bnext.recomputation import recompute
     from bnext.statistics import freeze, unfreeze, update_statistics
     from bnext.switch import disable, enable, is_enabled, kernels_run
     from bnext.sync import SyncBatchNorm, convert_sync_batchnorm

@@ -25,12 +25,16 @@ def batch_norm(
     eps: float,
     activation: str,
     activation_param: float,
+    unbiased: bool,
 ) -> Tensor:
     """activation(bn(input) + residual): `bnext.functional.batch_norm` in the arguments of the operator."""
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if training and momentum is None and running_mean is not None and running_var is not None:
-        y = _cumulative(input, weight, bias, running_mean, running_var, num_batches_tracked, eps)
+    unlike_torch = momentum is None or not unbiased
+    if training and unlike_torch and running_mean is not None and running_var is not None:
+        mean, var = torch.zeros_like(running_mean), torch.ones_like(running_var)
+        y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+        _step(running_mean, running_var, mean, var, momentum, num_batches_tracked, _correction(input, unbiased))
     else:
         factor = 0.0 if momentum is None else momentum
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
@@ -39,22 +43,29 @@ def batch_norm(
     return apply(activation, activation_param, y)
 
 
-def _cumulative(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+def _correction(input: Tensor, unbiased: bool) -> float:
+    """What makes the unbiased variance of a batch what `running_var` takes."""
+    values = input.numel() // input.shape[1]
+    return 1.0 if unbiased else (values - 1) / values
+
+
+def _step(
     running_mean: Tensor,
     running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
     num_batches_tracked: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """All batches weigh the same: running += (batch - running) / number of batches. That number is a tensor, which no
-    operator of torch takes for a momentum; and reading it would stop a trace, and wait for a GPU."""
-    if num_batches_tracked is None:
+    correction: float,
+) -> None:
+    """running += (batch - running) * momentum, or / number of batches. That number is a tensor, which no operator of
+    torch takes for a momentum; and reading it would stop a trace, and wait for a GPU."""
+    if momentum is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * correction, momentum)
+    elif num_batches_tracked is not None:
+        part = 1.0 / num_batches_tracked.to(mean.dtype)
+        running_mean.lerp_(mean, part)
+        running_var.lerp_(var * correction, part)
+    else:
         raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")
-    mean, var = torch.zeros_like(running_mean), torch.ones_like(running_var)
-    y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-    part = 1.0 / num_batches_tracked.to(mean.dtype)
-    running_mean.lerp_(mean, part)
-    running_var.lerp_(var, part)
-    return y

@@ -62,8 +62,6 @@ _REVERTED = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__
 
 #: What makes a batch norm compute what it does. A subclass with one of its own is not ours to replace.
 _BEHAVIOUR = ("forward", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
-#: Attributes that a layer of torch.nn does not have; kept where they say something.
-_FUSED = {"activation": None, "activation_param": None, "frozen": False}
 
 
 def _class_for(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
@@ -130,9 +128,10 @@ def convert(model: Model, *, inplace: bool = True, strict: bool = False, report:
 def revert(model: Model, *, inplace: bool = True) -> Model:
     """Makes every layer of bnext one of torch.
 
-    A layer without activation becomes its class of `torch.nn`, which takes no residual; one with an activation, or
-    frozen, becomes one of `bnext.torch_layers`, which computes the same by torch's operators. The result can be
-    scripted, exported and quantized, and a program saved from it runs without bnext. `convert` undoes it.
+    A layer without activation becomes its class of `torch.nn`, which takes no residual; one with an activation, or with
+    what else `torch.nn` does not have, becomes one of `bnext.torch_layers`, which computes the same by torch's
+    operators. The result can be scripted, exported and quantized, and a program saved from it runs without bnext.
+    `convert` undoes it.
 
     Args:
         model: any module.
@@ -147,16 +146,17 @@ def revert(model: Model, *, inplace: bool = True) -> Model:
     found = {layer: _reverted(name, layer) for name, layer in model.named_modules() if isinstance(layer, ours)}
     for layer, kind in found.items():
         layer.__class__ = kind
-        if kind in _TORCHS.values():
-            for name in _FUSED:
-                layer.__dict__.pop(name, None)
+        own = torch_layers.OWN_ATTRIBUTES if kind in _TORCHS.values() else ()
+        found_in_children = ("activation", "activation_param") if kind is torch_layers.TorchBatchNormAct2d else ()
+        for name in (*own, *found_in_children):
+            layer.__dict__.pop(name, None)
     return model
 
 
 def _reverted(name: str, layer: nn.Module) -> type[nn.Module]:
     kind = type(layer)
-    fuses = any(layer.__dict__.get(key, usual) != usual for key, usual in _FUSED.items())
-    reverted = (None if fuses else _TORCHS.get(kind)) or _REVERTED.get(kind)
+    own = any(layer.__dict__.get(key, usual) != usual for key, usual in torch_layers.OWN_ATTRIBUTES.items())
+    reverted = (None if own else _TORCHS.get(kind)) or _REVERTED.get(kind)
     if reverted is None:
         raise ValueError(
             f"bnext.revert: {name or 'the layer'} is {layer!r} of {spelled(kind)}, which torch has nothing for"

@@ -15,6 +15,7 @@ from bnext import aten, routes, transforms
 from bnext._extension import extension
 from bnext.activation import Activation, apply, resolve
 from bnext.operators import implement_batch_norm
+from bnext.recomputation import here
 
 __all__ = ["Activation", "batch_norm"]
 
@@ -33,6 +34,7 @@ def batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    unbiased: bool = True,
 ) -> Tensor:
     """Normalizes each channel of `input`, adds `residual`, applies `activation`: one kernel for
 
@@ -51,8 +53,8 @@ def batch_norm(
         input: (N, C) or (N, C, *); float32, float64, float16 or bfloat16; any strides. N or any
             other size may be 0.
         running_mean, running_var: (C,), both or neither, in the dtype of `input` or, for 16-bit
-            inputs, float32. Training updates them in place, with the unbiased variance of the
-            batch; evaluation normalizes by them.
+            inputs, float32. Training updates them in place, with the variance of the
+            batch that `unbiased` says; evaluation normalizes by them.
         weight, bias: (C,), each optional, of one dtype: that of `input`, or float32 for 16-bit inputs.
         training: normalize by the statistics of the batch.
         momentum: the weight of the new batch in the running statistics. None weighs all batches
@@ -65,6 +67,8 @@ def batch_norm(
         residual: on the device of `input`. In its shape and dtype it is fused; otherwise it is broadcast and
             promoted as by `y + residual`, without fusion.
         num_batches_tracked: one element, on the device of `input`.
+        unbiased: let `running_var` take the unbiased variance of the batch, as torch does; False is for the biased
+            one, as in Keras and Flax. The batch itself is normalized by the biased one in any case.
 
     Where the kernels cannot go, torch's own operators compute the same: `bnext.explain` says when, and docs/models.md
     gives the rules.
@@ -98,6 +102,7 @@ def batch_norm(
             activation_param=activation_param,
             residual=residual,
             num_batches_tracked=num_batches_tracked,
+            unbiased=unbiased,
         )
     args = (
         input,
@@ -111,13 +116,15 @@ def batch_norm(
         momentum,
         eps,
         *resolve(activation, activation_param),
+        unbiased,
     )
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         route = routes.while_traced(training)
         if route is not None:
             return aten.batch_norm(*args) if route.way == "torch" else torch.ops.bnext.batch_norm(*args)
     try:
-        y = _direct()(*args)
+        block = here.block
+        y = _direct()(*args) if block is None else block.run(_direct(), *args)
     except TypeError as error:
         raise TypeError(_wrong_type(args) or str(error)) from None
     return call_kernels_or_torch(*args) if y is None else y
@@ -131,7 +138,7 @@ def _direct() -> Callable[..., Tensor | None]:
 
 def call_kernels_or_torch(*args: Any) -> Tensor:
     """`torch.ops.bnext.batch_norm`, by whatever way there is for these arguments."""
-    input, *_, residual, training, momentum, eps, activation, activation_param = args
+    input, *_, residual, training, momentum, eps, activation, activation_param, unbiased = args
     route = routes.of_call(*args[:7])
     if route.way == "kernels":
         return extension().batch_norm(*args)
@@ -140,7 +147,7 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
     if route.way == "sum":
-        y = call_kernels_or_torch(*args[:6], None, training, momentum, eps, "none", 0.0)
+        y = call_kernels_or_torch(*args[:6], None, training, momentum, eps, "none", 0.0, unbiased)
         return apply(activation, activation_param, y + residual)
     return (transforms if route.way == "function" else aten).batch_norm(*args)
 
@@ -168,6 +175,9 @@ _ARGUMENTS: dict[str, Any] = {
     "training": bool,
     "momentum": (float, int, NoneType),
     "eps": (float, int),
+    "activation": str,
+    "activation_param": (float, int),
+    "unbiased": bool,
 }
 
 

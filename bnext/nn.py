@@ -9,8 +9,18 @@
     >>> swish = bnext.BatchNorm2d(64, activation=torch.nn.SiLU())
     >>> torch.testing.assert_close(swish(x), torch.nn.functional.silu(norm(x)))
 
-Constructor arguments are those of `torch.nn`, plus the keywords `weight` (False for a shift without scale),
-`activation` and, for the slope of leaky_relu, `activation_param`; `bnext.functional.batch_norm` says what they may be.
+Constructor arguments are those of `torch.nn`, plus keywords:
+
+    weight              False for a shift without scale.
+    activation          None, a name such as "relu", `nn.SiLU()` or `F.silu`: see `bnext.functional.batch_norm`.
+    activation_param    The slope of leaky_relu.
+    decay               The weight of the old running statistics, in place of `momentum`, which is 1 - decay; the
+                        biased variance of a batch enters then, as in Keras and Flax.
+    unbiased            Whether the unbiased one does; by default, where `decay` is not given.
+    ghost_batch_size    In training, normalize parts of a batch of at most so many examples, each by its own statistics
+                        (Hoffer et al., https://arxiv.org/abs/1705.08741): parts as even as possible, in order, each of
+                        which steps the running statistics.
+
 Attributes, buffers, state dicts and pickles are those of `torch.nn`, in both directions.
 """
 
@@ -74,12 +84,14 @@ class _BatchNorm(_TorchBatchNorm):
         bias: bool = True,
         activation: Activation = None,
         activation_param: float | None = None,
+        decay: float | None = None,
+        unbiased: bool | None = None,
+        ghost_batch_size: int | None = None,
     ) -> None:
-        resolve(activation, activation_param)  # raises before anything is made
+        _check_keywords(activation, activation_param, decay, ghost_batch_size)  # before anything is made
         # Only the first five have the same positions in nn.SyncBatchNorm.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self._drop_parameters(weight, bias)
-        self._set_activation(activation, activation_param)
+        self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)
         extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training
 
     if TYPE_CHECKING:  # torch types the call of every module as Any
@@ -113,6 +125,7 @@ class _BatchNorm(_TorchBatchNorm):
                 activation_param=self.activation_param,
                 residual=residual,
                 num_batches_tracked=counter,
+                unbiased=self.unbiased,
             )
 
     @property
@@ -138,10 +151,24 @@ class _BatchNorm(_TorchBatchNorm):
         object.__setattr__(self, "activation", None if name == "none" else name)
         self.activation_param = value if has_parameter(name) else None
 
-    def _drop_parameters(self, weight: bool, bias: bool) -> None:
+    def _set_keywords(
+        self,
+        weight: bool,
+        bias: bool,
+        activation: Activation,
+        activation_param: float | None,
+        decay: float | None,
+        unbiased: bool | None,
+        ghost_batch_size: int | None,
+    ) -> None:
         for name, keep in (("weight", weight), ("bias", bias)):
             if not keep:
                 self.register_parameter(name, None)
+        self._set_activation(activation, activation_param)
+        if decay is not None:
+            self.momentum = 1.0 - decay
+        self.unbiased = decay is None if unbiased is None else unbiased
+        self.ghost_batch_size = ghost_batch_size
 
     def reset_parameters(self) -> None:
         """weight = 1, bias = 0, and the running statistics as before the first batch."""
@@ -156,6 +183,16 @@ class _BatchNorm(_TorchBatchNorm):
         training = (self.training and not self.frozen) or self.running_mean is None
         statistics = (self.running_mean, self.running_var, self.num_batches_tracked)
         return routes.while_traced(training) or routes.of_call(input, self.weight, self.bias, *statistics, residual)
+
+
+def _check_keywords(
+    activation: Activation, activation_param: float | None, decay: float | None, ghost_batch_size: int | None
+) -> None:
+    resolve(activation, activation_param)
+    if decay is not None and not 0 <= decay <= 1:
+        raise ValueError(f"decay should be None or from 0 to 1, not {decay!r}")
+    if ghost_batch_size is not None and (not isinstance(ghost_batch_size, int) or ghost_batch_size < 1):
+        raise ValueError(f"ghost_batch_size should be None or a positive integer, not {ghost_batch_size!r}")
 
 
 def _refuse_rebuilding(layer: _BatchNorm, reader: Any) -> None:
@@ -297,12 +334,14 @@ class _Lazy(_BatchNorm):
         bias: bool = True,
         activation: Activation = None,
         activation_param: float | None = None,
+        decay: float | None = None,
+        unbiased: bool | None = None,
+        ghost_batch_size: int | None = None,
     ) -> None:
-        resolve(activation, activation_param)
+        _check_keywords(activation, activation_param, decay, ghost_batch_size)
         lazy = torch.nn.modules.batchnorm._LazyNormBase
         lazy.__init__(self, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
-        self._drop_parameters(weight, bias)
-        self._set_activation(activation, activation_param)
+        self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)
         extension()
 
     def reset_parameters(self) -> None:

@@ -10,9 +10,9 @@ The stages, of which synchronised and other statistics can be composed:
 - `batch_norm_stats(x) -> (mean, var)`: over all axes but 1; var is biased.
 - `batch_norm_local_stats(x) -> stats`: the same as one row (3C + 2,): mean, what rounding took from it, var, and the
   count of values a channel as count // 2^24 and count % 2^24, both exact in any float.
-- `batch_norm_merge(stats, running_mean, running_var, num_batches_tracked, momentum, eps) -> (mean, invstd, count)`: the
-  statistics of several processes, a row each, merged, and their step into the running ones; count is int64, of shape
-  ().
+- `batch_norm_merge(stats, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased)
+  -> (mean, invstd, count)`: the statistics of several processes, a row each, merged, and their step into the running
+  ones; count is int64, of shape ().
 - `batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, activation_param, save_mask)
   -> (y, mask)`.
 - `batch_norm_backward_reduce(dy, x, mean, invstd, weight, bias, mask, residual, activation, activation_param)

@@ -17,6 +17,7 @@ def batch_norm(
     eps: float,
     activation: str = "none",
     activation_param: float = 0.0,
+    unbiased: bool = True,
 ) -> Tensor: ...
 def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
 def batch_norm_local_stats(x: Tensor) -> Tensor: ...
@@ -27,6 +28,7 @@ def batch_norm_merge(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
+    unbiased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def batch_norm_normalize(
     x: Tensor,
@@ -52,6 +54,7 @@ def batch_norm_forward(
     activation: str = "none",
     activation_param: float = 0.0,
     save_mask: bool = False,
+    unbiased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def batch_norm_forward_eval(
     x: Tensor,

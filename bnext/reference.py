@@ -46,6 +46,7 @@ def forward(
     activation: str | None = None,
     activation_param: float | None = None,
     residual: Tensor | None = None,
+    unbiased: bool = True,
 ) -> Forward:
     """act((x - mean) / sqrt(var + eps) * weight + bias + residual) for x of shape (N, C, *)."""
     x = x.detach().double()
@@ -56,7 +57,7 @@ def forward(
         var = (x - _channel(mean, x)).square().mean(axes)
         if running_mean is not None and running_var is not None:
             running_mean = (1 - momentum) * running_mean + momentum * mean
-            running_var = (1 - momentum) * running_var + momentum * var * m / (m - 1)
+            running_var = (1 - momentum) * running_var + momentum * (var * m / (m - 1) if unbiased else var)
     elif running_mean is None or running_var is None:
         raise ValueError("evaluation needs running_mean and running_var")
     else:

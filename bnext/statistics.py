@@ -63,8 +63,9 @@ def update_statistics(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Sets the running statistics of every batch norm in `model` to the mean and the unbiased variance of all that it
+    """Sets the running statistics of every batch norm in `model` to the mean and the variance of all that it
     normalizes while `loader` goes through the model: those of the data set, not an average of those of its batches.
+    The variance is unbiased, unless the layer's steps take the biased one.
 
     Statistics of batches are merged by Chan, Golub and LeVeque's formula, with their true counts, in float64. So a
     smaller last batch weighs less, and the spread between batches counts, which `torch.optim.swa_utils.update_bn`
@@ -148,7 +149,8 @@ class _Merged:
         if self.mean is None or self.squares is None or layer.running_mean is None or layer.running_var is None:
             return  # the model did not call it
         layer.running_mean.copy_(self.mean)
-        layer.running_var.copy_(self.squares / max(self.count - 1, 1))
+        unbiased = getattr(layer, "unbiased", True)
+        layer.running_var.copy_(self.squares / max(self.count - unbiased, 1))
 
 
 def _merge_into(merged: _Merged) -> Callable[[nn.Module, tuple[Any, ...]], None]:

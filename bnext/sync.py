@@ -31,6 +31,7 @@ from bnext._extension import extension
 from bnext.activation import Activation, apply, resolve
 from bnext.checkpointing import held
 from bnext.nn import _BatchNorm
+from bnext.recomputation import here
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
@@ -66,6 +67,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         bias: bool = True,
         activation: Activation = None,
         activation_param: float | None = None,
+        decay: float | None = None,
+        unbiased: bool | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -79,6 +82,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             bias=bias,
             activation=activation,
             activation_param=activation_param,
+            decay=decay,
+            unbiased=unbiased,
         )
         self.process_group = process_group
 
@@ -97,13 +102,20 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         steps = self.track_running_stats and (torch.compiler.is_compiling() or held.depth == 0)
         tracked = (self.running_mean, self.running_var, self.num_batches_tracked) if steps else ()
         mean, var, counter = tracked or (None, None, None)
+        operands = (input, self.weight, self.bias, mean, var, counter, residual)
         if not torch.compiler.is_compiling():
             # Before the others wait for this process, and before anything is changed.
-            operands = (input, self.weight, self.bias, mean, var, counter, residual)
             extension().check_training(*operands, self.momentum, self.eps)
         activation, param = resolve(self.activation, self.activation_param)
-        settings = _Settings(self.momentum, self.eps, activation, param, group, self._who())
-        return cast(Tensor, _Forward.apply(input, self.weight, self.bias, residual, mean, var, counter, settings))
+        settings = _Settings(self.momentum, self.unbiased, self.eps, activation, param, group, self._who())
+
+        def run(input: Tensor, *_: Any) -> Tensor:
+            return cast(Tensor, _Forward.apply(input, self.weight, self.bias, residual, mean, var, counter, settings))
+
+        if torch.compiler.is_compiling() or here.block is None:
+            return run(input)
+        args = (*operands, True, self.momentum, self.eps, activation, param)
+        return cast(Tensor, here.block.run(run, *args))
 
     def _group(self) -> Any | None:
         """The process group to synchronise with, or None where there is nobody else."""
@@ -123,6 +135,7 @@ class _Settings(NamedTuple):
     """What a call takes besides tensors."""
 
     momentum: float | None
+    unbiased: bool
     eps: float
     activation: str
     param: float
@@ -148,7 +161,7 @@ class _Forward(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, running_mean, running_var, counter, settings):
         stats = _gathered(ops.batch_norm_local_stats(x), settings)
         mean, invstd, total = ops.batch_norm_merge(
-            stats, running_mean, running_var, counter, settings.momentum, settings.eps
+            stats, running_mean, running_var, counter, settings.momentum, settings.eps, settings.unbiased
         )
         activation, param = settings.activation, settings.param
         keeps = residual is not None and activation != "none" and any(ctx.needs_input_grad)
@@ -364,7 +377,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any | None = None) 
     Raises:
         TypeError: a layer with a forward of its own, or a parametrization, which the new one would not have; nothing
             has been changed then.
-        ValueError: a lazy layer before its first batch; likewise.
+        ValueError: a lazy layer before its first batch, or one with `ghost_batch_size`; likewise.
     """
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in module.named_modules():
@@ -381,6 +394,8 @@ def _synchronised(layer: nn.Module, process_group: Any | None, name: str) -> Syn
     where = f"{name or 'module'} is of class {type(layer).__name__}"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         raise ValueError(f"{where}, which should have seen a batch before it is converted")
+    if getattr(layer, "ghost_batch_size", None) is not None:
+        raise ValueError(f"{where}, with ghost_batch_size: it normalizes parts of a batch, and not several batches")
     if type(layer).forward not in _FORWARDS:
         raise TypeError(f"{where}, whose own forward would be lost: it should be that of torch.nn or bnext")
     if nn.utils.parametrize.is_parametrized(layer):

@@ -23,13 +23,25 @@ __all__ = [
 ]
 
 
+#: What layers have that those of torch.nn do not, and what it is in a layer that computes the same as torch.nn's.
+OWN_ATTRIBUTES = {
+    "activation": None,
+    "activation_param": None,
+    "frozen": False,
+    "unbiased": True,
+    "ghost_batch_size": None,
+}
+
+
 class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     """activation(bn(input) + residual), by torch's operators; bnext's own layers put the kernels in their place."""
 
     activation: ActivationName | None = None
     activation_param: float | None = None
     frozen: bool = False  # evaluates in training mode, too
-    __constants__ = ["activation", "activation_param", "frozen"]  # for TorchScript
+    unbiased: bool = True  # what running_var takes of a batch
+    ghost_batch_size: int | None = None
+    __constants__ = ["activation", "activation_param", "frozen", "unbiased", "ghost_batch_size"]  # for TorchScript
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(bn(input) + residual), in the shape, dtype and memory format of `input`.
@@ -48,7 +60,31 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = self.running_var if track else None
         counter = self.num_batches_tracked if training and self.track_running_stats else None
         by_batch = training or (mean is None and var is None)
+        size = self.ghost_batch_size
+        if size is not None:  # on its own, for TorchScript # noqa: SIM102
+            if by_batch and input.size(0) > size:
+                return self._ghost_batches(size, input, mean, var, counter, residual)
         return self._batch_norm(input, mean, var, counter, residual, by_batch)
+
+    def _ghost_batches(
+        self,
+        size: int,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counter: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        inputs = torch.tensor_split(input, (input.size(0) + size - 1) // size)
+        outputs: list[Tensor] = []
+        if residual is None:
+            for x in inputs:
+                outputs.append(self._batch_norm(x, mean, var, counter, None, True))
+        else:
+            residuals = torch.tensor_split(residual.expand_as(input), len(inputs))
+            for x, r in zip(inputs, residuals):  # noqa: B905 # TorchScript knows no strict
+                outputs.append(self._batch_norm(x, mean, var, counter, r, True))
+        return torch.cat(outputs)
 
     def _batch_norm(
         self,
@@ -83,14 +119,15 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
             "none" if self.activation is None else self.activation,
             0.0 if self.activation_param is None else self.activation_param,
+            self.unbiased,
         )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in ("activation", "activation_param"):
-            if getattr(self, name) is not None:
+        for name, usual in OWN_ATTRIBUTES.items():
+            if getattr(self, name) != usual:
                 text += f", {name}={getattr(self, name)!r}"
-        return text + (", frozen=True" if self.frozen else "")
+        return text
 
 
 def _leaf(layer: nn.Module, input: Proxy, residual: Proxy | None) -> Proxy:
@@ -124,15 +161,15 @@ class TorchSyncBatchNorm(_TorchBatchNorm, nn.SyncBatchNorm):
         return apply(self.activation or "none", self.activation_param or 0.0, y)
 
 
-class TorchBatchNormAct2d(nn.BatchNorm2d):
-    """A reverted `bnext.nn.BatchNormAct2d`: act(drop(bn(input)))."""
+class TorchBatchNormAct2d(_TorchBatchNorm, nn.BatchNorm2d):
+    """A reverted `bnext.nn.BatchNormAct2d`: act(drop(bn(input) + residual)), whose `activation` is None."""
 
     if TYPE_CHECKING:
         act: nn.Module
         drop: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(input)))
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.act(self.drop(super().forward(input, residual)))
 
 
 class TorchFrozenBatchNorm2d(nn.Module):

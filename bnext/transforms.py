@@ -40,6 +40,7 @@ def batch_norm(
     eps: float,
     activation: str,
     activation_param: float,
+    unbiased: bool,
 ) -> Tensor:
     """`bnext.functional.batch_norm` in the arguments of the operator."""
     if not training and (running_mean is None or running_var is None):
@@ -49,7 +50,8 @@ def batch_norm(
     y, mean, var = _BatchNorm.apply(input, weight, bias, residual, *given, settings)
     if training:
         values = input.numel() // input.shape[1]
-        _step(running_mean, running_var, num_batches_tracked, momentum, mean, var, values)
+        step = var * (values / (values - 1)) if unbiased else var
+        _step(running_mean, running_var, num_batches_tracked, momentum, mean, step)
     return y
 
 
@@ -61,7 +63,6 @@ def _step(
     momentum: float | None,
     mean: Tensor,
     var: Tensor,
-    values: int,
 ) -> None:
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -73,7 +74,7 @@ def _step(
         weight = 1.0 / num_batches_tracked.to(mean.dtype)
     else:
         weight = torch.full((), momentum, dtype=mean.dtype, device=mean.device)
-    for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+    for running, batch in ((running_mean, mean), (running_var, var)):
         running.copy_(torch.lerp(running.to(mean.dtype), batch, weight))
 
 

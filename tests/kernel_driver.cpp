@@ -112,6 +112,7 @@ struct Case {
   bool stats = false;   // running statistics in training
   bool counter = true;  // num_batches_tracked along with them
   bool cumulative = false;
+  bool biased = false;
   double momentum = 0.1, eps = 1e-5;
   std::string act = "none";  // relu relu6 leaky_relu silu hardswish sigmoid tanh
   bool residual = false, mask = true;
@@ -173,6 +174,7 @@ Case parse(const std::string& line) {
       {"stats", flag(out.stats)},
       {"counter", flag(out.counter)},
       {"cumulative", flag(out.cumulative)},
+      {"biased", flag(out.biased)},
       {"momentum", number(out.momentum)},
       {"eps", number(out.eps)},
       {"act", text(out.act)},
@@ -668,6 +670,7 @@ std::string Run::forward() {
   p.activation_param = c_.act == "leaky_relu" ? static_cast<double>(kSlope) : 0;
   p.momentum = c_.momentum;
   p.cumulative = c_.cumulative;
+  p.biased = c_.biased;
   p.eps = c_.eps;
 
   if (normalizes && c_.residual) {
@@ -773,11 +776,11 @@ void Run::check_running(const Exact& exact) {
   const real factor = c_.cumulative ? real(1) / 7 : static_cast<real>(c_.momentum);
   for (int64_t k = 0; k < c_.c; ++k) {
     const real old_mean = running_before_[0][k], old_var = running_before_[1][k];
-    const real unbiased = exact.var[k] * m / (m - 1);
+    const real var = c_.biased ? exact.var[k] : exact.var[k] * m / (m - 1);
     errors_.expect("running_mean", k, running_mean_[k], (1 - factor) * old_mean + factor * exact.mean[k],
                    std::fabs(old_mean) + std::fabs(exact.mean[k]) + std::sqrt(exact.var[k]), kRunning + kMean,
                    c_.running);
-    errors_.expect("running_var", k, running_var_[k], (1 - factor) * old_var + factor * unbiased, old_var + unbiased,
+    errors_.expect("running_var", k, running_var_[k], (1 - factor) * old_var + factor * var, old_var + var,
                    kRunningVar + kVar, c_.running);
   }
 }

@@ -59,7 +59,8 @@ void expect(const char* name, real actual, real expected, real size, real unit) 
 
 // A: of the statistics; R: of the running ones.
 template <class A, class R>
-void run(int64_t ranks, int64_t c, bool cumulative, bool tracks, bool empty) {
+void run(int64_t ranks, int64_t c, int flags) {
+  const bool cumulative = flags & 1, tracks = flags & 2, empty = flags & 4, biased = flags & 8;
   Vector<A> stats("stats", ranks * (3 * c + 2)), mean("mean", c), invstd("invstd", c);
   Vector<R> running_mean("running_mean", c), running_var("running_var", c);
   Vector<int64_t> count("count", 1), tracked("num_batches_tracked", 1);
@@ -94,6 +95,7 @@ void run(int64_t ranks, int64_t c, bool cumulative, bool tracks, bool empty) {
   p.num_batches_tracked = tracked.get();
   p.momentum = 0.1;
   p.cumulative = cumulative;
+  p.biased = biased;
   p.eps = 1e-5;
   if (cuda::launch_batch_norm_merge(p, nullptr) != cudaSuccess) throw Failure{"the launch failed"};
   if (stats.changed() || tracked.changed()) throw Failure{"an input has changed"};
@@ -118,7 +120,8 @@ void run(int64_t ranks, int64_t c, bool cumulative, bool tracks, bool empty) {
     expect("invstd", invstd[k], s, s, 2 * unit);
     if (!tracks || m == 0) continue;
     const real factor = cumulative ? 0.25L : 0.1L;
-    const real running = (1 - factor) * 1.5L + factor * mu, spread = (1 - factor) * 0.75L + factor * var * m / (m - 1);
+    const real correction = biased ? 1 : static_cast<real>(m) / (m - 1);
+    const real running = (1 - factor) * 1.5L + factor * mu, spread = (1 - factor) * 0.75L + factor * var * correction;
     expect("running_mean", value(running_mean[k]), running, running, 2 * running_unit);
     expect("running_var", value(running_var[k]), spread, spread, 2 * running_unit);
   }
@@ -132,12 +135,11 @@ int main() {
     simt::set_seed(seed);
     for (const int64_t ranks : {1, 2, 3, 8}) {
       for (const int64_t c : {1, 5, 64, 65, 200}) {
-        for (int flags = 0; flags < 8; ++flags) {
-          const bool cumulative = flags & 1, tracks = flags & 2, empty = flags & 4;
+        for (int flags = 0; flags < 16; ++flags) {
           try {
-            run<float, float>(ranks, c, cumulative, tracks, empty);
-            run<float, bf16>(ranks, c, cumulative, tracks, empty);
-            run<double, double>(ranks, c, cumulative, tracks, empty);
+            run<float, float>(ranks, c, flags);
+            run<float, bf16>(ranks, c, flags);
+            run<double, double>(ranks, c, flags);
             cases += 3;
           } catch (const Failure& failure) {
             printf("%d ranks, %d channels, flags %d: %s\n", int(ranks), int(c), flags, failure.what.c_str());

@@ -34,7 +34,9 @@ def test_constructor_is_that_of_the_installed_torch(ours, theirs):
         return {name: (p.kind, p.default) for name, p in inspect.signature(kind).parameters.items()}
 
     parameters, expected = parameters_of(ours), parameters_of(nn.modules.batchnorm._BatchNorm)
-    for name, default in (("activation", None), ("activation_param", None), ("weight", True), ("bias", True)):
+    own = {"activation": None, "activation_param": None, "weight": True, "bias": True}
+    own |= {"decay": None, "unbiased": None, "ghost_batch_size": None}
+    for name, default in own.items():
         assert parameters.pop(name) == (inspect.Parameter.KEYWORD_ONLY, default)
     expected.pop("bias", None)  # new in torch 2.12
     assert list(parameters.items()) == list(expected.items())

@@ -116,6 +116,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
         options["counter"] = rng.random() < 0.8
         options["cumulative"] = options["stats"] and options["counter"] and rng.random() < 0.4
         options["momentum"] = rng.choice([0.1, 0.0, 1.0])
+        options["biased"] = options["seed"] % 3 == 0
     if op in ("forward", "eval"):
         options["running"] = rng.choice(two_dtypes)
         options["mask"] = rng.random() < 0.8

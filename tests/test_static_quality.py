@@ -129,7 +129,7 @@ def enumerators(header: str, enum: str) -> list[str]:
 #: What is fused into a kernel of each operation.
 VARIANTS = {
     "BatchNormForward": ("forward", enumerators("cuda/ops/batch_norm_forward.cuh", "Epilogue")),
-    "BatchNormBackward": ("backward", enumerators("cuda/ops/batch_norm_backward.cuh", "Derivative")),
+    "BatchNormBackward": ("backward", enumerators("core/params.h", "Derivative")),
 }
 
 #: How a cooperative kernel reduces.
@@ -325,7 +325,7 @@ RESIDENT_BYTES = {
     "forward add_relu": (1, 1, 1),
     "backward none": (2, 0, 1),
     "backward relu": (2, 0, 1),
-    "backward relu_mask": (2, 0, 2),
+    "backward mask": (2, 0, 2),
 }
 RESIDENT = ("planar", "packed", "interleaved")
 
@@ -402,7 +402,7 @@ def test_resident_blocks_fit_as_the_plan_counts_on():
             kernel = title(name)
             _, direction, dtype, variant = kernel.split()
             size = {"forward": 16, "backward": 8}[direction] * (2 if dtype == "double" else 1)
-            masked = variant in ("add_relu", "relu_mask", "general")
+            masked = variant in ("add_relu", "mask", "general")
             vec = 8 if masked else {"double": 2, "float": 4}.get(dtype, 8)
             merge = size * 128 * (1 if plan == "planar" else vec + 1)
             assert int(shared) <= merge + 1024, (kernel, architecture)

@@ -127,6 +127,7 @@ CASES = {
     "no bias": Case(options=(("bias", False),), activation="silu"),
     "no tracking": Case(options=(("track_running_stats", False),)),
     "cumulative": Case(options=(("momentum", None),)),
+    "biased": Case(options=(("unbiased", False),)),
     "relu": Case(activation="relu", sizes=(4, 0, 2)),
     "residual": Case(residual=True),
     "residual relu": Case(residual=True, activation="relu", sizes=(4, 0, 2), layouts=(contiguous, contiguous, channels_last)),
@@ -613,6 +614,7 @@ def test_is_torchs_own_class():
     parameters = dict(inspect.signature(bnext.SyncBatchNorm).parameters)
     assert parameters.pop("activation").default is None and parameters.pop("activation_param").default is None
     assert parameters.pop("weight").default is parameters.pop("bias").default is True
+    assert parameters.pop("decay").default is parameters.pop("unbiased").default is None
     found = [(name, p.kind, p.default) for name, p in parameters.items()]
     assert found == [(name, p.kind, p.default) for name, p in expected.items() if name != "bias"]
     made = bnext.SyncBatchNorm(3, 1e-3, 0.2, True, True, "group", "cpu", torch.float64, activation="relu", bias=False)

@@ -8,6 +8,7 @@ namespace bnext {
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
-                  std::optional<double> momentum, double eps, std::string_view activation, double activation_param);
+                  std::optional<double> momentum, double eps, std::string_view activation, double activation_param,
+                  bool unbiased);
 
 }  // namespace bnext

@@ -145,7 +145,7 @@ struct BatchNormOps {
   static std::tuple<Tensor, Tensor, Tensor> merge(const Tensor& stats, const OptionalTensor& running_mean,
                                                   const OptionalTensor& running_var,
                                                   const OptionalTensor& num_batches_tracked,
-                                                  std::optional<double> momentum, double eps) {
+                                                  std::optional<double> momentum, double eps, bool unbiased) {
     // Validate.
     check_merge(stats, running_mean, running_var, num_batches_tracked, momentum, eps);
 
@@ -173,6 +173,7 @@ struct BatchNormOps {
       p.num_batches_tracked = static_cast<const int64_t*>(const_data(num_batches_tracked));
       p.momentum = momentum.value_or(0);
       p.cumulative = !momentum.has_value();
+      p.biased = !unbiased;
       p.eps = eps;
       if (p.c == 0) {
         count.zero_();
@@ -222,7 +223,8 @@ struct BatchNormOps {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
-      std::optional<double> momentum, double eps, std::string_view activation, double param, bool save_mask) {
+      std::optional<double> momentum, double eps, std::string_view activation, double param, bool save_mask,
+      bool unbiased) {
     // Validate.
     const Activation act = parse_activation(activation, param);
     check_training(x, weight, bias, running_mean, running_var, num_batches_tracked, residual, momentum, eps);
@@ -249,6 +251,7 @@ struct BatchNormOps {
       p.num_batches_tracked = static_cast<int64_t*>(counter_d.data());
       p.momentum = momentum.value_or(0);
       p.cumulative = !momentum.has_value();
+      p.biased = !unbiased;
       p.eps = eps;
       if (p.shape.numel() == 0) {
         zero(mean, invstd);

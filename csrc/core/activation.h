@@ -232,16 +232,4 @@ BNEXT_HD V through(const V& dy, const V& grad) {
   return where_le(grad, 0, where_ge(grad, 0, constant_like(grad, 0), dy * grad), dy * grad);
 }
 
-// What decides the gradient's way back through the activation.
-enum class ActGrad : int32_t {
-  none,       // the identity: nothing
-  recompute,  // z, which the backward computes anew from x (and the residual, where that is kept)
-  mask,       // the bits that the forward kept
-};
-
-inline ActGrad act_grad_of(Activation activation, bool has_mask) {
-  if (activation == Activation::none) return ActGrad::none;
-  return has_mask ? ActGrad::mask : ActGrad::recompute;
-}
-
 }  // namespace bnext

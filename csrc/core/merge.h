@@ -31,6 +31,7 @@ struct BatchNormMergeParams {
   const int64_t* num_batches_tracked;  // [1]; read, where `cumulative`, and not changed
   double momentum;
   bool cumulative;  // momentum=None: the weight is 1 / (num_batches_tracked + 1)
+  bool biased;      // running_var takes the biased variance
   double eps;
 };
 
@@ -58,7 +59,7 @@ BNEXT_HD void merge_channel(const BatchNormMergeParams& p, int64_t channel) {
   static_cast<A*>(p.mean)[channel] = mean;
   static_cast<A*>(p.invstd)[channel] = m == 0 ? A(0) : inverse_std(var, p.eps);
   if (p.running_mean == nullptr || m == 0) return;
-  const auto update = RunningUpdate<A>::of(m, p.momentum, p.cumulative, p.num_batches_tracked);
+  const auto update = RunningUpdate<A>::of(p, m);
   const A running_mean = load_scalar<A>(p.running_mean, p.running_dtype, channel, A(0));
   const A running_var = load_scalar<A>(p.running_var, p.running_dtype, channel, A(0));
   store_scalar<A>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));

@@ -37,7 +37,7 @@ struct BatchNormForwardParams {
   void* var;        // [c] acc_t, biased; written by `stats` only
   void* invstd;     // [c] acc_t, 1 / sqrt(var + eps)
 
-  // Both or neither. `forward` updates them, with the unbiased batch variance, as torch does;
+  // Both or neither. `forward` updates them, with the unbiased batch variance, as torch does, unless `biased`;
   // `normalize`, where they are given, normalizes by them (eval mode) and writes mean and invstd
   // where those are not null; else it reads mean (null means 0) and invstd.
   void* running_mean;            // [c]
@@ -45,6 +45,7 @@ struct BatchNormForwardParams {
   int64_t* num_batches_tracked;  // [1]; `forward` adds one
   double momentum;               // weight of the new batch
   bool cumulative;               // momentum=None: the weight is 1 / num_batches_tracked, after adding one
+  bool biased;                   // running_var takes the biased batch variance, as Keras and Flax do
   double eps;
 
   void* y;        // like x
@@ -85,5 +86,20 @@ struct BatchNormBackwardParams {
   BNEXT_HD bool elementwise() const { return dx || dresidual; }
   BNEXT_HD bool reduces() const { return dweight || dbias || (training && dx); }
 };
+
+// Where a backward finds the activation's derivative. All but `general` have kernels of their own on both backends.
+enum class Derivative : int32_t {
+  none,      // there is no activation
+  relu,      // 0 or 1, computed anew from x
+  mask,      // 0 or 1, from the bits that the forward kept
+  general,   // any, from the bits, or from x and the residual, if that is given
+  run_time,  // none, relu or mask, looked up: for CUDA kernels that instructions do not bound
+};
+
+inline Derivative derivative_of(const BatchNormBackwardParams& p) {
+  if (p.activation == Activation::none) return Derivative::none;
+  if (p.mask != nullptr) return p.activation_param == 0 ? Derivative::mask : Derivative::general;
+  return p.activation == Activation::relu && p.residual == nullptr ? Derivative::relu : Derivative::general;
+}
 
 }  // namespace bnext

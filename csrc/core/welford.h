@@ -60,21 +60,24 @@ BNEXT_HD A inverse_std(A var, double eps) {
 }
 
 // What forward does to the running statistics of one channel. The batch variance enters
-// unbiased; for one element a channel that is 0 / 0, which torch.nn refuses before it comes here.
+// unbiased, unless `biased`; for one element a channel that is 0 / 0, which torch.nn refuses before it comes here.
 template <class A>
 struct RunningUpdate {
-  A factor;    // weight of the new batch
-  A unbiased;  // m / (m - 1)
+  A factor;      // weight of the new batch
+  A correction;  // of its variance: m / (m - 1), or 1
 
-  // For a batch of m numbers a channel. momentum=None (`cumulative`) weighs all batches alike, `batches` of which
-  // went before; without a counter there is nothing to update either.
-  static BNEXT_HD RunningUpdate of(int64_t m, double momentum, bool cumulative, const int64_t* batches) {
-    const double factor = cumulative && batches != nullptr ? 1.0 / static_cast<double>(*batches + 1) : momentum;
-    return {static_cast<A>(factor), static_cast<A>(static_cast<double>(m) / (static_cast<double>(m) - 1.0))};
+  // For a batch of m numbers a channel. momentum=None (`cumulative`) weighs all batches alike, num_batches_tracked of
+  // which went before; without a counter there is nothing to update either.
+  template <class Params>
+  static BNEXT_HD RunningUpdate of(const Params& p, int64_t m) {
+    const int64_t* batches = p.num_batches_tracked;
+    const double factor = p.cumulative && batches != nullptr ? 1.0 / static_cast<double>(*batches + 1) : p.momentum;
+    const double correction = p.biased ? 1.0 : static_cast<double>(m) / (static_cast<double>(m) - 1.0);
+    return {static_cast<A>(factor), static_cast<A>(correction)};
   }
 
   BNEXT_HD A mean(A running, A batch) const { return (A(1) - factor) * running + factor * batch; }
-  BNEXT_HD A var(A running, A batch) const { return (A(1) - factor) * running + factor * (batch * unbiased); }
+  BNEXT_HD A var(A running, A batch) const { return (A(1) - factor) * running + factor * (batch * correction); }
 };
 
 }  // namespace bnext

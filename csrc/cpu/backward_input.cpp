@@ -13,14 +13,14 @@ InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
       mean_dy_(operands.plan),
       slope_(operands.plan),
       args_(operands.args),
-      widest_(widest_row(operands.gate == Gate::general)),
-      kernel_(operands.kernels.gradient[static_cast<int>(operands.gate)][params_.training][plan_.by_column]) {
+      widest_(widest_row(operands.derivative == Derivative::general)),
+      kernel_(operands.kernels.gradient[static_cast<int>(operands.derivative)][params_.training][plan_.by_column]) {
   args_.mean_dy = mean_dy_.data();
   args_.slope = slope_.data();
   if (args_.dz != nullptr) {
     args_.dy = args_.dz;
     args_.dresidual = nullptr;  // there already, where it is wanted
-    kernel_ = operands.kernels.gradient[static_cast<int>(Gate::none)][params_.training][plan_.by_column];
+    kernel_ = operands.kernels.gradient[static_cast<int>(Derivative::none)][params_.training][plan_.by_column];
   }
 }
 

@@ -8,7 +8,7 @@ namespace bnext::cpu {
 namespace {
 
 // dy' of the vector at column j of a row, x - mean of which is at hand, or of one `ahead` elements on.
-template <class T, Gate gate, bool by_column> struct Gated {
+template <class T, Derivative from, bool by_column> struct DyPrime {
   using A = acc_t<T>;
   const T* dy;
   const uint8_t* mask;
@@ -18,17 +18,18 @@ template <class T, Gate gate, bool by_column> struct Gated {
   template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>& xmu, int64_t ahead = 0) const {
     const Vec<A> v = load(dy + ahead + j, part);
     // The very expression of VecAffine: the sign must come out as it did in the forward.
-    if constexpr (gate == Gate::recompute) return select_if_positive(fma(xmu, scale.at(j), bias.at(j)), v);
-    if constexpr (gate == Gate::mask) return select_or_zero(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
+    if constexpr (from == Derivative::relu) return select_if_positive(fma(xmu, scale.at(j), bias.at(j)), v);
+    if constexpr (from == Derivative::mask)
+      return select_or_zero(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
     return v;
   }
 };
 
 // The derivatives that the `general` variant works out for a row before anything else.
-template <class A, Gate gate> struct Derivatives {};
-template <class A> struct Derivatives<A, Gate::general> { A row[kGeneralRow + kPadding]; };
+template <class A, Derivative from> struct Derivatives {};
+template <class A> struct Derivatives<A, Derivative::general> { A row[kGeneralRow + kPadding]; };
 
-template <class T, bool by_column> struct Gated<T, Gate::general, by_column> {
+template <class T, bool by_column> struct DyPrime<T, Derivative::general, by_column> {
   using A = acc_t<T>;
   const T* dy;
   const A* derivatives;
@@ -38,9 +39,9 @@ template <class T, bool by_column> struct Gated<T, Gate::general, by_column> {
   }
 };
 
-template <class A, Gate gate, class F>
-void sweep_gated(int64_t first, int64_t width, F f) {
-  if constexpr (gate == Gate::mask) {
+template <class A, Derivative from, class F>
+void sweep_whole_bytes(int64_t first, int64_t width, F f) {
+  if constexpr (from == Derivative::mask) {
     sweep_bytes<A>(first, width, f);
   } else {
     sweep<A>(width, f);
@@ -63,41 +64,41 @@ template <class T, bool by_column>
   });
 }
 
-template <class T, Gate gate, bool by_column>
-Gated<T, gate, by_column> gated_row(const BackwardArgs<acc_t<T>>& args, int64_t first, int64_t channel, int64_t width,
-                                    Derivatives<acc_t<T>, gate>& derivatives) {
-  if constexpr (gate == Gate::general) {
+template <class T, Derivative from, bool by_column>
+DyPrime<T, from, by_column> dy_prime_of_row(const BackwardArgs<acc_t<T>>& args, int64_t first, int64_t channel,
+                                            int64_t width, Derivatives<acc_t<T>, from>& derivatives) {
+  if constexpr (from == Derivative::general) {
     derivatives_of_row<T, by_column>(args, first, channel, width, derivatives.row);
     return {static_cast<const T*>(args.dy) + first, derivatives.row};
   } else {
     using P = Parameter<acc_t<T>, by_column>;
     // Without an activation scale and bias may be null: mean stands in for them, unread.
-    const acc_t<T>* scale = (gate == Gate::recompute ? args.scale : args.mean) + channel;
-    const acc_t<T>* bias = (gate == Gate::recompute ? args.bias : args.mean) + channel;
+    const acc_t<T>* scale = (from == Derivative::relu ? args.scale : args.mean) + channel;
+    const acc_t<T>* bias = (from == Derivative::relu ? args.bias : args.mean) + channel;
     return {static_cast<const T*>(args.dy) + first, args.mask, first, P(scale), P(bias)};
   }
 }
 
-template <class T, Gate gate>
+template <class T, Derivative from>
 [[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, int64_t next, double* sum_dy,
                            double* sum_dy_xmu) {
   using A = acc_t<T>;
   using V = Vec<A>;
   V dys[4] = {V(0), V(0), V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
-  Derivatives<A, gate> derivatives;
+  Derivatives<A, from> derivatives;
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + first;
     const V mean(args.mean[channel]);
-    const auto gated = gated_row<T, gate, false>(args, first, channel, block.width, derivatives);
+    const auto dy_prime = dy_prime_of_row<T, from, false>(args, first, channel, block.width, derivatives);
     const Ahead<T> next_dy(args.dy, next + r * block.stride), next_x(args.x, next + r * block.stride);
-    sweep_gated<A, gate>(first, block.width, [&](int64_t j, auto which, auto part) {
+    sweep_whole_bytes<A, from>(first, block.width, [&](int64_t j, auto which, auto part) {
       next_dy.fetch(j);
       next_x.fetch(j);
       const V xmu = load(x + j, part, mean) - mean;
-      const V dy = gated(j, part, xmu);
-      if constexpr (gate == Gate::general) {
+      const V dy = dy_prime(j, part, xmu);
+      if constexpr (from == Derivative::general) {
         if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
       }
       dys[which.value] = dys[which.value] + dy;
@@ -109,23 +110,23 @@ template <class T, Gate gate>
 }
 
 // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
-template <class T, Gate gate, int rows, class A = acc_t<T>>
-void add_rows(const BackwardArgs<A>& args, Derivatives<A, gate>& derivatives, int64_t first, int64_t stride,
+template <class T, Derivative from, int rows, class A = acc_t<T>>
+void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, int64_t first, int64_t stride,
               int64_t width, int64_t param, A* dys, A* products) {
   using V = Vec<A>;
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, true> mean(args.mean + param);
-  const auto gated = gated_row<T, gate, true>(args, first, param, width, derivatives);
+  const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
   const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
-  sweep_gated<A, gate>(first, width, [&](int64_t j, auto, auto part) {
+  sweep_whole_bytes<A, from>(first, width, [&](int64_t j, auto, auto part) {
     const V m = mean.at(j);
     V dy_sum = load(dys + j, Full{}), product = load(products + j, Full{});
     for (int r = 0; r < rows; r++) {
       next_dy.fetch(r * stride + j);
       next_x.fetch(r * stride + j);
       const V xmu = load(x + r * stride + j, part, m) - m;
-      const V dy = gated(j, part, xmu, r * stride);
-      if constexpr (gate == Gate::general) {
+      const V dy = dy_prime(j, part, xmu, r * stride);
+      if constexpr (from == Derivative::general) {
         if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
       }
       dy_sum = dy_sum + dy;
@@ -136,7 +137,7 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, gate>& derivatives, in
   });
 }
 
-template <class T, Gate gate>
+template <class T, Derivative from>
 [[gnu::flatten]] void column_sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, double* sum_dy,
                                   double* sum_dy_xmu) {
   using A = acc_t<T>;
@@ -147,8 +148,8 @@ template <class T, Gate gate>
     store(sum_dy_xmu + j, Full{}, D(0.0));
   }
   // Rows that are taken at once must begin at the same bit of a byte.
-  const bool together = gate != Gate::mask || block.stride % 8 == 0;
-  Derivatives<A, gate> derivatives;
+  const bool together = from != Derivative::mask || block.stride % 8 == 0;
+  Derivatives<A, from> derivatives;
   A dys[kColumns + kPadding], products[kColumns + kPadding];
   for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
     const int64_t end = begin + kColumnRows < block.rows ? begin + kColumnRows : block.rows;
@@ -157,13 +158,13 @@ template <class T, Gate gate>
       store(products + j, Full{}, V(0));
     }
     int64_t r = begin;
-    if constexpr (gate != Gate::general) {
+    if constexpr (from != Derivative::general) {
       for (; together && r + 4 <= end; r += 4)
-        add_rows<T, gate, 4>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
+        add_rows<T, from, 4>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
                              dys, products);
     }
     for (; r < end; r++)
-      add_rows<T, gate, 1>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
+      add_rows<T, from, 1>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
                            dys, products);
     for (int64_t j = 0; j < block.width; j += D::lanes) {
       store(sum_dy + j, Full{}, wide(sum_dy + j) + wide(dys + j));
@@ -174,13 +175,13 @@ template <class T, Gate gate>
 
 // epilogue.h's AffineGradient on vectors. In eval mode dx = dy' * scale, and x is read only where
 // the activation asks for it.
-template <class T, Gate gate, bool training, bool by_column>
+template <class T, Derivative from, bool training, bool by_column>
 [[gnu::flatten]] void gradient(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = Parameter<A, by_column>;
-  constexpr bool reads_x = training || gate == Gate::recompute;
-  Derivatives<A, gate> derivatives;
+  constexpr bool reads_x = training || from == Derivative::relu;
+  Derivatives<A, from> derivatives;
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
@@ -188,18 +189,18 @@ template <class T, Gate gate, bool training, bool by_column>
     T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
     T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
     const bool stream =
-        args.stream && (gate != Gate::mask || first % 8 == 0) && can_stream(dx) && can_stream(dresidual);
+        args.stream && (from != Derivative::mask || first % 8 == 0) && can_stream(dx) && can_stream(dresidual);
     const P mean(args.mean + channel), scale(args.scale + channel);
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
-    const auto gated = gated_row<T, gate, by_column>(args, first, channel, block.width, derivatives);
+    const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
     const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
-    sweep_gated<A, gate>(first, block.width, [&](int64_t j, auto, auto part) {
+    sweep_whole_bytes<A, from>(first, block.width, [&](int64_t j, auto, auto part) {
       V xmu(0);
       if constexpr (by_column) dy_ahead.fetch(j);
       if constexpr (by_column && reads_x) x_ahead.fetch(j);
       if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
-      V dy = gated(j, part, xmu);
+      V dy = dy_prime(j, part, xmu);
       if (dresidual != nullptr) store(dresidual + j, part, dy, stream);
       if constexpr (training) dy = fnma(xmu, slope.at(j), dy - mean_dy.at(j));
       if (dx != nullptr) store(dx + j, part, dy * scale.at(j), stream);

@@ -8,18 +8,6 @@
 namespace bnext::cpu {
 namespace {
 
-Gate gate_of(const BatchNormBackwardParams& p) {
-  // Of the activations that keep a bit, these have a derivative of 0 where it is not set.
-  const bool zero = p.activation == Activation::relu || p.activation == Activation::relu6;
-  switch (act_grad_of(p.activation, p.mask != nullptr)) {
-    case ActGrad::none: return Gate::none;
-    case ActGrad::mask: return zero ? Gate::mask : Gate::general;
-    case ActGrad::recompute:
-      return p.activation == Activation::relu && p.residual == nullptr ? Gate::recompute : Gate::general;
-  }
-  BNEXT_UNREACHABLE();
-}
-
 template <class A>
 Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece) {
   const int64_t strip = b.plan.outer * b.plan.inner, begin = piece * b.plan.piece;
@@ -27,7 +15,7 @@ Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece)
   Sums total = {};
   for_each_block_of_strip(b.plan, channel, begin, end, [&](const SubMatrix& block, int64_t next) {
     Sums part;
-    b.kernels.sums[static_cast<int>(b.gate)](b.args, block, next, &part.dy, &part.dy_xmu);
+    b.kernels.sums[static_cast<int>(b.derivative)](b.args, block, next, &part.dy, &part.dy_xmu);
     total.dy += part.dy;
     total.dy_xmu += part.dy_xmu;
   });
@@ -59,7 +47,7 @@ std::vector<Sums> sums_of_columns(const BackwardOperands<A>& b, const ParallelFo
   const Plan& plan = b.plan;
   const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
   std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
-  const auto kernel = b.kernels.column_sums[static_cast<int>(b.gate)];
+  const auto kernel = b.kernels.column_sums[static_cast<int>(b.derivative)];
   for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
     const int64_t down = task / plan.blocks_across;
     const SubMatrix block = block_of_columns(plan, down, task % plan.blocks_across);
@@ -86,7 +74,7 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
     : params(p),
       plan(pl),
       kernels(cpu::kernels<A>(p.dtype)),
-      gate(gate_of(p)),
+      derivative(derivative_of(p)),
       mean(pl),
       scale(pl),
       bias(pl),

@@ -21,7 +21,7 @@ void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan);
-    const auto update = RunningUpdate<A>::of(p.shape.per_channel(), p.momentum, p.cumulative, p.num_batches_tracked);
+    const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
     const auto finish = [&](int64_t ch, const Welford<double>& stats) {
       const A mean = static_cast<A>(stats.mean()), var = static_cast<A>(stats.var);
       const A invstd = inverse_std(var, p.eps);

@@ -59,14 +59,8 @@ enum class Addend : int32_t {
 };
 constexpr int kAddends = 4;
 
-// What dy' is, dy times the activation's derivative.
-enum class Gate : int32_t {
-  none,       // dy
-  recompute,  // dy where affine(x) passes relu, else 0
-  mask,       // dy where the bit is set, else 0
-  general,    // by any activation, from affine(x), the residual where there is one, or a mask
-};
-constexpr int kGates = 4;
+// Values of Derivative that kernels here have.
+constexpr int kDerivatives = 4;
 
 template <class A>
 struct BackwardArgs {
@@ -96,12 +90,13 @@ struct Kernels {
   void (*normalize[kAddends][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [addend][by column]
 
   // Sums of dy' and of dy' * (x - mean), of the block as a whole or of each column: same limits.
-  void (*sums[kGates])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,
-                       double* sum_dy_xmu);                                                                   // [gate]
-  void (*column_sums[kGates])(const BackwardArgs<A>&, const SubMatrix&, double* sum_dy, double* sum_dy_xmu);  // [gate]
+  void (*sums[kDerivatives])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,
+                             double* sum_dy_xmu);  // [derivative]
+  void (*column_sums[kDerivatives])(const BackwardArgs<A>&, const SubMatrix&, double* sum_dy,
+                                    double* sum_dy_xmu);  // [derivative]
 
   // dx and, where not null, dresidual.
-  void (*gradient[kGates][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [gate][training][by column]
+  void (*gradient[kDerivatives][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [derivative][training][by column]
 };
 
 // One for each storage type: the list to extend for a new one, with its loads and stores in isa_*.h.

@@ -119,7 +119,7 @@ struct BackwardOperands {
   const BatchNormBackwardParams& params;
   const Plan& plan;
   const Kernels<A>& kernels;
-  const Gate gate;
+  const Derivative derivative;
   PerChannel<A> mean, scale, bias;
   const BackwardArgs<A> args;
 };

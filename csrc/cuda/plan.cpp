@@ -467,9 +467,8 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
 
 Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                    std::string* refusal) {
-  // As derivative_of() has it.
-  const bool general = is_general(p.activation) || p.residual != nullptr;
-  const bool masked = general || (p.mask && p.activation != Activation::none);
+  const bool general = derivative_of(p) == Derivative::general;
+  const bool masked = general || derivative_of(p) == Derivative::mask;
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
   return make_plan({p.shape, p.dtype, general, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, allowed, refusal);

@@ -10,24 +10,8 @@
 
 namespace bnext::cuda {
 
-// Where the activation's derivative comes from. The common cases are template arguments and fold; the last two read it
-// from the parameters, with uniform branches.
-enum class Derivative {
-  none,       // there is no activation
-  relu,       // recomputed from x
-  relu_mask,  // from the forward's bits
-  general,    // any activation, from its bits, or from x and the residual, if that is given
-  run_time,   // none, relu or relu_mask, read from the parameters: for kernels that instructions do not bound
-};
-
-constexpr bool masks(Derivative d) { return d >= Derivative::relu_mask; }
-
-inline Derivative derivative_of(const BatchNormBackwardParams& p) {
-  const ActGrad from = act_grad_of(p.activation, p.mask != nullptr);
-  if (from == ActGrad::none) return Derivative::none;
-  if (p.activation != Activation::relu || p.residual) return Derivative::general;
-  return from == ActGrad::mask ? Derivative::relu_mask : Derivative::relu;
-}
+// Vectors of these are of 8 elements, whose bits are a byte.
+constexpr bool masks(Derivative d) { return d >= Derivative::mask; }
 
 // The two sums of a channel. They are plain: mean is known, and centred products do not cancel.
 template <class A>
@@ -280,7 +264,7 @@ struct BatchNormBackward {
                                                            Body&& body) {
     // What the derivative takes besides x, all loads in flight together. The mask has a byte a vector of 8; plans see
     // to it that masked vectors are such.
-    const bool masked = DERIVATIVE == Derivative::relu_mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
+    const bool masked = DERIVATIVE == Derivative::mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
     const bool adds = kGeneral && !masked && p.residual != nullptr;
     uint32_t bits[COUNT];
     Vec<T, N> added[COUNT];

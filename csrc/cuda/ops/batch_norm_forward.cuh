@@ -166,7 +166,7 @@ struct BatchNormForward {
     if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(whole.var, p.eps);
     if (!p.running_mean) return;
     // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
-    const auto update = RunningUpdate<A>::of(p.shape.per_channel(), p.momentum, p.cumulative, p.num_batches_tracked);
+    const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
     const A running_mean = load_parameter<T>(p.running_mean, p.running_dtype, channel);
     const A running_var = load_parameter<T>(p.running_var, p.running_dtype, channel);
     store_parameter<T>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));

@@ -48,7 +48,7 @@ cudaError_t with_op(const BatchNormBackwardParams& p, F&& f) {
     switch (derivative_of(p)) {
       case Derivative::none: return f(BatchNormBackward<T, Derivative::none>{});
       case Derivative::relu: return f(BatchNormBackward<T, Derivative::relu>{});
-      case Derivative::relu_mask: return f(BatchNormBackward<T, Derivative::relu_mask>{});
+      case Derivative::mask: return f(BatchNormBackward<T, Derivative::mask>{});
       case Derivative::general: return f(BatchNormBackward<T, Derivative::general>{});
       case Derivative::run_time: break;  // of cooperative.cu alone
     }

@@ -1,0 +1,213 @@
+"""Statistics of less than a batch, and by another convention: ghost batches, padded batches, Keras'."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad as fwAD
+
+import bnext
+from bnext import reference
+
+
+def layers(**options):
+    """One of ours in double, and its parameters and buffers as they are at first."""
+    layer = bnext.BatchNorm2d(3, **options).double()
+    with torch.no_grad():
+        for t in (layer.weight, layer.bias, layer.running_mean):
+            t.normal_()
+    return layer
+
+
+# ---- ghost batches
+
+
+@pytest.mark.parametrize(("examples", "sizes"), [(8, [4, 4]), (9, [3, 3, 3]), (10, [4, 3, 3]), (4, [4]), (2, [2])])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_ghost_batches_are_batches_of_their_own(device, examples, sizes, format):
+    ghost = layers(activation="relu", ghost_batch_size=4).to(device)
+    plain = layers(activation="relu").to(device)
+    plain.load_state_dict(ghost.state_dict())
+    x, r = (t.to(device, memory_format=format) for t in torch.randn(2, examples, 3, 5, 4).double())
+    inputs = [[t.clone().requires_grad_() for t in (x, r)] for _ in range(2)]
+    y = ghost(*inputs[0])
+    parts = zip(*(t.split(sizes) for t in inputs[1]), strict=True)
+    expected = torch.cat([plain(*part) for part in parts])
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=format)
+    assert ghost.num_batches_tracked == len(sizes)
+    for name, t in ghost.named_buffers():
+        assert torch.equal(t, plain.get_buffer(name))
+    dy = torch.randn_like(y)
+    for a, b in zip(
+        torch.autograd.grad(y, [*inputs[0], *ghost.parameters()], dy),
+        torch.autograd.grad(expected, [*inputs[1], *plain.parameters()], dy),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    assert torch.equal(ghost.eval()(x, r), plain.eval()(x, r))  # evaluation knows no parts
+
+
+def test_ghost_batches_against_the_definition():
+    layer = layers(ghost_batch_size=3, decay=0.75)
+    x = torch.randn(6, 3, 2, 2).double()
+    running = [layer.running_mean.clone(), layer.running_var.clone()]
+    y = layer(x)
+    for part, result in zip(x.split(3), y.split(3), strict=True):
+        exact = reference.forward(part, layer.weight, layer.bias, *running, momentum=0.25, unbiased=False)
+        torch.testing.assert_close(result, exact.y)
+        running = [exact.running_mean, exact.running_var]
+    torch.testing.assert_close([layer.running_mean, layer.running_var], running)
+
+
+def test_ghost_batches_everywhere_else():
+    x = torch.randn(7, 3, 4, 4)
+    layer = bnext.BatchNorm2d(3, ghost_batch_size=4, activation="silu")
+    assert "ghost_batch_size=4" in repr(layer)
+    copies = [pickle.loads(pickle.dumps(layer)) for _ in range(3)]
+    bnext.revert(copies[1])
+    copies[2] = torch.jit.script(bnext.revert(copies[2]))
+    y = layer(x, x)
+    for copy in copies:
+        torch.testing.assert_close(copy(x, x), y)
+        torch.testing.assert_close(copy.running_var, layer.running_var)
+        assert copy.num_batches_tracked == 2
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x), y)
+    for wrong in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="ghost_batch_size should be None or a positive integer"):
+            bnext.BatchNorm2d(3, ghost_batch_size=wrong)
+    with pytest.raises(ValueError, match="ghost_batch_size"):
+        bnext.convert_sync_batchnorm(nn.Sequential(layer))
+
+
+# ---- padded batches
+
+
+@pytest.mark.parametrize("lengths", [[5, 2, 3], [5, 5, 5], [0, 4, 1]], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_padding_is_no_part_of_the_batch(device, lengths, activation):
+    """The same as a batch without it, and no trace of what it holds."""
+    x, r = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=device)
+    sizes = torch.tensor(lengths, device=device)
+    valid = torch.arange(5, device=device) < sizes[:, None]
+    layer = bnext.BatchNorm1d(4, activation=activation, dtype=torch.float64, device=device)
+    twin = bnext.BatchNorm1d(4, activation=activation, dtype=torch.float64, device=device)
+    for t in (x, r):
+        t.transpose(1, 2)[~valid] = float("nan")
+    inputs = [t.requires_grad_() for t in (x, r)]
+    packed = [t.detach().transpose(1, 2)[valid].requires_grad_() for t in (x, r)]
+    expected = twin(*packed)
+    dy = torch.randn_like(expected)
+    expected.backward(dy)
+    for mask in (sizes, valid):
+        layer.reset_running_stats()
+        y = bnext.masked(layer, inputs[0], mask, inputs[1])
+        assert y.shape == x.shape and torch.equal(y.transpose(1, 2)[valid], expected)
+        assert (y.transpose(1, 2)[~valid] == 0).all()
+        assert torch.equal(layer.running_mean, twin.running_mean) and torch.equal(layer.running_var, twin.running_var)
+        padded = torch.zeros_like(y).transpose(1, 2)
+        padded[valid] = dy
+        grads = torch.autograd.grad(y, [*inputs, layer.weight], padded.transpose(1, 2))
+        for grad, t in zip(grads, packed, strict=False):
+            assert torch.equal(grad.transpose(1, 2)[valid], t.grad) and (grad.transpose(1, 2)[~valid] == 0).all()
+        assert torch.equal(grads[2], twin.weight.grad)
+
+
+def test_wrong_masks():
+    layer, x = bnext.BatchNorm1d(4), torch.randn(3, 4, 5)
+    for mask in (torch.ones(3, 5), torch.ones(3), torch.tensor([True] * 3), torch.ones(5, dtype=int)):
+        with pytest.raises(ValueError, match="mask should be bool"):
+            bnext.masked(layer, x, mask)
+    with pytest.raises(ValueError, match=r"\(N, C, L\)"):
+        bnext.masked(layer, x[0], torch.ones(4, dtype=int))
+    with pytest.raises(ValueError, match="residual should be"):
+        bnext.masked(layer, x, torch.tensor([5, 5, 5]), x[:, :, :1])
+    assert layer.num_batches_tracked == 0
+
+
+# ---- Keras' convention
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biased_variance_by_every_way(device, momentum, dtype):
+    x = torch.randn(2, 3, 2, 1, device=device, dtype=dtype)  # n / (n - 1) is 4 / 3
+    found = {}
+    for way in ("kernels", "function", "torch"):
+        layer = bnext.BatchNorm2d(3, momentum=momentum, unbiased=False, device=device, dtype=dtype)
+        if way == "torch":
+            bnext.revert(layer)
+            assert not isinstance(layer, bnext.BatchNorm2d) and "unbiased=False" in repr(layer)
+        if way == "function":
+            with fwAD.dual_level():
+                layer(fwAD.make_dual(x, torch.ones_like(x)))
+        else:
+            layer(x)
+        found[way] = layer.running_mean, layer.running_var
+        assert layer.num_batches_tracked == 1
+    weight = 1.0 if momentum is None else momentum
+    state = torch.zeros(3), torch.ones(3)
+    exact = reference.forward(x.cpu(), None, None, *state, momentum=weight, unbiased=False)
+    for statistics in found.values():
+        expected = exact.running_mean, exact.running_var
+        for t, e in zip(statistics, expected, strict=True):
+            torch.testing.assert_close(t.cpu(), e.to(dtype))
+
+
+def test_decay_is_the_convention_of_keras_and_flax():
+    layer = bnext.BatchNorm1d(2, decay=0.9)
+    assert layer.momentum == pytest.approx(0.1) and not layer.unbiased
+    assert bnext.BatchNorm1d(2, decay=0.9, unbiased=True).unbiased  # TensorFlow's fused kernel
+    assert bnext.BatchNorm1d(2).unbiased
+    with pytest.raises(ValueError, match="decay should be None or from 0 to 1, not 99"):
+        bnext.BatchNorm1d(2, decay=99)
+    lazy = bnext.LazyBatchNorm1d(decay=0.9)
+    lazy(torch.randn(4, 2))
+    assert not lazy.unbiased and lazy.momentum == pytest.approx(0.1)
+
+
+def test_population_statistics_are_biased_too():
+    layer = bnext.BatchNorm1d(2, decay=0.9)
+    x = torch.randn(3, 2)
+    bnext.update_statistics(layer, [x], progress=False)
+    torch.testing.assert_close(layer.running_var, x.var(0, correction=0))
+
+
+def test_keras_layers_go_on_here(library, monkeypatch):
+    """Equal outputs after equal updates, in training and after it."""
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = library("keras")
+    theirs = keras.layers.BatchNormalization(axis=1, momentum=0.9, epsilon=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(4, 3, 5, 4, generator=generator) * (i + 1) + i for i in range(5)]
+    theirs.build(batches[0].shape)
+    theirs.gamma.assign([1.0, 2.0, -1.0])
+    theirs.beta.assign([0.5, 0.0, 1.0])
+    theirs(batches[0], training=True)
+    ours = bnext.BatchNorm2d(3, eps=1e-3, decay=0.9)
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    bnext.keras.load_weights(ours, **{name: getattr(theirs, name).numpy() for name in names})
+    for x in batches[1:]:
+        torch.testing.assert_close(ours(x), theirs(x, training=True), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.running_var, theirs.moving_variance.value, rtol=1e-5, atol=1e-6)
+    ours.eval()
+    torch.testing.assert_close(ours(batches[0]), theirs(batches[0], training=False), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_change_nothing():
+    layer = bnext.BatchNorm1d(2, weight=False)
+    good = {"beta": [1, 2], "moving_mean": [3, 4], "moving_variance": [5, 6]}
+    before = pickle.dumps(layer.state_dict())
+    for change, message in (
+        ({"gamma": [1, 1]}, "gamma is given, but weight is not"),
+        ({"beta": None}, "bias is given, but beta is not"),
+        ({"moving_variance": [1, -1]}, "moving_variance has values that are not finite, or negative"),
+        ({"moving_variance": [1, float("nan")]}, "moving_variance has values"),
+        ({"moving_variance": [1, 2, 3]}, r"moving_variance should be \[2\], not \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bnext.keras.load_weights(layer, **(good | change))
+        assert pickle.dumps(layer.state_dict()) == before
+    bnext.keras.load_weights(layer, **good)
+    assert layer.running_var.tolist() == [5, 6] and layer.bias.tolist() == [1, 2]
