@@ -325,4 +325,4 @@ def test_statistics_of_several_processes_are_merged(mode):
     """tests/merge_driver.cpp."""
     executable = build.build("merge_driver", mode, ["csrc/cuda/merge.cu"], ["tests/merge_driver.cpp"], DEFINES)
     done = subprocess.run([executable], capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stdout) == (0, "ok 1440\n"), done.stdout + done.stderr
+    assert (done.returncode, done.stdout) == (0, "ok 2880\n"), done.stdout + done.stderr
