@@ -127,6 +127,18 @@ def test_nan_and_infinity_stay_in_their_channel(device, layout, activation):
         assert torch.equal(y[:, ::2], expected[:, ::2])
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_nan_that_rounding_would_overflow_stays_one(device, layout, dtype):
+    """All ones but the sign: one more in the last place is -0."""
+    bias = torch.zeros(3, device=device)
+    bias.view(torch.int32)[1] = 0x7FFFFFFF
+    x = layout(torch.randn(4, 3, 5, 7, device=device).to(dtype))
+    zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
+    y = bnext.functional.batch_norm(x, zero, one, None, bias, eps=1e-12)
+    assert y[:, 1].isnan().all() and torch.equal(y[:, ::2], x[:, ::2])
+
+
 def test_relu_lets_nan_pass_and_zero_not(device):
     """As torch's: its gradient is 0 where the value is not above 0, and NaN stays NaN."""
     x = torch.tensor([[-1.0], [0.0], [1.0], [float("nan")]], device=device)

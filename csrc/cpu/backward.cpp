@@ -18,7 +18,7 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
   };
 
   if (!plan.by_column && plan.pieces == 1) {
-    for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
+    for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
       for (int64_t ch = first; ch < end; ch++) finish(ch, sums_of_strip(operands, ch));
       for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient.run(block); });
     });

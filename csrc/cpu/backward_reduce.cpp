@@ -8,6 +8,11 @@
 namespace bnext::cpu {
 namespace {
 
+// Those that a backward reads and writes.
+int64_t tensors_of(const BatchNormBackwardParams& p) {
+  return 2 + (p.residual != nullptr) + (p.dx != nullptr) + (p.dresidual != nullptr);
+}
+
 template <class A>
 Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece) {
   const int64_t strip = b.plan.outer * b.plan.inner, begin = piece * b.plan.piece;
@@ -27,7 +32,7 @@ std::vector<Sums> sums_of_strips(const BackwardOperands<A>& b, const ParallelFor
   const Plan& plan = b.plan;
   std::vector<Sums> result(plan.channels);
   if (plan.pieces == 1) {
-    for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
+    for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
       for (int64_t ch = first; ch < end; ch++) result[ch] = sums_of_strip(b, ch);
     });
     return result;
@@ -92,7 +97,7 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
            p.dx,
            p.dresidual,
            keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
-           pl.streams(size_of(p.dtype))} {
+           exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {
   for (int64_t ch = 0; ch < plan.channels; ch++) {
     mean.set(ch, static_cast<const A*>(p.mean)[ch]);
     // As the forward computed them, to the bit.

@@ -32,7 +32,8 @@ void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
     };
 
     if (!plan.by_column && plan.pieces == 1 && (p.mask == nullptr || plan.whole_bytes)) {
-      for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
+      const int64_t each = p.mask == nullptr ? plan.channels_per_task : plan.channels_per_masked_task;
+      for_each_group(parallel, plan, each, [&](int64_t first, int64_t end) {
         for (int64_t ch = first; ch < end; ch++) finish(ch, stats_of_strip<A>(p, plan, ch));
         for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { normalizer.run(block); });
       });

@@ -78,15 +78,28 @@ inline __m256 widen(__m128i v, const bf16*) {
 inline __m128i narrow(__m256 v, const f16*) {
   return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Integer rounding to nearest even; NaN stays one.
-inline __m128i narrow(__m256 v, const bf16*) {
+// Integer rounding to nearest even, of what is no NaN.
+inline __m256i rounded(__m256 v) {
   const __m256i u = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+// The same, and a NaN stays one.
+inline __m256i rounded_or_nan(__m256 v) {
+  const __m256i quiet = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i bits = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded(v), quiet, nan);
+}
+inline __m128i narrow(__m256 v, const bf16*) {
+  const __m256i bits = _mm256_srli_epi32(rounded_or_nan(v), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+}
+// Two registers take less together: one comparison tells whether there is a NaN in either, which is rare.
+inline __m256i narrow(const __m256 (&v)[2], const bf16*) {
+  const bool nan = _mm256_movemask_ps(_mm256_cmp_ps(v[0], v[1], _CMP_UNORD_Q)) != 0;
+  const __m256i a = nan ? rounded_or_nan(v[0]) : rounded(v[0]), b = nan ? rounded_or_nan(v[1]) : rounded(v[1]);
+  const __m256i halves = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+  return _mm256_permute4x64_epi64(halves, 0b11011000);
 }
 
 inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
@@ -100,6 +113,13 @@ inline void store(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
 inline void store(float* p, __m256d v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 template <class T> void store(T* p, __m256 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
 
+template <int> void store_all(bf16* p, const __m256 (&v)[2]) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p));
+}
+template <int> void stream_all(bf16* p, const __m256 (&v)[2]) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p));
+}
+
 inline void stream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
 inline void stream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 template <class T> void stream(T* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
@@ -112,17 +132,45 @@ inline __m256i first_floats(int64_t n) {
 inline __m256i first_doubles(int64_t n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
-// There is no masked access to 16-bit lanes: n of them go through memory in powers of two.
-inline void copy_halves(void* to, const void* from, int64_t n) {
-  if (n >= 8) {
-    memcpy(to, from, 16);
-    return;
+template <class Int> Int read(const uint16_t* p) {
+  Int bits;
+  memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+template <class Int> void write(uint16_t* p, uint64_t bits) {
+  const Int low = static_cast<Int>(bits);
+  memcpy(p, &low, sizeof(low));
+}
+// There is no masked access to 16-bit lanes. The first n of 8 come in two parts that overlap, and go in powers of two:
+// by integer registers, as a vector that is read right after parts of it were written waits for them.
+inline __m128i load_halves(const void* from, int64_t n) {
+  const uint16_t* p = static_cast<const uint16_t*>(from);
+  if (n <= 0) return _mm_setzero_si128();
+  if (n >= 8) return _mm_loadu_si128(static_cast<const __m128i*>(from));
+  if (n == 1) return _mm_cvtsi32_si128(*p);
+  if (n < 4) {
+    const uint64_t rest = n == 2 ? 0 : p[2];
+    return _mm_cvtsi64_si128(static_cast<int64_t>(rest << 32 | read<uint32_t>(p)));
   }
-  char* t = static_cast<char*>(to);
-  const char* f = static_cast<const char*>(from);
-  if (n > 0 && (n & 4) != 0) memcpy(t, f, 8), t += 8, f += 8;
-  if (n > 0 && (n & 2) != 0) memcpy(t, f, 4), t += 4, f += 4;
-  if (n > 0 && (n & 1) != 0) memcpy(t, f, 2);
+  const uint64_t rest = n == 4 ? 0 : read<uint64_t>(p + n - 4) >> (16 * (8 - n));
+  return _mm_set_epi64x(static_cast<int64_t>(rest), read<int64_t>(p));
+}
+inline void store_halves(void* to, int64_t n, __m128i v) {
+  uint16_t* p = static_cast<uint16_t*>(to);
+  if (n <= 0) return;
+  if (n >= 8) return _mm_storeu_si128(static_cast<__m128i*>(to), v);
+  uint64_t bits = static_cast<uint64_t>(_mm_cvtsi128_si64(v));
+  if ((n & 4) != 0) {
+    write<uint64_t>(p, bits);
+    bits = static_cast<uint64_t>(_mm_extract_epi64(v, 1));
+    p += 4;
+  }
+  if ((n & 2) != 0) {
+    write<uint32_t>(p, bits);
+    bits >>= 32;
+    p += 2;
+  }
+  if ((n & 1) != 0) write<uint16_t>(p, bits);
 }
 
 inline __m256 load(const float* p, int64_t n, __m256 fill) {
@@ -134,17 +182,11 @@ inline __m256d load(const double* p, int64_t n, __m256d fill) {
   return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, some), _mm256_castsi256_pd(some));
 }
 template <class T> __m256 load(const T* p, int64_t n, __m256 fill) {
-  T halves[8] = {};
-  copy_halves(halves, p, n);
-  return _mm256_blendv_ps(fill, load(halves), _mm256_castsi256_ps(first_floats(n)));
+  return _mm256_blendv_ps(fill, widen(load_halves(p, n), p), _mm256_castsi256_ps(first_floats(n)));
 }
 inline void store(float* p, int64_t n, __m256 v) { _mm256_maskstore_ps(p, first_floats(n), v); }
 inline void store(double* p, int64_t n, __m256d v) { _mm256_maskstore_pd(p, first_doubles(n), v); }
-template <class T> void store(T* p, int64_t n, __m256 v) {
-  T halves[8];
-  store(halves, v);
-  copy_halves(p, halves, n);
-}
+template <class T> void store(T* p, int64_t n, __m256 v) { store_halves(p, n, narrow(v, p)); }
 
 }  // namespace
 }  // namespace bnext::cpu

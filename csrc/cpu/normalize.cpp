@@ -30,7 +30,8 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
   args_.low = p.activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity();
   args_.activation = p.activation;
   args_.activation_param = static_cast<A>(p.activation_param);
-  args_.stream = plan.streams(size_of(p.dtype));
+  const int64_t tensors = p.residual == nullptr ? 2 : 3;
+  args_.stream = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
   const Addend addend = addend_of(p);
   widest_ = widest_row(addend == Addend::general);
   kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(addend)][plan.by_column];

@@ -34,10 +34,10 @@ void plan_strips(Plan& p) {
 
   // Adjacent channels, where runs are short, so that a task reads and writes longer pieces of
   // memory; but few enough that they stay in the second-level cache between the two looks.
-  const int64_t bytes_step = 8 / std::gcd(p.inner, int64_t{8});
   int64_t each = std::max(ceil_div(kGrain, strip), std::min(ceil_div(kLongRun, p.inner), kCached / strip));
   each = std::min(each, std::max(ceil_div(kGrain, strip), p.channels / kEnoughChannels));
-  p.channels_per_task = round_up(std::max<int64_t>(1, each), bytes_step);
+  p.channels_per_task = std::max<int64_t>(1, each);
+  p.channels_per_masked_task = round_up(p.channels_per_task, 8 / std::gcd(p.inner, int64_t{8}));
   p.whole_bytes = p.channels * p.inner % 8 == 0;
 }
 

@@ -18,9 +18,6 @@ namespace bnext::cpu {
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// An output of this size would only push other data out of a last-level cache.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-
 struct Plan {
   int64_t outer, channels, inner;
   bool by_column;
@@ -29,7 +26,8 @@ struct Plan {
   // a task takes whole channels, from statistics to output, while they are in cache.
   int64_t piece, pieces;
   int64_t channels_per_task;
-  bool whole_bytes;  // tasks that own whole channels share no byte of a sign mask
+  int64_t channels_per_masked_task;  // where tasks write a mask: they share no byte of it, if there are
+  bool whole_bytes;                  // whole bytes to share out
 
   // columns. Reductions cut the matrix into blocks; the tail is one more split, a row high.
   int64_t width, rows, tail;
@@ -39,8 +37,6 @@ struct Plan {
 
   // Elementwise passes cut memory every `grain` elements, which are whole bytes of a mask.
   int64_t grain, grains;
-
-  bool streams(int64_t element_size) const { return numel() * element_size >= kStreamBytes; }
 
   int64_t numel() const { return outer * channels * inner; }
   int64_t parameters() const { return by_column ? width : channels; }

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "cache.h"
 #include "cpu.h"
 #include "plan.h"
 
@@ -28,10 +29,9 @@ void for_each_task_reversed(const ParallelFor& parallel, int64_t tasks, F run) {
   });
 }
 
-// Calls run(first, end) for groups of adjacent channels of a plan by strips.
+// Calls run(first, end) for groups of `each` adjacent channels of a plan by strips.
 template <class F>
-void for_each_group(const ParallelFor& parallel, const Plan& plan, F run) {
-  const int64_t each = plan.channels_per_task;
+void for_each_group(const ParallelFor& parallel, const Plan& plan, int64_t each, F run) {
   for_each_task(parallel, ceil_div(plan.channels, each),
                 [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
 }

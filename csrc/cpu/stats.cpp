@@ -47,7 +47,7 @@ std::vector<Welford<double>> stats_of_strips(const BatchNormForwardParams& p, co
                                              const ParallelFor& parallel) {
   std::vector<Welford<double>> result(plan.channels);
   if (plan.pieces == 1) {
-    for_each_group(parallel, plan, [&](int64_t first, int64_t end) {
+    for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
       for (int64_t ch = first; ch < end; ch++) result[ch] = stats_of_strip<A>(p, plan, ch);
     });
     return result;

@@ -16,8 +16,9 @@
 //   select_or_zero(bits, dy)            the same by bits
 //   load(p) store(p, r)                 of any storage type, with its conversion
 //   load(p, n, fill) store(p, n, r)     of the first n lanes only; the others are `fill`, untouched
-//   load_double(p) store(float*, r)     a double register from and to floats
-//   stream(p, r) stream_fence()         a store past the caches, to a multiple of its size, and the
+//   store_all(p, r[]) stream_all(p, r[])  of a whole vector, where that is more than a store for each register:
+//   optional load_double(p) store(float*, r)     a double register from and to floats stream(p, r) stream_fence() a
+//   store past the caches, to a multiple of its size, and the
 //                                       fence that must follow before another thread may look
 //   prefetch(p)                         of any address
 //
@@ -104,9 +105,17 @@ template <class T, class V = Vec<acc_t<T>>>
 V load(const T* p, Partial part, const V& fill = V(0)) {
   return V::each([&](int i) { return load(p + i * V::lanes_each, part.n - i * V::lanes_each, fill.r[i]); });
 }
+template <int lanes_each, class T, class R, int n>
+void store_all(T* p, const R (&r)[n]) {
+  for (int i = 0; i < n; i++) store(p + i * lanes_each, r[i]);
+}
+template <int lanes_each, class T, class R, int n>
+void stream_all(T* p, const R (&r)[n]) {
+  for (int i = 0; i < n; i++) stream(p + i * lanes_each, r[i]);
+}
 template <class T, class A>
 void store(T* p, Full, const Vec<A>& v) {
-  for (int i = 0; i < Vec<A>::registers; i++) store(p + i * Vec<A>::lanes_each, v.r[i]);
+  store_all<Vec<A>::lanes_each>(p, v.r);
 }
 template <class T, class A>
 void store(T* p, Partial part, const Vec<A>& v) {
@@ -118,7 +127,7 @@ template <class T, class P, class A>
 void store(T* p, P part, const Vec<A>& v, bool past_caches) {
   if constexpr (std::is_same_v<P, Full>) {
     if (past_caches) {
-      for (int i = 0; i < Vec<A>::registers; i++) stream(p + i * Vec<A>::lanes_each, v.r[i]);
+      stream_all<Vec<A>::lanes_each>(p, v.r);
       return;
     }
   }
