@@ -467,6 +467,31 @@ def test_distributed_data_parallel(processes):
     processes(check_data_parallel)
 
 
+def check_recomputation(rank):
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(CHANNELS, 4, 3, padding=1), bnext.BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 3, 1)]
+    model = OnAnyDevice(bnext.convert_sync_batchnorm(nn.Sequential(*layers)))
+    x = torch.randn(2 + rank, CHANNELS, 4, 4)
+    shape, found = (2 + rank, 4, 4, 4), []
+    model(x).sum().backward()  # behind which DistributedDataParallel adds in another order
+    model.zero_grad()
+    for block in (contextlib.nullcontext(), bnext.recompute()):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t), block:  # noqa: B023
+            loss = model(x).square().sum()
+        loss.backward()
+        found.append((shapes.count(shape), [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    (without, expected), (inside, gradients) = found
+    assert (without, inside) == (2, 1)
+    for a, b in zip(expected, gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recomputation(processes):
+    processes(check_recomputation)
+
+
 def check_autocast(rank):
     torch.manual_seed(3)
     model = bnext.convert_sync_batchnorm(nn.Sequential(nn.Linear(4, 6), bnext.BatchNorm1d(6, activation="relu")))
