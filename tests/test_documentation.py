@@ -6,6 +6,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,52 @@ def test_the_equivalent_expression_is_equivalent():
     exec(expression, namespace)
     torch.testing.assert_close(layer(namespace["x"], namespace["residual"]), namespace["y"])
     torch.testing.assert_close(layer.running_var, namespace["running_var"])
+
+
+def pictures(tmp_path: Path, *arguments: str) -> str:
+    """Draws into a folder of its own; what docs/pictures.py prints."""
+    command = [sys.executable, "docs/pictures.py", str(tmp_path), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def figures(printed: str, line: str) -> dict[float, float]:
+    """{0.01: 0.97, ...} of the line that begins so."""
+    (found,) = [text for text in printed.splitlines() if text.startswith(line)]
+    return {float(at): float(value) for at, value in re.findall(r"(\S+): (\S+)", found)}
+
+
+def test_pictures_are_those_that_the_tutorial_shows():
+    shown = set(re.findall(r"\]\(pictures/([^)]+)\)", (ROOT / "docs" / "tutorial.md").read_text()))
+    there = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+    drawn = set(re.findall(r'^    "(\w+\.png)": \w+,$', (ROOT / "docs" / "pictures.py").read_text(), re.MULTILINE))
+    assert shown == there == drawn and len(shown) <= 4
+    for name in shown:
+        assert (ROOT / "docs" / "pictures" / name).stat().st_size < 60_000, name
+
+
+@pytest.mark.parametrize("name", ["shapes.png", "layouts.png"])
+def test_a_picture_is_drawn(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    pictures(tmp_path, "--only", name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_pass_loses_what_the_tutorial_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    printed = pictures(tmp_path, "--only", "cancellation.png")
+    one_pass, welford, ours = (figures(printed, name) for name in ("E[x²]", "Welford", "bnext"))
+    assert one_pass[1e3] > 1 and one_pass[1e4] > 100
+    assert welford[1e1] < 1e-5 and 1e-5 < welford[1e4] < 1e-2
+    assert max(ours.values()) < 1e-6
+
+
+@pytest.mark.slow
+def test_training_goes_as_the_tutorial_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    printed = pictures(tmp_path, "--only", "training.png")
+    rates, without = (figures(printed, f"{name:15}  by rate") for name in ("with batch norm", "without"))
+    assert rates[3] > 0.93 and without[0.1] > 0.93 and without[3] < 0.2 and rates[0.003] < without[0.003]
+    scales, without = (figures(printed, f"{name:15}  by scale") for name in ("with batch norm", "without"))
+    assert min(scales.values()) > 0.6 and [scale for scale, accuracy in without.items() if accuracy > 0.5] == [1]
