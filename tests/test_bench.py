@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import compare, plot, repeat, report, run, sweep, traffic
+import bnext
+from bench import compare, memory, plot, repeat, report, run, sweep, traffic
 from bench.cases import DTYPES, EPILOGUES, LAYOUTS, PHASES, Problem, declared_bytes, layouts, make_operands
 from bench.measure import Row, measure
 from bench.providers import PROVIDERS, Provider, forced, parse_providers
@@ -608,6 +609,26 @@ def test_a_run_ends_in_a_summary():
     assert re.fullmatch(r" +bnext +8000.0 us +4.00 +8x4 32.00", lines[3]), lines[3]
     assert re.fullmatch(r" +eager +- +8.00 +8x2 8.00   2.75x, least 0.90x at 8x4   1 of 2 failed", lines[4]), lines[4]
     assert lines[-1] == "eager: RuntimeError: full" and any("quartiles" in line for line in lines)
+
+
+def test_memory_of_a_network(tmp_path):
+    """What recompute need not keep, it does not; the bytes kept are those that bnext.memory counts."""
+    rows = {row["way"]: row for row in memory.measure("lenet", 64, 1, "cpu", 1)}
+    assert list(rows) == list(memory.WAYS)
+    assert rows["recompute"]["kept"] < 0.75 * rows["bnext"]["kept"]
+    assert rows["checkpoint"]["kept"] < 0.5 * rows["torch"]["kept"]
+    for row in rows.values():
+        assert row["peak"] >= row["kept"] > 0 and row["seconds"] > 0
+        assert row["fits"] == pytest.approx(2**30 / (row["peak"] / 64), rel=0.2)
+    counted = bnext.memory(bnext.fuse(memory.NETWORKS["lenet"][0]()), torch.randn(64, 3, 32, 32)).total
+    images = 64 * 3 * 32 * 32 * 4  # there before the step
+    for way, bytes_ in (("bnext", counted.before), ("recompute", counted.after)):
+        assert rows[way]["kept"] == pytest.approx(bytes_ - images, rel=0.1)
+    text = memory.table(list(rows.values()), 1)
+    assert len(text.splitlines()) == 2 + 4 and "| lenet | 64 |" in text
+    memory.draw({"rows": list(rows.values()) + [row | {"network": "other"} for row in rows.values()],
+                 "environment": {"gib": 1}}, tmp_path / "memory.png")  # fmt: skip
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
 def test_scripts_run_from_anywhere(tmp_path):
