@@ -7,7 +7,8 @@
 namespace bnext::cpu {
 namespace {
 
-// dy' of the vector at column j of a row, x - mean of which is at hand, or of one `ahead` elements on.
+// dy' of the vector at column j of a row, x - mean of which is at hand, or of one `ahead` elements on. The common
+// derivatives, of a compare and a selection, are taken on the way; x - mean is there for the sums anyway.
 template <class T, Derivative from, bool by_column> struct DyPrime {
   using A = acc_t<T>;
   const T* dy;
@@ -25,7 +26,8 @@ template <class T, Derivative from, bool by_column> struct DyPrime {
   }
 };
 
-// The derivatives that the `general` variant works out for a row before anything else.
+// The derivatives that the `general` variant works out for a row before anything else: one loop for each activation in
+// one function of its own, in place of all activations in every kernel. Other variants have none, and no buffer.
 template <class A, Derivative from> struct Derivatives {};
 template <class A> struct Derivatives<A, Derivative::general> { A row[kGeneralRow + kPadding]; };
 
@@ -39,6 +41,7 @@ template <class T, bool by_column> struct DyPrime<T, Derivative::general, by_col
   }
 };
 
+// Bits of a mask come by the byte, and so do the vectors that need them.
 template <class A, Derivative from, class F>
 void sweep_whole_bytes(int64_t first, int64_t width, F f) {
   if constexpr (from == Derivative::mask) {
@@ -48,6 +51,7 @@ void sweep_whole_bytes(int64_t first, int64_t width, F f) {
   }
 }
 
+// Into `row`, by the bits that the forward kept, or by the activation's argument, found again.
 template <class T, bool by_column>
 [[gnu::noinline, gnu::flatten]] void derivatives_of_row(const BackwardArgs<acc_t<T>>& args, int64_t first,
                                                         int64_t channel, int64_t width, acc_t<T>* row) {
@@ -57,6 +61,7 @@ template <class T, bool by_column>
     derivatives(args.activation, args.activation_param, row, width);
     return;
   }
+  // A bit that is not set stands for the activation's parameter: the slope of leaky_relu, 0 for all others.
   const Vec<A> one(A(1)), other(args.activation_param);
   sweep_bytes<A>(first, width, [&](int64_t j, auto, auto part) {
     const Vec<A> bits = select_or_zero(get_bits(args.mask, first + j, lanes_of<A>(part)), one);
@@ -79,6 +84,8 @@ DyPrime<T, from, by_column> dy_prime_of_row(const BackwardArgs<acc_t<T>>& args, 
   }
 }
 
+// Both sums of a block of one channel. Sums of a block are short enough for the accumulation type; those of blocks are
+// added in double, by whoever calls this.
 template <class T, Derivative from>
 [[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, int64_t next, double* sum_dy,
                            double* sum_dy_xmu) {
@@ -92,10 +99,12 @@ template <class T, Derivative from>
     const T* x = static_cast<const T*>(args.x) + first;
     const V mean(args.mean[channel]);
     const auto dy_prime = dy_prime_of_row<T, from, false>(args, first, channel, block.width, derivatives);
+    // A strip jumps from image to image, which no hardware prefetcher foresees.
     const Ahead<T> next_dy(args.dy, next + r * block.stride), next_x(args.x, next + r * block.stride);
     sweep_whole_bytes<A, from>(first, block.width, [&](int64_t j, auto which, auto part) {
       next_dy.fetch(j);
       next_x.fetch(j);
+      // Lanes behind the row's end are mean in x and 0 in dy, which adds nothing to either sum.
       const V xmu = load(x + j, part, mean) - mean;
       const V dy = dy_prime(j, part, xmu);
       if constexpr (from == Derivative::general) {
@@ -137,6 +146,7 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   });
 }
 
+// Likewise of each column. Every kColumnRows rows the sums go on in double, before they lose digits to their own size.
 template <class T, Derivative from>
 [[gnu::flatten]] void column_sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, double* sum_dy,
                                   double* sum_dy_xmu) {
@@ -158,6 +168,7 @@ template <class T, Derivative from>
       store(products + j, Full{}, V(0));
     }
     int64_t r = begin;
+    // `general` has the derivatives of one row at a time.
     if constexpr (from != Derivative::general) {
       for (; together && r + 4 <= end; r += 4)
         add_rows<T, from, 4>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
@@ -180,6 +191,7 @@ template <class T, Derivative from, bool training, bool by_column>
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = Parameter<A, by_column>;
+  // Otherwise dx does not depend on x, which may be missing.
   constexpr bool reads_x = training || from == Derivative::relu;
   Derivatives<A, from> derivatives;
   for (int64_t r = 0; r < block.rows; r++) {
@@ -191,6 +203,7 @@ template <class T, Derivative from, bool training, bool by_column>
     const bool stream =
         args.stream && (from != Derivative::mask || first % 8 == 0) && can_stream(dx) && can_stream(dresidual);
     const P mean(args.mean + channel), scale(args.scale + channel);
+    // In eval mode these two are null: mean stands in for them, unread.
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);

@@ -45,6 +45,8 @@ template <class T, bool by_column, class Args>
            [&](int64_t j, auto, auto part) { store(z + j, Full{}, load(z + j, Full{}) + load(residual + j, part)); });
 }
 
+// Without an activation, and with relu, which differ by `low` alone: two kernels would be twice the code for nothing,
+// as the pass waits for memory.
 template <class T, Addend addend, bool by_column>
 [[gnu::flatten]] void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
@@ -57,11 +59,13 @@ template <class T, Addend addend, bool by_column>
     const T* x = static_cast<const T*>(args.x) + first;
     const T* residual = static_cast<const T*>(args.residual) + (addend == Addend::none ? 0 : first);
     T* y = static_cast<T*>(args.y) + first;
+    // Vectors of a masked row begin where a byte of the mask does, and are aligned only if the row is.
     const bool stream = args.stream && (!masked || first % 8 == 0) && can_stream(y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
     const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
     const auto body = [&](int64_t j, auto, auto part) {
+      // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
       V v = affine(load(x + j, part), j);
       if constexpr (addend != Addend::none) v = v + load(residual + j, part);
@@ -77,6 +81,8 @@ template <class T, Addend addend, bool by_column>
   if (args.stream) stream_fence();
 }
 
+// With any activation: z of a row goes to a buffer that stays in the first-level cache, and one activation's loop over
+// it. The activations' code is there once, and not in each of these kernels.
 template <class T, bool by_column>
 [[gnu::flatten]] void normalize_general(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
@@ -85,6 +91,7 @@ template <class T, bool by_column>
     const int64_t first = block.first + r * block.stride;
     arguments_of_row<T, by_column>(args, first, block.param + r * block.param_step, block.width, z);
     if (args.mask != nullptr) {
+      // A copy, since the values need z as well.
       sweep<A>(block.width, [&](int64_t j, auto, auto) { store(kept + j, Full{}, load(z + j, Full{})); });
       kept_bits(args.activation, kept, block.width);
       sweep_bytes<A>(first, block.width, [&](int64_t j, auto, auto part) {

@@ -24,6 +24,7 @@ template <class T>
     shift = lanes[0];
   }
   const V k(shift);
+  // Lanes behind a row's end are filled with what is subtracted from them, and add nothing.
   V deviations[4] = {V(0), V(0), V(0), V(0)};
   for (int64_t r = 0; r < block.rows; r++) {
     const T* row = p + r * block.stride;
@@ -40,6 +41,7 @@ template <class T>
   V squares[4] = {V(0), V(0), V(0), V(0)};
   for (int64_t r = 0; r < block.rows; r++) {
     const T* row = p + r * block.stride;
+    // The second look finds its data in cache: time to fetch the next block's.
     const Ahead<T> ahead(x, next + r * block.stride);
     sweep<A>(block.width, [&](int64_t i, auto which, auto part) {
       ahead.fetch(i);
@@ -47,6 +49,8 @@ template <class T>
       squares[which.value] = fma(d, d, squares[which.value]);
     });
   }
+  // sum((x - mean)^2) = sum((x - centre)^2) - count * (mean - centre)^2, where the last term is a rounding error
+  // squared.
   const double lost = (static_cast<double>(centre) - shift) - offset;
   return {count, centre, -lost, sum(squares) / count - lost * lost};
 }
@@ -68,6 +72,7 @@ template <class T>
     for (; j + V::lanes <= width; j += V::lanes) f(j, Full{});
     if (j < width) f(j, Partial{width - j});
   };
+  // The first row is each column's first guess.
   each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
 
   A sums[kColumns + kPadding], centre[kColumns + kPadding];
@@ -105,7 +110,7 @@ template <class T>
     const D weight(static_cast<double>(rows) / total), spread(seen * (static_cast<double>(rows) / total));
     each_vector([&](int64_t j, auto part) {
       const V c = load(centre + j, Full{});
-      V even(0), odd(0);
+      V even(0), odd(0);  // two, so that an addition need not wait for the one before
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2) {
         const V d = load(q + r * stride + j, part, c) - c;

@@ -9,6 +9,7 @@ namespace bnext::cuda {
 
 template <int WIDTH>
 struct Channels {
+  // Found once for WIDTH columns: a division for each would cost more than the elementwise arithmetic.
   uint32_t at[WIDTH];
   bool first[WIDTH];  // whether it is the channel's first column
 

@@ -18,6 +18,7 @@ template <class A>
 struct alignas(2 * sizeof(A)) Sums {
   A dy, dy_xmu;
 
+  // Of g * (x - mean), where the textbook has g * x: the difference to mean * sum of g would cancel in the end.
   __device__ __forceinline__ void add(A g, A xmu) {
     dy += g;
     dy_xmu = std::fma(g, xmu, dy_xmu);
@@ -37,6 +38,7 @@ struct BatchNormBackward {
   static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
   static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
+  // Both passes read dy and x, also where the second could do without x: plans keep what they have read.
   static constexpr int kInputs = 2;
   __device__ __forceinline__ static const void* input(const BatchNormBackwardParams& p, int i) {
     return i == 0 ? p.dy : p.x;
@@ -69,6 +71,7 @@ struct BatchNormBackward {
           [&](int k, const A(&dy)[N], const A(&x)[N]) {
 #pragma unroll
             for (int e = 0; e < N; ++e) {
+              // Elements of a neighbouring channel are skipped, not multiplied by 0: they may be infinite.
               if (chunk.has(k, e)) sums[e % kSums].add(dy[e], x[e] - affine.mean);
             }
           });
@@ -85,7 +88,7 @@ struct BatchNormBackward {
     }
   };
 
-  // One thread's N columns.
+  // One thread's N columns. Their affine steps stay in registers, since every row needs them.
   struct ColumnReducer {
     Affine<A> affine[N] = {};
     State sums[N];
@@ -124,6 +127,7 @@ struct BatchNormBackward {
 #pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
       if (i % p.shape.c != channel) continue;
+      // At most N - 1 elements of the whole tensor: short code counts here, and not speed.
       const A x = widen(static_cast<const T*>(p.x)[i]);
       A derivative = A(1);
       if (p.mask) {
@@ -154,6 +158,7 @@ struct BatchNormBackward {
 
   // ---- from a channel's sums to the coefficients of its gradient
 
+  // All of it, as the gradient needs both sums.
   using Summary = State;
   __device__ __forceinline__ static Summary summary(const BatchNormBackwardParams&, const State& whole) {
     return whole;
@@ -173,6 +178,7 @@ struct BatchNormBackward {
     load_affine(affine, invstd, p, channels);
     // One division a thread, not one a column.
     const A inverse = p.training ? A(1) / static_cast<A>(p.count) : A(0);
+    // The order of the products is part of the result: invstd squared by itself may overflow where the sum is small.
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) {
       out[e].affine = affine[e];
@@ -186,6 +192,7 @@ struct BatchNormBackward {
   __device__ __forceinline__ static void load_coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
                                                            const Channels<WIDTH>& channels) {
     A sum_dy[WIDTH], sum_dy_xmu[WIDTH];
+    // In evaluation mode nobody wrote the sums, although there may be memory for them.
     load_parameters<A>(sum_dy, p.training ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
     load_parameters<A>(sum_dy_xmu, p.training ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
     Summary sums[WIDTH];
@@ -272,10 +279,12 @@ struct BatchNormBackward {
     for (int k = 0; k < COUNT; ++k) {
       bits[k] = masked && (WHOLE || int64_t{chunk.vec[k]} * N < p.shape.numel()) ? p.mask[chunk.vec[k]] : 0;
     }
+    // By the cache: the second pass reads the residual again, which no plan keeps.
     if (adds) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, added);
 
     const bool active =
         DERIVATIVE == Derivative::run_time ? p.activation != Activation::none : DERIVATIVE != Derivative::none;
+    // Of the whole chunk before anything else, so that the code of an activation is there once and not for each vector.
     A derivative[COUNT][N];
     if constexpr (kGeneral) {
       const A param = static_cast<A>(p.activation_param);

@@ -53,6 +53,7 @@ struct BatchNormForward {
   static constexpr bool kGeneral = EPILOGUE == Epilogue::general;
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
   static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
+  // The residual is none of them: statistics do not take it, and a plan that kept it would have half the room for x.
   static constexpr int kInputs = 1;
   __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }
 
@@ -124,6 +125,7 @@ struct BatchNormForward {
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, true>&,
                                         const Vec<T, N> (&vecs)[1][COUNT]) {
       const Vec<T, N>(&x)[COUNT] = vecs[0];
+      // Differences to a value of the channel are exact where the mean is far above the deviation.
       if (count == A(0)) widen_vec<T, N>(x[0], shift);
       const A total = count + A(COUNT);
       const A f = A(COUNT) * reciprocal(total);
@@ -135,6 +137,7 @@ struct BatchNormForward {
                               const A d = (x[k][e] - shift[e]) - mean;
                               return d * d;
                             });
+        // Welford::add of the chunk, with f its part of the count so far.
         const A delta = mean - offset[e];
         offset[e] += delta * f;
         var[e] += f * ((chunk_var - var[e]) + delta * delta * (A(1) - f));
@@ -238,7 +241,7 @@ struct BatchNormForward {
   __device__ __forceinline__ static void load_coefficients_of_pass(Affine<A> (&affine)[WIDTH],
                                                                    const BatchNormForwardParams& p,
                                                                    const Channels<WIDTH>& channels, bool save) {
-    if (p.running_mean == nullptr) return load_coefficients(affine, p, channels);
+    if (p.running_mean == nullptr) return load_coefficients(affine, p, channels);  // `normalize` by given statistics
     A mean[WIDTH], invstd[WIDTH];
     load_parameters<T>(mean, p.running_mean, p.running_dtype, channels, A(0));
     load_parameters<T>(invstd, p.running_var, p.running_dtype, channels, A(1));

@@ -41,19 +41,21 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     }
     __syncthreads();
     // The channel's columns in this pack are shared out among as many threads as there are for a channel.
+    // In a fixed order, thread by thread: the bits of a channel's state do not depend on who comes first.
     const int width = partition.columns.tile_vecs * N, plane = static_cast<int>(shape.s), origin = pack * width;
     if (row < rows) {
       const int past = min(plane * (channel + 1), origin + width);
 #pragma unroll 1
       for (int i = max(plane * channel, origin) + row; i < past; i += rows) total[0].merge(columns[i - origin]);
     }
-    __syncthreads();
+    __syncthreads();  // before the next pack's states take the place of these
   }
   reduce_rows(total, channel, row, channels, rows);
 
   __shared__ State block[kMaxTileChannels];
   if (row == 0) block[channel] = total[0];
   if (partition.splits > 1) {
+    // Every block merges all ranks by itself, from rank 0 on: the same bits everywhere, and no second exchange.
     cluster_sync();
     if (row == 0) {
       total[0] = *map_shared(&block[channel], 0);
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   merge_packed<State, N>(
       partition, p.shape, work,
       [&](int32_t pack, const WorkTile& mine, const ColumnPlace<N>& place, State(&state)[N]) {
+        // Reducing fills shared memory on the way; the elementwise pass below finds there what it needs.
         const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
         const Channels<N> channels(partition, p.shape, place.col);
         reduce_columns<Op>(state, p, partition, mine, place, channels, shared_tile.fill(p));
