@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import bnext
-from bench import compare, memory, plot, repeat, report, run, sweep, traffic
+from bench import compare, model, plot, repeat, report, run, sweep, traffic
 from bench.cases import DTYPES, EPILOGUES, LAYOUTS, PHASES, Problem, declared_bytes, layouts, make_operands
 from bench.measure import Row, measure
 from bench.providers import PROVIDERS, Provider, forced, parse_providers
@@ -611,24 +611,52 @@ def test_a_run_ends_in_a_summary():
     assert lines[-1] == "eager: RuntimeError: full" and any("quartiles" in line for line in lines)
 
 
-def test_memory_of_a_network(tmp_path):
-    """What recompute need not keep, it does not; the bytes kept are those that bnext.memory counts."""
-    rows = {row["way"]: row for row in memory.measure("lenet", 64, 1, "cpu", 1)}
-    assert list(rows) == list(memory.WAYS)
-    assert rows["recompute"]["kept"] < 0.75 * rows["bnext"]["kept"]
+def test_training_steps_of_a_network(tmp_path, capsys):
+    """All ways train; what recompute need not keep, it does not; the bytes kept are those that bnext.memory counts."""
+    model.main(["--networks", "lenet", "--batch", "2", "--steps", "1", "--gib", "1", "--threads", "1",
+                "--json", str(tmp_path / "m.json"), "--plot", str(tmp_path / "m.png")])  # fmt: skip
+    rows = {row["way"]: row for row in json.loads((tmp_path / "m.json").read_text())["rows"]}
+    assert list(rows) == list(model.WAYS)
+    assert rows["recompute"]["kept"] < 0.75 * rows["fuse"]["kept"]
     assert rows["checkpoint"]["kept"] < 0.5 * rows["torch"]["kept"]
     for row in rows.values():
-        assert row["peak"] >= row["kept"] > 0 and row["seconds"] > 0
+        assert row["peak"] >= row["kept"] > 0 and 0 < row["share"] < 1
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["fits"] == pytest.approx(2**30 / (row["peak"] / 64), rel=0.2)
-    counted = bnext.memory(bnext.fuse(memory.NETWORKS["lenet"][0]()), torch.randn(64, 3, 32, 32)).total
+    counted = bnext.memory(bnext.fuse(model.NETWORKS["lenet"][0]()), torch.randn(64, 3, 32, 32)).total
     images = 64 * 3 * 32 * 32 * 4  # there before the step
-    for way, bytes_ in (("bnext", counted.before), ("recompute", counted.after)):
+    for way, bytes_ in (("fuse", counted.before), ("recompute", counted.after)):
         assert rows[way]["kept"] == pytest.approx(bytes_ - images, rel=0.1)
-    text = memory.table(list(rows.values()), 1)
-    assert len(text.splitlines()) == 2 + 4 and "| lenet | 64 |" in text
-    memory.draw({"rows": list(rows.values()) + [row | {"network": "other"} for row in rows.values()],
-                 "environment": {"gib": 1}}, tmp_path / "memory.png")  # fmt: skip
-    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    text = capsys.readouterr().out
+    assert all(way.label in text for way in model.WAYS.values()) and "lenet, batch 64, float32, contiguous" in text
+    assert (tmp_path / "m.png").stat().st_size > 10_000
+
+
+def test_ways_run_what_they_say():
+    """bnext's kernels in all but torch's; in bfloat16, channels_last and compiled too."""
+    for way in model.WAYS:
+        trainee = model.Trainee(model.Setting("lenet", 4, "bfloat16", "channels_last"), model.WAYS[way], "cpu")
+        count = bnext.kernels_run()
+        trainee.step(trainee.images(4))
+        assert (bnext.kernels_run() > count) == (way not in ("torch", "checkpoint")), way
+    assert (
+        model.share(model.Trainee(model.Setting("lenet", 4, compiled=True), model.WAYS["torch"], "cpu"), None) is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--networks", "alexnet"], "not 'alexnet'"),
+        (["--ways", "magic"], "not 'magic'"),
+        (["--batch", "1"], "at least 2, not 1"),
+        (["--dtype", "float32,bfloat16", "--plot", "p.png"], "one --dtype"),
+    ],
+)
+def test_model_arguments_that_make_no_sense(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        model.main(argv)
+    assert message in capsys.readouterr().err
 
 
 def test_scripts_run_from_anywhere(tmp_path):
