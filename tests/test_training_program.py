@@ -93,12 +93,20 @@ def test_progress_shows_loss_accuracy_and_speed(few, monkeypatch, capsys):
 
 
 def test_channels_last(few):
-    made = run("--epochs", 1, "--channels-last")
-    assert made.network[0].weight.is_contiguous(memory_format=torch.channels_last)
-    seen = []
-    made.network[3].register_forward_hook(lambda layer, args, y: seen.append(args[0]))
+    made, seen = run("--data", "fake", "--size", 32, "--epochs", 0, "--channels-last"), []
+    made.network[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     made.epoch()
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    evaluation = seen[-1]
+    for t in (made.network[0].weight, seen[0], evaluation):
+        assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def test_evaluation_by_the_batch_changes_nothing(few):
+    made = run("--epochs", 1)
+    before = {name: value.clone() for name, value in made.network.state_dict().items()}
+    assert evaluate(made.network, made.data.test, by_batch=True) != evaluate(made.network, made.data.test)
+    assert made.network.training
+    assert all(torch.equal(value, before[name]) for name, value in made.network.state_dict().items())
 
 
 def test_amp(few):
