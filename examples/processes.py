@@ -1,4 +1,4 @@
-"""Training in several processes, which torchrun starts; without it there is one, and all of this does nothing."""
+"""Training in several processes, which torchrun starts; without it there is one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["DataParallel", "joined", "part", "processes", "rank"]
+import bnext
+
+__all__ = ["DataParallel", "joined", "part", "processes", "rank", "synchronised"]
 
 
 @contextmanager
@@ -40,6 +42,13 @@ def processes() -> int:
 def part(batch: Tensor) -> Tensor:
     """This process's part of a batch that all of them have."""
     return batch.tensor_split(processes())[rank()]
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """Its batch norms become SyncBatchNorm: bnext's or torch.nn's, as they are. The latter runs on GPUs alone."""
+    ours = any(isinstance(layer, bnext.nn._BatchNorm) for layer in network.modules())
+    convert = bnext.convert_sync_batchnorm if ours else nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(network)
 
 
 class DataParallel(nn.parallel.DistributedDataParallel):

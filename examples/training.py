@@ -18,7 +18,7 @@ from tqdm import tqdm
 import bnext
 from examples.data import Data, Images
 from examples.networks import NETWORKS, without_norms
-from examples.processes import DataParallel, part, processes, rank
+from examples.processes import DataParallel, part, processes, rank, synchronised
 
 __all__ = ["Epoch", "Norm", "OPTIMIZERS", "Training", "evaluate", "prepare"]
 
@@ -110,8 +110,8 @@ class Training:
         self.data = data.to(self.device)
         self.batch_size, self.seed, self.amp, self.title = batch_size, seed, amp, title
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        if processes() > 1 and any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
-            network = bnext.convert_sync_batchnorm(network)
+        if processes() > 1:
+            network = synchronised(network)
         self.network = network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.forward: Callable[[Tensor], Tensor] = self.network
         if processes() > 1:

@@ -350,6 +350,13 @@ def test_nothing_is_downloaded_unasked(monkeypatch):
 # ---- several processes
 
 
+def in_processes(*words: object, count: int = 2) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command += ["-m", "examples.train", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--fuse",)], ids=["", "fused"])
 def test_two_processes_are_as_one(tmp_path, flags):
@@ -357,10 +364,7 @@ def test_two_processes_are_as_one(tmp_path, flags):
     of a bias before a batch norm; running averages follow these biases later, and evaluation sees that."""
     options = ["--epochs", "2", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.01", *flags]
     file = tmp_path / "two.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "examples.train", *options, "--checkpoint", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = in_processes(*options, "--checkpoint", file)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   1") == 1  # one of them speaks
     two, one = torch.load(file, weights_only=True), run(*options)
@@ -373,6 +377,20 @@ def test_two_processes_are_as_one(tmp_path, flags):
             torch.testing.assert_close(
                 two["network"][name], value, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--norm", "torch"), "SyncBatchNorm expected input tensor to be on GPU"),  # torch.nn's own, not bnext's
+        (("--batch-size", 63), "batch_size should be a multiple of the 2 processes, not 63"),
+    ],
+    ids=["torch.nn", "batch"],
+)
+def test_what_processes_cannot_do_is_an_error(words, message):
+    done = in_processes(*words, "--device", "cpu", "--epochs", 1)
+    assert done.returncode != 0 and message in done.stderr
 
 
 # ---- after training
