@@ -1,6 +1,6 @@
 ## bnext: batch normalization for PyTorch on hand-written CUDA and CPU kernels.
 ##
-##   make demo     trains LeNet without batch normalization, with torch.nn's, and with bnext's
+##   make demo     trains LeNet without batch normalization, with torch.nn's and with bnext's: a table, a picture
 ##   make test     everything: style, types, and the whole test suite
 ##   make lint     style and types alone
 ##   make bench    times bnext and torch.nn on ResNet-50's layers: build/bench.json, build/bench.png
@@ -46,8 +46,8 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 demo: $(BUILT)
-	$(SAY) "Training LeNet three times on scikit-learn's digits: nothing to download, a minute or two."
-	$(VENV)/bin/python -m examples.lenet
+	$(SAY) "Training LeNet in many ways on scikit-learn's digits: nothing to download, about two minutes."
+	$(VENV)/bin/python -m examples.compare
 
 test: lint $(BUILT)
 	$(SAY) "Running the whole suite with $(JOBS) processes: 20 minutes to an hour on 2 cores, the longer with nvcc."

@@ -22,6 +22,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "bench" / "README.md",
+    ROOT / "examples" / "README.md",
 ]
 MODULES = sorted(f"bnext.{m.name}" for m in pkgutil.iter_modules(bnext.__path__) if m.name != "_C")
 #: Their examples are of plans.

@@ -1,0 +1,1 @@
+"""Networks, a training program, and what it shows of batch normalization."""
