@@ -131,16 +131,18 @@ class Recomputation:
     def _pack(self, t: Tensor) -> _Reference:
         value, place = self._value_of(t)
         value.expect()
-        if self._saved is not None:
+        if self._saved is not None and place is None:
             self._saved.append((t, value))
         return _Reference(value, place)
 
     def _value_of(self, t: Tensor) -> tuple[_Value, _Place | None]:
+        """What `t` is, or what it is a part of, and which part."""
         if not _is_plain(t):
             return _Kept(t, self._outer), None
         found = self._found(t)
         if found is not None:
-            return found.recipe, _Place(t.size(), t.stride(), t.storage_offset() - found.offset)
+            whole = found.is_whole(t)
+            return found.recipe, None if whole else _Place(t.size(), t.stride(), t.storage_offset() - found.offset)
         kept = self._kept[t.untyped_storage()._cdata] = _Kept(t, self._outer)
         return kept, None
 

@@ -128,6 +128,22 @@ def test_a_view_of_another_dtype_is_kept():
     same(net, torch.randn(4, 6, 2), run)
 
 
+def test_a_batch_norm_of_a_view():
+    """It keeps a part of what is computed again, from which nothing else follows."""
+    net = nn.ModuleList([bnext.BatchNorm2d(6), bnext.BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 2, 3)])
+    x = torch.randn(2, 6, 8, 8)
+    same(net, x, lambda net, x: net[2](net[1](net[0](x)[:, 1:5])))
+    same(net, x, lambda net, x: net[2](net[1](net[0](x).view(3, 4, 8, 8))))
+
+
+def test_a_batch_norm_of_a_batch_norm():
+    net = nn.Sequential(*(bnext.BatchNorm2d(3) for _ in range(4)), nn.Conv2d(3, 2, 3))
+    x = torch.randn(2, 3, 8, 8)
+    shapes, _ = kept(lambda: net(x))
+    assert shapes.count((2, 3, 8, 8)) == 2  # x, and the third one's input: two passes from there
+    same(net, x)
+
+
 def test_a_residual_that_is_a_view():
     """Of the shape of the output that it is a view of, but not that output."""
     net = block()
@@ -451,6 +467,30 @@ def test_an_error_halfway_ends_the_block():
     with pytest.raises(RuntimeError):
         net(torch.randn(2, 5, 8, 8))
     assert bnext.recomputation.here.block is None and not bnext.recomputation.here.entered
+
+
+def test_an_error_in_the_backward_leaves_the_next_one_right():
+    net, x = Residual(2), torch.randn(2, 3, 6, 5)
+    expected = gradients(net, x, block=False)
+    x.requires_grad_()
+    with bnext.recompute():
+        hidden = net.first(x)
+        r = net.shortcut(hidden)
+        for convolution, norm in zip(net.convolutions, net.norms, strict=True):
+            r = norm(convolution(r), r)
+        loss = net.last(r).square().sum()
+
+    def fail(grad):
+        raise ValueError
+
+    handle = hidden.register_hook(fail)
+    with pytest.raises(ValueError):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    net.zero_grad()
+    x.grad = None
+    loss.backward()
+    assert torch.equal(x.grad, expected[0])
 
 
 def test_threads_and_blocks_within_blocks():
