@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -94,7 +94,7 @@ class Trainee:
         torch.manual_seed(0)
         model = way.prepare(make()).to(device)
         if setting.layout == "channels_last":
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = cast(Any, model).to(memory_format=torch.channels_last)
         self.parameters = list(model.parameters())
         self.model: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
 

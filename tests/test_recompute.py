@@ -1,8 +1,10 @@
 """`bnext.recompute`: what is kept for the backward, and that gradients stay equal to the bit."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import random
 import threading
 import weakref
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bnext
@@ -630,3 +633,73 @@ def test_networks(device, name):
     total = bnext.memory(net, x).total
     assert 1 - total.after / total.before >= SAVED[name]
     same(net, x)
+
+
+# ---- anything
+
+
+#: Steps of a random graph: functions of two tensors, a batch norm and a convolution.
+STEPS = [
+    lambda x, r, norm, convolution: norm(x),
+    lambda x, r, norm, convolution: norm(x, r),
+    lambda x, r, norm, convolution: norm(convolution(x), r),
+    lambda x, r, norm, convolution: norm(x.transpose(2, 3), r.transpose(2, 3).contiguous()).transpose(2, 3),
+    lambda x, r, norm, convolution: norm(x.reshape(2, 4, 30, 1), r.reshape(2, 4, 30, 1)).view_as(x),
+    lambda x, r, norm, convolution: norm(torch.cat([x, r])[1:3]),
+    lambda x, r, norm, convolution: convolution(x),
+    lambda x, r, norm, convolution: F.relu(norm(convolution(x)), inplace=True),
+    lambda x, r, norm, convolution: torch.sigmoid(x) * r,
+    lambda x, r, norm, convolution: norm(x).mul_(0.5),
+    lambda x, r, norm, convolution: torch.cat([x[:, :2], norm(r)[:, 2:]], 1),
+    lambda x, r, norm, convolution: F.max_pool2d(norm(x), 3, 1, 1),
+    lambda x, r, norm, convolution: norm(norm(x).detach()) + x,
+    lambda x, r, norm, convolution: checkpoint(lambda t: norm(convolution(norm(t))), x, use_reentrant=False),
+]
+
+
+class Anything(nn.Module):
+    """A random graph of them."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+        draw = random.Random(seed)
+        activations = [None, "relu", "relu6", "leaky_relu", "silu", "sigmoid"]
+        self.norms = nn.ModuleList(bnext.BatchNorm2d(4, activation=draw.choice(activations)) for _ in range(4))
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x):
+        draw = random.Random(self.seed + 1)
+        values = [x * 1.0]
+        for _ in range(14):
+            operands = draw.choice(values), draw.choice(values[-3:])
+            layers = draw.choice(self.norms), draw.choice(self.convolutions)
+            values.append(draw.choice(STEPS)(*operands, *layers))
+        return sum(values)
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, elsewhere], ids=["alone", "in other hooks"])
+def test_anything(device, around):
+    """Gradients to the bit, of a hundred graphs."""
+
+    def run(net, x):
+        with around():
+            return net(x)
+
+    def inside(net, x):
+        with around(), bnext.recompute():
+            return net(x)
+
+    for seed in range(100):
+        torch.manual_seed(seed)
+        net = Anything(seed).to(device)
+        x = torch.randn(2, 4, 6, 5, device=device)
+        try:
+            gradients(net, x, block=False)
+        except RuntimeError as error:  # such a graph needs what it has changed
+            assert "modified by an inplace operation" in str(error)
+            continue
+
+        found, expected = (gradients(net, x, block=False, run=way) for way in (inside, run))
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), seed
