@@ -694,12 +694,6 @@ def test_anything(device, around):
         torch.manual_seed(seed)
         net = Anything(seed).to(device)
         x = torch.randn(2, 4, 6, 5, device=device)
-        try:
-            gradients(net, x, block=False)
-        except RuntimeError as error:  # such a graph needs what it has changed
-            assert "modified by an inplace operation" in str(error)
-            continue
-
         found, expected = (gradients(net, x, block=False, run=way) for way in (inside, run))
         for a, b in zip(found, expected, strict=True):
             assert (a is None and b is None) or torch.equal(a, b), seed
