@@ -305,6 +305,7 @@ def test_the_next_kernel_runs_after_a_launch_that_failed():
     runtime, stream = Runtime(), torch.cuda.Stream()
     handle = ctypes.c_void_p(stream.cuda_stream)
     x = torch.randn(8, 64, 32, 32, device="cuda")  # by clusters, or blocks on their own: without counters
+    stream.wait_stream(torch.cuda.current_stream())
     with forced("resident"), torch.cuda.stream(stream):
         expected = bnext.functional.batch_norm(x, None, None, training=True)
         again = bnext.functional.batch_norm(x, None, None, training=True)

@@ -405,6 +405,17 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   return "it does not fit " + capacity + "; " + other;
 }
 
+// Whether a resident pass takes less time than two passes, by what was measured on an H200 (docs/performance.md).
+bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device) {
+  // Most of the time of blocks that wait for others over the whole grid is waiting.
+  if (resident.cooperative()) return false;
+  // Of blocks that follow each other on a multiprocessor, one should load while another waits for its cluster.
+  const bool alone =
+      2 * (resident.resident_bytes + reserved_bytes(problem.merge_bytes(resident))) > device.shared_per_multiprocessor;
+  if (alone && resident.blocks() > device.multiprocessors) return false;
+  return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
+}
+
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
                std::string* refusal) {
   const Shape& shape = problem.shape;
@@ -416,15 +427,16 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   const PlanKind requested = options.plan.kind;
   if (shape.numel() > 0 && (requested == PlanKind::automatic || requested == PlanKind::resident)) {
     const Partition resident = resident_partition(problem, device, options);
-    const bool spreads = 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
-    if (resident.resident_bytes > 0 && (spreads || requested == PlanKind::resident)) {
+    if (resident.resident_bytes > 0 && (requested == PlanKind::resident || pays(problem, resident, device))) {
       plan.kind = PlanKind::resident;
       plan.resident = resident;
     }
   }
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
+  // Two launches that overlap take less time than a barrier of the whole grid: measured on an H200.
+  const bool one_launch_pays = fits_caches && !plan.apply.pdl;
   if (shape.numel() > 0 && device.cooperative && !problem.general &&
-      (requested == PlanKind::cooperative || (requested == PlanKind::automatic && fits_caches))) {
+      (requested == PlanKind::cooperative || (requested == PlanKind::automatic && one_launch_pays))) {
     set_cooperative(plan, device, options);
   }
   if (refusal && requested != PlanKind::automatic && requested != plan.kind) {
