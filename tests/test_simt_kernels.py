@@ -253,7 +253,7 @@ def both_directions(**options):
 def test_static_shared_memory_counts_towards_48_kb():
     """float64 with a residual and relu has up to 37 KB of it, so that 12 KB more have to be asked for."""
     lines = [
-        line(op=op, dtype="f64", param="f64", layout=layout, n=n, c=c, s=s, act="relu", residual=True)
+        line(op=op, dtype="f64", param="f64", layout=layout, n=n, c=c, s=s, act="relu", residual=True, plan="resident")
         for op in ("forward", "backward")
         for layout, shapes in BESIDE_STATIC.items()
         for n, c, s in shapes
