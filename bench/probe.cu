@@ -604,7 +604,7 @@ struct State {
 
 constexpr int kColumns = 8, kLanes = 4, kThreads = 256, kRows = kThreads / kLanes;  // a 64-byte tile in 16 bits
 
-// reduce_rows of csrc/cuda/reduce.cuh: halves through shared memory, two barriers each. In row 0.
+// Halves through shared memory, two barriers each. In row 0.
 __device__ void through_shared(State (&state)[kColumns], State* slots) {
   const int row = threadIdx.x / kLanes;
   for (int half = kRows / 2; half >= 1; half /= 2) {
@@ -620,7 +620,7 @@ __device__ void through_shared(State (&state)[kColumns], State* slots) {
   }
 }
 
-// A warp has 8 rows. Each step gives half of the columns away and merges the other half: 7 merges, then one barrier. In
+// As merge_rows() of csrc/cuda/device/reduce.cuh. A warp has 8 rows. Each step gives half of the columns away and merges the other half: 7 merges, then one barrier. In
 // the first warp, the column `column` of lane `threadIdx.x % kLanes`.
 __device__ State through_shuffles(State (&state)[kColumns], State* slots, int* column) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -87,7 +87,7 @@ SECTIONS = {
     ),
     "f": Section(
         "how a block of 256 threads merges the states of its 64 rows by 8 columns by 4 lanes",
-        "reduce_rows against warp shuffles; the serial part of a round",
+        "whether threads merge through shuffles; the serial part of a round",
         {
             "through": "shared memory (as csrc), shuffles; both: how far their results differ, relative",
             "blocks_per_sm": "1 or 2",

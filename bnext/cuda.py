@@ -137,7 +137,7 @@ def describe_plan(
 
     >>> import torch, bnext
     >>> bnext.cuda.describe_plan((32, 64, 56, 56), torch.bfloat16, gpu="H100")
-    'resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, in clusters; 52224 bytes of shared memory a block'
+    'resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, in clusters; 50304 bytes of shared memory a block'
     """
     extension = _cuda_extension()
     name, _ = resolve(activation)

@@ -23,6 +23,7 @@ void print(const char* name, const Partition& p) {
             << ",\"resident_bytes\":" << p.resident_bytes << ",\"plane_vecs\":" << p.planar.plane_vecs
             << ",\"stride_planes\":" << p.planar.stride_planes << ",\"stride_vecs\":" << p.planar.stride_vecs
             << ",\"cols\":" << p.columns.cols << ",\"tile_vecs\":" << p.columns.tile_vecs
+            << ",\"lanes\":" << p.columns.lanes << ",\"merge_shares\":" << p.merge_shares
             << ",\"thread_rows\":" << p.columns.thread_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits()
             << "}";
 }

@@ -78,9 +78,15 @@ def eps_of(dtype):
     return torch.finfo(dtype).eps
 
 
+def in_float64(t):
+    """A copy to compute exact answers from. On the CPU, since torch's CUDA operators are less exact in places, and lack
+    gradients in others."""
+    return t.detach().cpu().double()
+
+
 def statistics(x, eps=1e-5):
-    """mean and invstd of each channel in float64, ready to broadcast over x."""
-    x = x.detach().double()
+    """mean and invstd of each channel in float64, ready to broadcast over in_float64(x)."""
+    x = in_float64(x)
     axes = [d for d in range(x.dim()) if d != 1]
     var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return mean, (var + eps).rsqrt()
@@ -102,44 +108,44 @@ class Tolerance:
 
     def __init__(self, x, mean, invstd, weight, parameter_dtype):
         def channel(t):
-            return t.detach().double().reshape([-1 if d == 1 else 1 for d in range(x.dim())])
+            return in_float64(t).reshape([-1 if d == 1 else 1 for d in range(x.dim())])
 
         self.dtype, self.parameter_dtype = x.dtype, parameter_dtype
         self.axes = [d for d in range(x.dim()) if d != 1]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.u = self.STEPS[acc] * eps_of(acc)
-        x, mean, invstd = x.detach().double(), channel(mean), channel(invstd)
+        x, mean, invstd = in_float64(x), channel(mean), channel(invstd)
         self.scale = invstd if weight is None else invstd * channel(weight).abs()
         self.w = self.scale / invstd
         self.reach = ((x - mean).abs() + self.mean(x.abs())) * invstd
 
     def rounded(self, exact, dtype):
-        return exact.detach().double().abs() * eps_of(dtype)
+        return in_float64(exact).abs() * eps_of(dtype)
 
     def z(self, *addends):
         """Of the activation's argument. `addends`: what the sum has besides xhat * weight."""
         size = self.reach * self.w
         for t in addends:
-            size = size + t.detach().double().abs()
+            size = size + in_float64(t).abs()
         return self.u * size
 
     def y(self, exact, *addends):
         return self.z(*addends) + self.rounded(exact, self.dtype) + torch.finfo(self.dtype).tiny
 
     def dx(self, exact, dy):
-        dy = dy.detach().double().abs()
+        dy = in_float64(dy).abs()
         spread = dy + self.mean(dy) + self.reach * self.mean(dy * self.reach)
         return self.u * self.scale * spread + self.rounded(exact, self.dtype) + torch.finfo(self.dtype).tiny
 
     def dweight(self, exact, dy):
-        size = (dy.detach().double().abs() * self.reach).sum(self.axes)
+        size = (in_float64(dy).abs() * self.reach).sum(self.axes)
         return self.u * size + self.rounded(exact, self.parameter_dtype)
 
     def dbias(self, exact, dy):
-        return self.u * dy.detach().double().abs().sum(self.axes) + self.rounded(exact, self.parameter_dtype)
+        return self.u * in_float64(dy).abs().sum(self.axes) + self.rounded(exact, self.parameter_dtype)
 
     def running(self, exact, before, batch):
-        size = before.double().abs() + batch.double().abs()
+        size = in_float64(before).abs() + in_float64(batch).abs()
         return self.u * size + self.rounded(exact, self.parameter_dtype)
 
     def mean(self, t):
@@ -149,11 +155,12 @@ class Tolerance:
 def assert_within(actual, exact, tolerance, what=""):
     """|actual - exact| <= tolerance, element by element; reports the worst element."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    excess = (actual.detach().double() - exact.detach().double()).abs() / tolerance
-    ok = (excess <= 1) | (actual.detach().double() == exact.detach().double())
+    actual, exact = in_float64(actual), in_float64(exact)
+    excess = (actual - exact).abs() / tolerance
+    ok = (excess <= 1) | (actual == exact)
     if not bool(ok.all()):
         worst = int(torch.where(ok, 0, excess.nan_to_num(torch.inf)).argmax())
-        got, wanted = actual.detach().flatten()[worst].item(), exact.detach().flatten()[worst].item()
+        got, wanted = actual.flatten()[worst].item(), exact.flatten()[worst].item()
         raise AssertionError(
             f"{what}: {int((~ok).sum())} of {ok.numel()} elements are off; element {worst} is {got!r}, expected "
             f"{wanted!r} +- {tolerance.expand_as(excess).flatten()[worst].item():.3g}"

@@ -12,7 +12,7 @@ from math import isnan
 
 import pytest
 import torch
-from problems import Tolerance, assert_within, channels_last, contiguous, eps_of, statistics
+from problems import Tolerance, assert_within, channels_last, contiguous, eps_of, in_float64, statistics
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -105,13 +105,14 @@ def check(device, activation, dtypes, layout, shape, with_residual, training):
     if training:
         mean, invstd = statistics(x)
     else:
-        mean, invstd = running_mean.double(), (running_var.double() + 1e-5).rsqrt()
+        mean, invstd = in_float64(running_mean), (in_float64(running_var) + 1e-5).rsqrt()
     tolerance = Tolerance(x, mean, invstd, weight, parameter_dtype)
     u = tolerance.u
 
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    z = F.batch_norm(exact[0], None if training else running_mean.double(), None if training else running_var.double(), *exact[1:3], training=training)  # fmt: skip
+    exact = [in_float64(t).requires_grad_() for t in inputs]
+    running = (None, None) if training else (in_float64(running_mean), in_float64(running_var))
+    z = F.batch_norm(exact[0], *running, *exact[1:3], training=training)
     z = z + exact[3] if with_residual else z
     channels = bias.detach().view(-1, *[1] * (len(shape) - 2))
     z_off = tolerance.z(channels, *([residual] if with_residual else []))
@@ -124,12 +125,12 @@ def check(device, activation, dtypes, layout, shape, with_residual, training):
     assert_within(y, y64, y_off, f"y {shape}")
 
     # Next to a kink rounding decides which derivative is taken: no gradient arrives there.
-    dy = torch.randn(shape, device=device).to(dtype)
+    dy = torch.randn(shape).to(dtype)
     for kink in KINKS.get(activation, []):
         dy = dy.masked_fill((z.detach() - kink).abs() <= z_off, 0)
     dz = torch.autograd.grad(y64, z, dy.double(), retain_graph=True)[0]
     dz_off = dy.double().abs() * (BENT * z_off + own)
-    grads = torch.autograd.grad(y, inputs, dy)
+    grads = torch.autograd.grad(y, inputs, dy.to(device))
     grads64 = torch.autograd.grad(y64, exact, dy.double())
     # Every bound is linear in |dz|, and an error of dz spreads as dz itself does.
     loud = dz.abs() + dz_off / u
@@ -160,7 +161,7 @@ def test_special_arguments(device, activation, residual, dtype):
     y = batch_norm(x, zero, one, eps=0.0, activation=activation, activation_param=PARAMS.get(activation), residual=r)
     (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
 
-    exact = z.double().requires_grad_()
+    exact = in_float64(z).requires_grad_()
     wanted = FUNCTIONS[activation](exact)
     (wanted_grad,) = torch.autograd.grad(wanted, exact, torch.ones_like(wanted))
     for i, v in enumerate(values):
@@ -240,7 +241,7 @@ def test_a_mask_and_the_residual_say_the_same(device, activation, training, layo
     """The operators take either, so that who composes stages may keep what is at hand."""
     x, dy, residual = (layout(torch.randn(6, 3, 5, 7, device=device) * 4) for _ in range(3))
     weight, bias = torch.rand(3, device=device) + 0.5, torch.randn(3, device=device)
-    mean, invstd = (t.flatten().float() for t in statistics(x))
+    mean, invstd = (t.flatten().float().to(device) for t in statistics(x))
     param = PARAMS.get(activation, 0.0)
     _, mask = bnext.ops.batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, param, True)
     by_mask, by_residual = (

@@ -11,7 +11,18 @@ import threading
 
 import pytest
 import torch
-from problems import DTYPES, LAYOUTS, Tolerance, assert_within, channels_last, contiguous, eps_of, expanded, statistics
+from problems import (
+    DTYPES,
+    LAYOUTS,
+    Tolerance,
+    assert_within,
+    channels_last,
+    contiguous,
+    eps_of,
+    expanded,
+    in_float64,
+    statistics,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,14 +62,15 @@ def layer(shape, dtype, parameter_dtype, device, **options):
 
 def check_step(m, x, enabled_forward=True, enabled_backward=True):
     """One step of `m` forward and back, each enabled or not, against the same in float64."""
-    exact = copy.deepcopy(m).double()
+    exact = copy.deepcopy(m).cpu().double()
     before = copy.deepcopy(dict(m.named_buffers()))
     batch = m.training or m.running_mean is None
-    mean, invstd = statistics(x) if batch else (m.running_mean.double(), (m.running_var.double() + m.eps).rsqrt())
+    running = [] if batch else [in_float64(m.running_mean), (in_float64(m.running_var) + m.eps).rsqrt()]
+    mean, invstd = running or statistics(x)
     parameter_dtype = next((t.dtype for t in m.state_dict().values()), x.dtype)
     tolerance = Tolerance(x, mean, invstd, m.weight, parameter_dtype)
 
-    x, x64 = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    x, x64 = x.detach().requires_grad_(), in_float64(x).requires_grad_()
     with bnext.enable() if enabled_forward else contextlib.nullcontext(), runs(int(enabled_forward)):
         y = m(x)
     y64 = exact(x64)
@@ -78,7 +90,7 @@ def check_step(m, x, enabled_forward=True, enabled_backward=True):
     inputs = [x, *m.parameters()]
     with bnext.enable() if enabled_backward else contextlib.nullcontext(), runs(int(enabled_backward)):
         gradients = dict(zip(["x", *dict(m.named_parameters())], torch.autograd.grad(y, inputs, dy), strict=True))
-    exact_gradients = torch.autograd.grad(y64, [x64, *exact.parameters()], dy.double())
+    exact_gradients = torch.autograd.grad(y64, [x64, *exact.parameters()], in_float64(dy))
     if batch and parameter_dtype != torch.float32 and x.dtype.itemsize == 2 and not x.is_cuda:
         tolerance.u = 2 * eps_of(x.dtype)  # torch's operators save mean and invstd in the parameters' dtype there
     for (name, got), wanted in zip(gradients.items(), exact_gradients, strict=True):
@@ -87,7 +99,8 @@ def check_step(m, x, enabled_forward=True, enabled_backward=True):
         if enabled_backward:
             assert_within(got, wanted, allowed, f"gradient of {name}")
         else:  # torch's own kernels round more often, or cancel
-            torch.testing.assert_close(got.double(), wanted, rtol=64 * eps_of(got.dtype), atol=256 * eps_of(got.dtype))
+            u = eps_of(x.dtype if x.is_cuda else got.dtype)  # on CUDA it rounds to the input's type in between
+            torch.testing.assert_close(in_float64(got), wanted, rtol=64 * u, atol=256 * u)
 
 
 # ---- results
@@ -121,6 +134,8 @@ def test_options_of_the_layers(options, training, device):
 @pytest.mark.parametrize("missing", ["weight", "bias"])
 def test_one_parameter_alone(missing, device):
     """Of a bias without a weight, torch decides on the gradient."""
+    if missing == "weight" and device == "cuda":
+        pytest.skip("torch's own backward on CUDA needs a weight")
     m = layer((5, 3, 4), torch.float32, torch.float32, device)
     m.register_parameter(missing, None)
     x = torch.randn(5, 3, 4, device=device, requires_grad=True)
@@ -187,7 +202,7 @@ def test_a_large_mean_does_not_cost_digits(layout, device):
         m = nn.BatchNorm2d(16, momentum=1.0, device=device)
         y = m(x)
         off = (m.running_var.double() / exact - 1).abs().max()
-        mean, invstd = statistics(x)
+        mean, invstd = (t.to(device) for t in statistics(x))
         return off, (y.double() - (x.double() - mean) * invstd).abs().max()
 
     torchs = worst()
@@ -257,8 +272,14 @@ def test_operators_return_what_torchs_do(dtype, parameter_dtype, training, devic
                     expected = backward(theirs[1], theirs[2], training, 1e-5, mask)
                     with bnext.enable(), runs(int(any(mask))):
                         found = backward(ours[1], ours[2], training, 1e-5, mask)
-                    same = described if device == "cpu" else lambda t: None if t is None else (t.shape, t.dtype)
-                    assert [same(t) for t in found] == [same(t) for t in expected]
+                    if device == "cuda":  # torch returns more than is asked for, in strides that depend on a library
+                        found, expected = [
+                            [(t.shape, t.dtype) for t, asked in zip(r, mask, strict=True) if asked]
+                            for r in (found, expected)
+                        ]
+                        assert found == expected
+                    else:
+                        assert [described(t) for t in found] == [described(t) for t in expected]
 
 
 @pytest.mark.parametrize("update", [True, False])

@@ -13,10 +13,14 @@ constexpr int64_t kSmallTileBytes = 64 * 1024;
 // is not should take one launch.
 constexpr int64_t kSmallBytes = 2 * 1024 * 1024;
 
-// A column tile is 16 vectors wide: 256-byte rows. In a resident pass it is 64 bytes: still whole sectors, and more
-// tiles out of few channels.
-constexpr int64_t kTileVecs = 16;
+// A column tile is kMaxTileVecs vectors wide: 256-byte rows. In a resident pass it is 64 bytes: still whole sectors,
+// and more tiles out of few channels.
 constexpr int64_t kNarrowBytes = 64;
+
+// So many bytes of partial results make a share of their merge: on an H200 one block takes a microsecond for 40 KB
+// (bench/results/h200-plans.json), and sharing takes half of one. More shares than kMaxMergeShares would save little.
+constexpr int64_t kMergeShareBytes = 16 * 1024;
+constexpr int64_t kMaxMergeShares = 8;  // tests/simt has room for as many blocks
 
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
 // one set in planar form and one for each element of its vector in columns.
@@ -80,17 +84,27 @@ void set_planar_threads(Partition& partition, int32_t threads) {
       static_cast<int32_t>(threads - partition.planar.stride_planes * partition.planar.plane_vecs);
 }
 
-// Tiles of so many vectors of a row.
-void set_tile_vecs(Partition& partition, int64_t tile_vecs) {
+// Rows that a block of `columns.lanes` to a row takes in one stride, of `steps` that it has.
+void set_thread_rows(Partition& partition, int64_t steps) {
+  const int64_t lanes = partition.columns.lanes;
+  const int64_t rows = std::clamp<int64_t>(ceil_div(steps, kVecsPerThread), 1, kMaxThreads / lanes);
+  partition.columns.thread_rows = static_cast<int32_t>(rows);
+  partition.threads = static_cast<int32_t>(ceil_div(lanes * rows, kWarp) * kWarp);
+}
+
+// Tiles of so many vectors of a row. `merges`: the threads of a block will merge what they have.
+void set_tile_vecs(Partition& partition, int64_t tile_vecs, bool merges) {
   partition.tiles = ceil_div(partition.columns.cols / partition.vec, tile_vecs);
   partition.columns.tile_vecs = static_cast<int32_t>(tile_vecs);
-  partition.columns.thread_rows =
-      static_cast<int32_t>(std::clamp<int64_t>(ceil_div(partition.steps, kVecsPerThread), 1, kMaxThreads / tile_vecs));
-  partition.threads = static_cast<int32_t>(ceil_div(tile_vecs * partition.columns.thread_rows, 32) * 32);
+  int32_t lanes = 1;
+  while (lanes < tile_vecs) lanes *= 2;
+  partition.columns.lanes = merges ? lanes : partition.columns.tile_vecs;
+  set_thread_rows(partition, partition.steps);
 }
 
 // `period` is the number of elements after which channels recur: c, or c * s for planes.
-Partition columns(const Shape& shape, int32_t vec, int64_t period, int64_t channel_stride, int64_t tile_vecs) {
+Partition columns(const Shape& shape, int32_t vec, int64_t period, int64_t channel_stride, int64_t tile_vecs,
+                  bool merges) {
   Partition partition = {};
   partition.by_columns = true;
   partition.vec = vec;
@@ -100,7 +114,7 @@ Partition columns(const Shape& shape, int32_t vec, int64_t period, int64_t chann
   partition.columns.cols = partition.repeat * period;
   partition.steps = partition.columns.cols > 0 ? ceil_div(shape.numel(), partition.columns.cols) : 0;
   const int64_t vecs = partition.columns.cols / vec, tiles = ceil_div(vecs, tile_vecs);
-  set_tile_vecs(partition, std::max<int64_t>(1, ceil_div(vecs, std::max<int64_t>(1, tiles))));
+  set_tile_vecs(partition, std::max<int64_t>(1, ceil_div(vecs, std::max<int64_t>(1, tiles))), merges);
   return partition;
 }
 
@@ -114,7 +128,7 @@ Partition reduce_partition(const Shape& shape, int32_t vec, const DeviceProperti
     set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.threads);
     return partition;
   }
-  Partition partition = columns(shape, vec, shape.c, 1, kTileVecs);
+  Partition partition = columns(shape, vec, shape.c, 1, kMaxTileVecs, true);
   int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(true, true);
   int64_t most = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
   set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.columns.thread_rows);
@@ -137,8 +151,8 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
     set_apply_splits(partition, partition.threads, kPlanarApplyStrides, device);
   } else {
     // Planes that are not whole vectors: a vector may hold several channels, which columns provide for.
-    partition = is_planar ? columns(shape, vec, shape.c * shape.s, shape.s, kTileVecs)
-                          : columns(shape, vec, shape.c, 1, kTileVecs);
+    partition = is_planar ? columns(shape, vec, shape.c * shape.s, shape.s, kMaxTileVecs, false)
+                          : columns(shape, vec, shape.c, 1, kMaxTileVecs, false);
     set_apply_splits(partition, partition.columns.thread_rows, kColumnsApplyStrides, device);
   }
   partition.pdl = device.compute_capability >= 90;
@@ -162,11 +176,9 @@ struct Problem {
   int32_t vec() const { return vec_of(masked); }
   int64_t vec_bytes() const { return vec() * size_of(dtype) * tensors; }
   int64_t bytes() const { return shape.numel() * size_of(dtype) * tensors; }
-  // Shared memory that merges the states of a block's threads, `width` to a thread.
-  int64_t merge_bytes(int64_t width) const { return state_bytes * kStateSlots * width; }
-  // Of a pass over columns: a thread's own, and one in the merge of the blocks.
+  // Shared memory that merges the states of a block's threads.
   int64_t merge_bytes(const Partition& partition) const {
-    return merge_bytes(partition.by_columns ? partition.vec + 1 : 1);
+    return state_bytes * merge_slots(partition.by_columns ? partition.vec : 1);
   }
 };
 
@@ -178,7 +190,7 @@ Partition packed_planes(const Shape& shape, int32_t vec) {
   const int64_t row_vecs = channels * shape.s / vec;
   // Equal parts, of a quarter of a kilobyte in a row at least; so many at most that nobody would search for long.
   constexpr int64_t kMinTileVecs = 16, kMaxPacks = 64;
-  int64_t packs = ceil_div(row_vecs, kStateSlots);
+  int64_t packs = ceil_div(row_vecs, kMaxThreads / 2);
   while (packs < kMaxPacks && row_vecs % packs != 0) ++packs;
   const bool even = row_vecs % packs == 0 && (packs == 1 || row_vecs / packs >= kMinTileVecs);
   if (shape.c % channels != 0 || packs > kMaxPacks || !even) return partition;
@@ -192,7 +204,7 @@ Partition packed_planes(const Shape& shape, int32_t vec) {
   partition.columns.tile_channels = static_cast<int32_t>(channels);
   partition.tiles = shape.c / channels;
   partition.columns.packs = static_cast<int32_t>(packs);
-  partition.columns.tile_vecs = static_cast<int32_t>(row_vecs / packs);
+  partition.columns.tile_vecs = partition.columns.lanes = static_cast<int32_t>(row_vecs / packs);
   return partition;
 }
 
@@ -204,11 +216,7 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
   partition.splits = cluster;
   partition.steps_per_split = ceil_div(partition.steps, cluster);
   if (partition.by_columns) {
-    const int64_t rows = ceil_div(partition.steps_per_split, kVecsPerThread);
-    partition.columns.thread_rows =
-        static_cast<int32_t>(std::clamp<int64_t>(rows, 1, kMaxThreads / partition.columns.tile_vecs));
-    partition.threads =
-        static_cast<int32_t>(ceil_div(int64_t{partition.columns.tile_vecs} * partition.columns.thread_rows, 32) * 32);
+    set_thread_rows(partition, partition.steps_per_split);
     partition.resident_bytes = partition.columns.packs *
                                ceil_div(partition.steps_per_split, partition.columns.thread_rows) * partition.threads *
                                vec_bytes;
@@ -308,11 +316,11 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
                            const PlanOptions& options) {
   const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
   Partition partition =
-      columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes));
+      columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes), true);
   if (partition.repeat > 1) return {};
   const PlanChoice& wanted = options.plan;
   if (wanted.tile_vecs * partition.vec > partition.columns.cols) return {};
-  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs);
+  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, true);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
   const bool grouping_wanted = wanted.groups || wanted.splits;
@@ -409,6 +417,8 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
 bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device) {
   // Most of the time of blocks that wait for others over the whole grid is waiting.
   if (resident.cooperative()) return false;
+  // Packed planes take more instructions than there is time for beside the exchange of a large cluster.
+  if (resident.by_columns && resident.splits > 2) return false;
   // Of blocks that follow each other on a multiprocessor, one should load while another waits for its cluster.
   const bool alone =
       2 * (resident.resident_bytes + reserved_bytes(problem.merge_bytes(resident))) > device.shared_per_multiprocessor;
@@ -458,6 +468,15 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   if ((merging.splits > 1 || merging.repeat > 1) && !merging.clustered) {
     plan.partial_bytes = merging.tiles * merging.splits * merging.tile_width() * problem.state_bytes;
     plan.counters = merging.tiles;
+  }
+  // Blocks that share a merge wait for each other, so that all of them must have room, and none another tile to go on
+  // to.
+  merging.merge_shares = 1;
+  if (plan.kind == PlanKind::two_pass) {
+    const int64_t blocks = merging.repeat == 1 ? merging.splits : merging.blocks();
+    const int64_t bytes = blocks * merging.tile_width() * problem.state_bytes;
+    merging.merge_shares = static_cast<int32_t>(std::clamp<int64_t>(
+        bytes / kMergeShareBytes, 1, std::min({kMaxMergeShares, blocks, int64_t{device.multiprocessors}})));
   }
   if (plan.kind == PlanKind::cooperative) ++plan.counters;  // for the barrier
   return plan;

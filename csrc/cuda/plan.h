@@ -32,8 +32,13 @@ constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general, bo
   return element_bytes == 8 || (general && (columns || element_bytes == 4)) ? 1 : 2;
 }
 
-// So many threads of a block can leave states for each other at a time, of each of their columns.
-constexpr int32_t kStateSlots = kMaxThreads / 2;
+// Threads of a warp.
+constexpr int32_t kWarp = 32;
+
+// States that the threads of a block, with `width` columns each, leave for each other at a time: see merge_rows() in
+// device/reduce.cuh. A warp leaves one for each column of a tile, that is, two threads of it one for each of theirs.
+constexpr int32_t merge_slots(int32_t width) { return width == 1 ? kMaxThreads / kWarp : width * kMaxThreads / 2; }
+static_assert(kMaxTileVecs * (kMaxThreads / kWarp) <= kMaxThreads / 2);
 
 // Blocks of a cluster, at most: what every GPU that has clusters grants without asking, and what some grant
 // on request, to as many clusters as their layout has room for.
@@ -69,6 +74,7 @@ struct Partition {
   int64_t tiles;
   int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
   int64_t splits;           // blocks that share a tile
+  int32_t merge_shares;     // blocks that share the merge of their partial results: see arrive_for_share()
   int64_t steps;            // planar: vectors of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the merge of a block's threads takes; 0 in an elementwise pass
@@ -93,7 +99,8 @@ struct Partition {
     int64_t cols;
     int64_t channel_stride;
     int32_t tile_vecs;
-    int32_t thread_rows;  // rows a block takes in one stride: threads / tile_vecs
+    int32_t lanes;        // threads to a row: tile_vecs or, where they are to merge what they have, a power of two
+    int32_t thread_rows;  // rows a block takes in one stride: threads / lanes
     int32_t packs;
     int32_t tile_channels;  // 0 where that is not how tiles are made
   } columns;

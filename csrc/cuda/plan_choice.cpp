@@ -27,7 +27,7 @@ const Detail kDetails[] = {
     detail<&PlanChoice::groups>("groups", 65535, "from 1 to 65535"),
     detail<&PlanChoice::splits>("splits", 65535, "from 1 to 65535"),
     detail<&PlanChoice::buffers>("buffers", 2, "1 or 2"),
-    detail<&PlanChoice::tile_vecs>("tile_vecs", 128, "from 1 to 128"),
+    detail<&PlanChoice::tile_vecs>("tile_vecs", kMaxTileVecs, "from 1 to 16"),
 };
 
 std::string quoted(const std::string& text) { return "'" + text + "'"; }

@@ -20,12 +20,15 @@ enum class PlanKind : uint8_t {
 constexpr std::array<const char*, 4> kPlanNames = {"automatic", "resident", "cooperative", "two_pass"};
 constexpr const char* name_of(PlanKind kind) { return kPlanNames[static_cast<size_t>(kind)]; }
 
+// Vectors of a tile of columns, at most. Wider rows than these 256 bytes, or 512 of float64 with a mask, gain nothing.
+constexpr int32_t kMaxTileVecs = 16;
+
 // A plan, and details of `resident`, of which 0 leaves one to the plan. 8 bytes, so that an atomic holds it.
 struct PlanChoice {
   PlanKind kind = PlanKind::automatic;
   uint8_t cluster = 0;    // planar layouts: blocks of a cluster
   uint8_t buffers = 0;    // interleaved layouts: tiles that a block keeps at a time,
-  uint8_t tile_vecs = 0;  // vectors of a tile's row,
+  uint8_t tile_vecs = 0;  // vectors of a tile's row, up to kMaxTileVecs,
   uint16_t groups = 0;    // tiles that the device works on at a time,
   uint16_t splits = 0;    // and blocks of each
 

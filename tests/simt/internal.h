@@ -58,6 +58,7 @@ struct BlockClocks {
 struct Launch {
   dim3 grid, block;
   uint64_t gang;  // blocks that are resident together: 1, a cluster, or the whole grid
+  uint64_t room;  // blocks that are resident at a time in any case, if there are so many and a gang is not larger
   size_t dynamic_shared;
   bool overlapping;  // the kernel before
   int code_capability;

@@ -191,8 +191,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Bound& bound) {
             blocks_that_fit(d, *kernel, threads, shared, capacity),
             fit};
   ++launches;
-  run({config.gridDim, config.blockDim, a.cooperative ? config.gridDim.count() : a.cluster.x, shared, a.overlapping,
-       d.code_capability, bound});
+  // Any device has room for a block to each multiprocessor. Of many, some are enough.
+  constexpr int kMostRoom = 8;
+  run({config.gridDim, config.blockDim, a.cooperative ? config.gridDim.count() : a.cluster.x,
+       static_cast<uint64_t>(std::min(d.multiprocessors, kMostRoom)), shared, a.overlapping, d.code_capability, bound});
   return cudaSuccess;
 }
 

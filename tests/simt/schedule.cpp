@@ -270,6 +270,7 @@ static void work(Slot& slot) {
       if (++slot.gang->exited < slot.gang->blocks.size()) continue;
       ++gangs_done;
       if (gangs_begun < gang_order.size()) begin_gang(*slot.gang);
+      if (!seed && another_runnable(slot)) break;  // the next in order
     }
     Slot* other = another_runnable(slot);
     if (!other && gangs_done < gang_order.size()) deadlock("every thread waits");
@@ -292,8 +293,7 @@ void run(const Launch& launch) {
   gangs_begun = gangs_done = 0;
   spins = 0;
 
-  // In a random order, several blocks are resident even where they need not be.
-  gangs.assign(std::min<uint64_t>(gang_order.size(), seed && launch.gang < 4 ? 4 / launch.gang : 1), {});
+  gangs.assign(std::clamp<uint64_t>(launch.room / launch.gang, 1, gang_order.size()), {});
   resident = gangs.size() * launch.gang;
   while (slots.size() < resident) {
     slots.push_back(new Slot());

@@ -6,28 +6,39 @@
 
 namespace bnext::cuda {
 
-// Adds one to a counter, which wraps around to 0 after `limit`, for the whole block: what its threads wrote
-// before is visible to whoever sees the new value, and what was written before the old values is
-// visible to them. Returns the old value.
-__device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* counter, uint32_t limit) {
+// The same, for the whole block: for what all of its threads wrote and read.
+__device__ __forceinline__ uint32_t block_increment_acq_rel(uint32_t* counter, uint32_t limit) {
   __shared__ uint32_t old;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    old = atomicInc(counter, limit);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) old = increment_acq_rel(counter, limit);
   __syncthreads();
   return old;
 }
 
-// True in the last of `blocks` blocks to call it; what the others wrote before is then visible.
-__device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) {
+// Shares out what is to be done when `blocks` blocks have called it, among the last `shares` of them to come, at most
+// `blocks`: returns the block's share, from 0 on, or -1. What the others wrote before is visible to whoever has one.
+// Blocks with a share wait for those still to come, which are fewer than `shares`. A device has room for as many
+// (plan.cpp), and all blocks without a share leave: so those come, although the launch need not be cooperative.
+__device__ __forceinline__ int arrive_for_share(uint32_t* counter, uint32_t blocks, uint32_t shares) {
   if (blocks == 1) {
     __syncthreads();
-    return true;
+    return 0;
   }
-  return increment_acq_rel(counter, blocks - 1) == blocks - 1;
+  const uint32_t missing = blocks - 1 - block_increment_acq_rel(counter, blocks - 1);
+  if (missing >= shares) return -1;
+  if (missing > 0) {
+    if (threadIdx.x == 0) {
+      // It is back at 0 when the last has come, and no other launch uses it before this one is over.
+      while (load_acquire(counter) != 0) __nanosleep(32);
+    }
+    __syncthreads();
+  }
+  return static_cast<int>(missing);
+}
+
+// True in the last of `blocks` blocks to call it; what the others wrote before is then visible.
+__device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) {
+  return arrive_for_share(counter, blocks, 1) == 0;
 }
 
 // Lets blocks that are on the device together wait for what the last of them to arrive does. Each block arrives, the
@@ -39,17 +50,16 @@ class SplitBarrier {
   // True in the last block; what the others wrote before is then visible.
   __device__ __forceinline__ bool arrive_is_last() const {
     if (blocks_ == 1) return arrive_last(counter_, 1);
-    return increment_acq_rel(counter_, 2 * blocks_) == blocks_ - 1;
+    return block_increment_acq_rel(counter_, 2 * blocks_) == blocks_ - 1;
   }
   __device__ __forceinline__ void release() const {
-    if (blocks_ > 1) increment_acq_rel(counter_, 2 * blocks_);
+    if (blocks_ > 1) block_increment_acq_rel(counter_, 2 * blocks_);
   }
   // Returns once it is released; what was written before that is then visible.
   __device__ __forceinline__ void wait() const {
     if (threadIdx.x == 0 && blocks_ > 1) {
       // The counter is above `blocks` from the release until the last block has stopped waiting.
-      while (*static_cast<volatile uint32_t*>(counter_) <= blocks_) __nanosleep(32);
-      __threadfence();
+      while (load_acquire(counter_) <= blocks_) __nanosleep(32);
       atomicInc(counter_, 2 * blocks_);
     }
     __syncthreads();

@@ -122,6 +122,34 @@ __device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, [[mayb
 #endif
 }
 
+// Adds one to a counter, which goes back to 0 after `limit`, and returns the old value. What the thread wrote before is
+// visible to whoever sees the new one, and what was visible to those before becomes visible to it.
+__device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* counter, uint32_t limit) {
+#if defined(BNEXT_SIMT)
+  __threadfence();
+  const uint32_t old = atomicInc(counter, limit);
+  __threadfence();
+  return old;
+#else
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(limit) : "memory");
+  return old;
+#endif
+}
+
+// A counter's value, and sight of what was visible to those who brought it there.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+#if defined(BNEXT_SIMT)
+  const uint32_t value = *static_cast<const volatile uint32_t*>(counter);
+  __threadfence();
+  return value;
+#else
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+#endif
+}
+
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #if defined(BNEXT_SIMT)

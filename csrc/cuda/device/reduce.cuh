@@ -2,43 +2,24 @@
 // blocks that share a tile. A State has merge(const State&) and is empty when zero-initialised.
 #pragma once
 
+#include <cstring>
+
 #include "../launch.h"
 #include "barrier.cuh"
 #include "tile_iterator.cuh"
 
 namespace bnext::cuda {
 
-// Where the threads of a block put states for each other: shared memory that all reductions of a kernel use in turn.
-template <int WIDTH, class State>
-__device__ __forceinline__ State* state_slots() {
-  static_assert(sizeof(State) * WIDTH * kStateSlots <= 48 * 1024, "static shared memory");
-  __shared__ State slots[WIDTH * kStateSlots];
-  return slots;
-}
+// States that a block's threads of `WIDTH` columns each can leave for each other, at most.
+template <int WIDTH>
+constexpr int kMergeSlots = static_cast<int>(merge_slots(WIDTH));
 
-// Threads are arranged as `rows` x `cols` (thread = row * cols + col; threads past that contribute nothing but must
-// call, for the barriers). Leaves the merge of each column's states in row 0. A tree: at each level the upper half of
-// the rows hands its states to the lower half, so that the order depends on the number of rows alone.
+// Where they leave them: shared memory that all merges of a kernel use in turn.
 template <int WIDTH, class State>
-__device__ __forceinline__ void reduce_rows(State (&state)[WIDTH], int col, int row, int cols, int rows) {
-  State* slots = state_slots<WIDTH, State>();
-  int half = 1;
-#pragma unroll 1
-  while (2 * half < rows) half *= 2;
-#pragma unroll 1
-  for (; half >= 1 && rows > 1; half /= 2) {
-    const int slot = (row - half) * cols + col;
-    if (row >= half && row < 2 * half && row < rows) {
-#pragma unroll
-      for (int e = 0; e < WIDTH; ++e) slots[e * kStateSlots + slot] = state[e];
-    }
-    __syncthreads();
-    if (row < half && row + half < rows) {
-#pragma unroll
-      for (int e = 0; e < WIDTH; ++e) state[e].merge(slots[e * kStateSlots + row * cols + col]);
-    }
-    __syncthreads();
-  }
+__device__ __forceinline__ State* merge_memory() {
+  static_assert(sizeof(State) * kMergeSlots<WIDTH> <= 48 * 1024, "static shared memory");
+  __shared__ State slots[kMergeSlots<WIDTH>];
+  return slots;
 }
 
 // The merge of states [BEGIN, BEGIN + N) of an array, in halves.
@@ -68,6 +49,69 @@ __device__ __forceinline__ State merge_strided(const State* first, int64_t strid
   return total;
 }
 
+// The state that the lane `apart` lanes away brings.
+template <class State>
+__device__ __forceinline__ State exchange(const State& state, int apart) {
+  constexpr int kWords = sizeof(State) / sizeof(uint32_t);
+  uint32_t words[kWords];
+  memcpy(words, &state, sizeof(State));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(~0u, words[i], apart);
+  State other;
+  memcpy(&other, words, sizeof(State));
+  return other;
+}
+
+// Merges the states of a block's threads, which are in rows of `lanes`, a power of two, and hold WIDTH columns each.
+// All threads must call, those without anything to merge, or past the last whole row, with empty states. Calls
+// each(column, state) in one thread for each of the lanes * WIDTH columns. The order of the merge depends on the number
+// of threads alone.
+//
+// First the rows of a warp: in each step a thread gives half of its columns to the one in the other half of the rows,
+// and gets that one's part of the columns that it keeps, so that no thread idles. Then the warps, through `slots`,
+// column by column: all loads of a column are in flight at once, and its merges are a tree.
+template <int WIDTH, class State, class Each>
+__device__ __forceinline__ void merge_rows(State (&state)[WIDTH], int lanes, State* slots, Each&& each) {
+  int kept = WIDTH, first = 0, apart = lanes;
+  bool keeps = true;
+#pragma unroll
+  for (int half = WIDTH / 2; half >= 1; half /= 2) {
+    if (apart < kWarp) {
+      const bool upper = threadIdx.x & apart;
+#pragma unroll
+      for (int e = 0; e < half; ++e) {
+        const State given = exchange(upper ? state[e] : state[e + half], apart);
+        if (upper) state[e] = state[e + half];
+        state[e].merge(given);
+      }
+      if (upper) first += half;
+      kept = half;
+      apart *= 2;
+    }
+  }
+  // Of a single column there is no half to give.
+#pragma unroll 1
+  for (; apart < kWarp; apart *= 2) {
+    const State other = exchange(state[0], apart);
+    state[0].merge(other);
+    keeps = keeps && !(threadIdx.x & apart);
+  }
+
+  const int columns = lanes * WIDTH, threads = max(lanes, kWarp);  // threads that share one row of slots
+  const int rows = static_cast<int>(blockDim.x) / threads, row = static_cast<int>(threadIdx.x) / threads;
+  State* mine = slots + row * columns + threadIdx.x % lanes * WIDTH + first;
+  __syncthreads();  // nobody reads what the merge before left there
+#pragma unroll
+  for (int e = 0; e < WIDTH; ++e) {
+    if (keeps && e < kept && row < rows) mine[e] = state[e];
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+    each(column, merge_strided(slots + column, columns, rows));
+  }
+}
+
 // Partial results of a pass in memory: [tile][split][column of the tile]. WIDTH divides the columns of a tile.
 template <int WIDTH, class State>
 struct Partials {
@@ -82,25 +126,20 @@ struct Partials {
     return data[(tile * splits + split) * width + column];
   }
 
-  // WIDTH columns from `col` on, which lie in the tile.
-  __device__ __forceinline__ void put(const State (&state)[WIDTH], int64_t col, const WorkTile& work) const {
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) at(work.tile, work.split, col + e - work.tile * width) = state[e];
-  }
-
-  // Merges channels [first, past), as many at a time as the block has threads, each one's partial
-  // results shared out among the rows of threads; then calls finish(channel, state) in one thread for
-  // each. Channel c has columns c, c + channels, ..., `repeat` of them.
+  // Merges channels [first, past), as many at a time as the block has threads for, each one's partial results shared
+  // out among the rows of threads; then calls finish(channel, state) in one thread for each. Channel c has columns c,
+  // c + channels, ..., `repeat` of them.
   template <class Finish>
-  __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat,
+  __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat, State* slots,
                                         Finish&& finish) const {
-    const int cols = static_cast<int>(min(past - first, static_cast<int64_t>(blockDim.x)));
-    const int rows = blockDim.x / cols;
-    const int row = threadIdx.x / cols, col = threadIdx.x - row * cols;
+    const int threads = blockDim.x;
+    int lanes = 1;  // a power of two; threads past the last whole row have nothing
+    while (lanes < past - first && 2 * lanes <= threads) lanes *= 2;
+    const int rows = threads / lanes, row = static_cast<int>(threadIdx.x) / lanes, lane = threadIdx.x % lanes;
     const int count = (static_cast<int>(splits) - row + rows - 1) / rows;
 #pragma unroll 1
-    for (int64_t base = first; base < past; base += cols) {
-      const int64_t channel = base + col;
+    for (int64_t base = first; base < past; base += lanes) {
+      const int64_t channel = base + lane;
       State total[1] = {};
       if (row < rows && channel < past) {
 #pragma unroll 1
@@ -111,52 +150,56 @@ struct Partials {
           total[0].merge(merge_strided(&at(tile, row, column - tile * width), rows * width, count));
         }
       }
-      reduce_rows(total, col, row, cols, rows);
-      if (row == 0 && channel < past) finish(channel, total[0]);
+      merge_rows(total, lanes, slots, [&](int i, const State& whole) {
+        if (base + i < past) finish(base + i, whole);
+      });
     }
   }
 };
 
-// Hands in the states of WIDTH columns of a tile, from `col` on, in the threads for which `holds`. The last of the
-// blocks that share the channels, in which arrive() returns true, calls finish(channel, state) exactly once for each
-// channel. Control flow is uniform within a block. Returns whether this block finished any.
+// Hands in the states of the block's threads, WIDTH columns of the tile each (see merge_rows). arrive() returns which
+// share of the merge of the blocks is this block's, or -1; the blocks that share the channels have one each. There,
+// finish(channel, state) is called exactly once for each channel. Control flow is uniform within a block. Returns
+// whether this block had a share.
 template <int WIDTH, class State, class Arrive, class Finish>
-__device__ __forceinline__ bool merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
+__device__ __forceinline__ bool merge_blocks(State (&state)[WIDTH], int lanes, int64_t channels,
                                              const Partition& partition, const Scratch& scratch, const WorkTile& work,
-                                             Arrive&& arrive, Finish&& finish) {
+                                             int shares, Arrive&& arrive, Finish&& finish) {
+  State* slots = merge_memory<WIDTH, State>();
+  const int width = static_cast<int>(partition.tile_width());
+  const int64_t begin = work.tile * width;
   if (partition.splits == 1 && partition.repeat == 1) {
-    // The tile's states are whole already; as many threads as it has channels finish them.
-    State* whole = state_slots<WIDTH, State>();
-    const int64_t width = partition.tile_width(), first = work.tile * width;
-    if (holds) {
-#pragma unroll
-      for (int e = 0; e < WIDTH; ++e) whole[col - first + e] = state[e];
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < min(width, channels - first); i += blockDim.x) finish(first + i, whole[i]);
-    __syncthreads();
+    merge_rows(state, lanes, slots, [&](int column, const State& whole) {
+      if (column < width && begin + column < channels) finish(begin + column, whole);
+    });
     return true;
   }
   const Partials<WIDTH, State> partials(partition, scratch);
-  if (holds) partials.put(state, col, work);
-  if (!arrive()) return false;
+  merge_rows(state, lanes, slots, [&](int column, const State& whole) {
+    if (column < width) partials.at(work.tile, work.split, column) = whole;
+  });
+  const int share = arrive();
+  if (share < 0) return false;
   // The channels of the tile, or all of them where a channel's columns lie in several tiles.
   const bool by_tile = partition.repeat == 1;
-  const int64_t first = by_tile ? work.tile * partials.width : 0;
-  partials.merge(first, by_tile ? min(channels, first + partials.width) : channels, channels, partition.repeat, finish);
+  const int64_t first = by_tile ? begin : 0, past = by_tile ? min(channels, begin + width) : channels;
+  const int64_t part = (past - first + shares - 1) / shares;
+  partials.merge(min(past, first + share * part), min(past, first + (share + 1) * part), channels, partition.repeat,
+                 slots, finish);
   return true;
 }
 
 // The same for blocks that need not be on the device together.
 template <int WIDTH, class State, class Finish>
-__device__ __forceinline__ void merge_blocks(const State (&state)[WIDTH], bool holds, int64_t col, int64_t channels,
+__device__ __forceinline__ void merge_blocks(State (&state)[WIDTH], int lanes, int64_t channels,
                                              const Partition& partition, const Scratch& scratch, const WorkTile& work,
                                              Finish&& finish) {
   const bool by_tile = partition.repeat == 1;
   const auto blocks = static_cast<uint32_t>(by_tile ? partition.splits : partition.blocks());
-  auto arrive = [&] { return arrive_last(&scratch.counters[by_tile ? work.tile : 0], blocks); };
-  merge_blocks(state, holds, col, channels, partition, scratch, work, arrive, finish);
+  auto arrive = [&] {
+    return arrive_for_share(&scratch.counters[by_tile ? work.tile : 0], blocks, partition.merge_shares);
+  };
+  merge_blocks(state, lanes, channels, partition, scratch, work, partition.merge_shares, arrive, finish);
 }
 
 }  // namespace bnext::cuda

@@ -116,13 +116,14 @@ template <int N>
 struct ColumnPlace {
   int32_t vec_col, row;
   int64_t col;
-  bool active;  // some threads have no row, and the last tile may have tile_vecs to spare
+  bool active;  // some threads have no row, or no vector in it, and the last tile may have tile_vecs to spare
 
   __device__ __forceinline__ ColumnPlace(const Partition& partition, const WorkTile& work) {
-    row = static_cast<int32_t>(threadIdx.x) / partition.columns.tile_vecs;
-    vec_col = static_cast<int32_t>(threadIdx.x) - row * partition.columns.tile_vecs;
-    col = (work.tile * partition.columns.tile_vecs + vec_col) * N;
-    active = row < partition.columns.thread_rows && col < partition.columns.cols;
+    const auto& columns = partition.columns;
+    row = static_cast<int32_t>(threadIdx.x) / columns.lanes;
+    vec_col = static_cast<int32_t>(threadIdx.x) - row * columns.lanes;
+    col = (work.tile * columns.tile_vecs + vec_col) * N;
+    active = row < columns.thread_rows && vec_col < columns.tile_vecs && col < columns.cols;
   }
 };
 

@@ -111,7 +111,10 @@ struct BatchNormForward {
       state.add(static_cast<A>(n), mean, var);
     }
 
-    __device__ __forceinline__ State result() const { return state; }
+    __device__ __forceinline__ State result() {
+      state.recentre();
+      return state;
+    }
   };
 
   // One thread's N columns, all with the same count, so that they share the division of Welford::add.
@@ -147,7 +150,10 @@ struct BatchNormForward {
 
     __device__ __forceinline__ void result(State (&state)[N]) const {
 #pragma unroll
-      for (int e = 0; e < N; ++e) state[e] = {count, shift[e], offset[e], var[e]};
+      for (int e = 0; e < N; ++e) {
+        state[e] = {count, shift[e], offset[e], var[e]};
+        state[e].recentre();
+      }
     }
   };
 

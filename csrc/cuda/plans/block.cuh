@@ -24,7 +24,7 @@
 
 namespace bnext::cuda {
 
-// The reduction of the block's part of one channel; the result is in thread 0.
+// What the thread reduces of the block's part of one channel.
 template <class Op, bool ALIGNED, class Source>
 __device__ __forceinline__ typename Op::State reduce_planar(const typename Op::Params& p, const Partition& partition,
                                                             const WorkTile& work, Source&& source) {
@@ -35,12 +35,10 @@ __device__ __forceinline__ typename Op::State reduce_planar(const typename Op::P
         source.load(chunk, vecs);
         reducer.add(p, chunk, vecs);
       });
-  typename Op::State state[1] = {reducer.result()};
-  reduce_rows(state, 0, threadIdx.x, 1, blockDim.x);
-  return state[0];
+  return reducer.result();
 }
 
-// The reduction of the block's part of a tile of columns; the results are in the threads of row 0.
+// What the thread reduces of the block's part of a tile of columns; nothing where it has no column.
 template <class Op, class Source>
 __device__ __forceinline__ void reduce_columns(typename Op::State (&state)[Op::N], const typename Op::Params& p,
                                                const Partition& partition, const WorkTile& work,
@@ -54,7 +52,6 @@ __device__ __forceinline__ void reduce_columns(typename Op::State (&state)[Op::N
                                                           reducer.add(p, chunk, vecs);
                                                         });
   reducer.result(state);
-  reduce_rows(state, place.vec_col, place.row, partition.columns.tile_vecs, partition.columns.thread_rows);
 }
 
 // The elementwise pass over the block's part of one channel.

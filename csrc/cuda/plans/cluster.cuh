@@ -1,7 +1,7 @@
 // How the blocks of a thread-block cluster, which share a tile, exchange their partial results.
 #pragma once
 
-#include "../device/tile_iterator.cuh"
+#include "../device/reduce.cuh"
 
 namespace bnext::cuda {
 
@@ -11,24 +11,21 @@ __device__ __forceinline__ WorkTile cluster_work_tile(const Partition& partition
   return WorkTile(tile, blockIdx.x - tile * splits);
 }
 
-// The merge, in rank order, of what thread 0 of each block of the cluster holds; in every thread. The caller goes on to
-// leave_cluster().
+// The merge of what all threads of the cluster hold of one channel; in every thread. Every block merges all ranks by
+// itself: the same bits everywhere, and no second exchange. The caller goes on to leave_cluster().
 template <class State>
 __device__ __forceinline__ State merge_cluster(const State& mine, const Partition& partition) {
   __shared__ State block, ranks[kLargeCluster];
   const unsigned size = static_cast<unsigned>(partition.splits);
-  if (size == 1) {
-    if (threadIdx.x == 0) ranks[0] = mine;
-  } else {
-    if (threadIdx.x == 0) block = mine;
+  State state[1] = {mine};
+  merge_rows(state, 1, merge_memory<1, State>(),
+             [&](int, const State& whole) { (size == 1 ? ranks[0] : block) = whole; });
+  if (size > 1) {
     cluster_sync();
     if (threadIdx.x < size) ranks[threadIdx.x] = *map_shared(&block, threadIdx.x);
   }
   __syncthreads();
-  State total = ranks[0];
-#pragma unroll 1
-  for (unsigned rank = 1; rank < size; ++rank) total.merge(ranks[rank]);
-  return total;
+  return merge_strided(ranks, 1, static_cast<int>(size));
 }
 
 // A block's shared memory must outlive its siblings' reads, and stay unchanged until then.

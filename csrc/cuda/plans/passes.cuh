@@ -18,8 +18,8 @@ template <class Op, bool ALIGNED>
 __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p, const Partition& partition,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
-  const State state[1] = {reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p))};
-  merge_blocks(state, threadIdx.x == 0, work.tile, p.shape.c, partition, scratch, work,
+  State state[1] = {reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p))};
+  merge_blocks(state, 1, p.shape.c, partition, scratch, work,
                [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
 }
 
@@ -33,11 +33,10 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
   State state[Op::N];
   reduce_columns<Op>(state, p, partition, work, place, Channels<Op::N>(partition, p.shape, place.col),
                      from_global<Op, Reuse::again>(p));
-  merge_blocks(state, place.active && place.row == 0, place.col, p.shape.c, partition, scratch, work,
-               [&](int64_t channel, State whole) {
-                 Op::add_tail(p, channel, whole);
-                 Op::finish(p, channel, whole);
-               });
+  merge_blocks(state, partition.columns.lanes, p.shape.c, partition, scratch, work, [&](int64_t channel, State whole) {
+    Op::add_tail(p, channel, whole);
+    Op::finish(p, channel, whole);
+  });
 }
 
 // Only a pass on its own may find running statistics instead of the batch's.

@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         reduce_columns<Op>(state, p, partition, work, place, channels, shared_tile.fill(p));
         const SplitBarrier barrier = split_barrier_of(partition, scratch, work);
         const bool merged = merge_blocks(
-            state, place.active && place.row == 0, place.col, p.shape.c, partition, scratch, work,
-            [&] { return barrier.arrive_is_last(); },
+            state, partition.columns.lanes, p.shape.c, partition, scratch, work, /*shares=*/1,
+            [&] { return barrier.arrive_is_last() ? 0 : -1; },
             [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
         if (merged) barrier.release();
       },

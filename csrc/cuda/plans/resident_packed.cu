@@ -19,14 +19,42 @@ __device__ __forceinline__ WorkTile pack_of(const Partition& partition, const Wo
   return WorkTile(work.tile * partition.columns.packs + pack, work.split);
 }
 
-// The states of the channels of a cluster's tile. reduce(pack, WorkTile, ColumnPlace, state) gives those of a pack's
-// columns, in the threads of row 0; finish(k, state) gets that of the tile's channel k, in one thread of each block,
+// Of every N columns those from FIRST on, COUNT of them, make a part. How many of the part lie before column `end`.
+template <int N, int FIRST, int COUNT>
+__device__ __forceinline__ int columns_of_part(int end) {
+  return end / N * COUNT + min(max(end % N - FIRST, 0), COUNT);
+}
+
+// Adds what the block's threads hold of columns [begin, past) of a pack to `total`, for one of `sharers` threads that
+// belong to the channel of these columns: of the part of all columns that is in `slots`, [row][column of the part].
+template <int N, int FIRST, int COUNT, class State>
+__device__ __forceinline__ void add_part(State& total, const State* slots, const Partition& partition, int begin,
+                                         int past, int sharer, int sharers) {
+  const int lowest = columns_of_part<N, FIRST, COUNT>(begin);
+  const int columns = columns_of_part<N, FIRST, COUNT>(past) - lowest;
+  if (columns <= 0) return;
+  const int width = partition.columns.tile_vecs * COUNT, states = columns * partition.columns.thread_rows;
+  // In a fixed order: the bits of a channel's state do not depend on who comes first.
+#pragma unroll 1
+  for (int i = sharer; i < states; i += sharers) {
+    const int row = i / columns;
+    total.merge(slots[row * width + lowest + (i - row * columns)]);
+  }
+}
+
+// The states of the channels of a cluster's tile. reduce(pack, WorkTile, ColumnPlace, state) gives those of a thread's
+// columns of a pack; finish(k, state) gets that of the tile's channel k, in one thread of each block,
 // and what it leaves in shared memory is there for all threads. The caller goes on to leave_cluster().
+//
+// The states of all threads, in two parts as they do not fit otherwise, are shared out among as many threads to a
+// channel as there are. So nobody merges more than a few, and columns need no merge of their own.
 template <class State, int N, class Reduce, class Finish>
 __device__ __forceinline__ void merge_packed(const Partition& partition, const Shape& shape, const WorkTile& work,
                                              Reduce&& reduce, Finish&& finish) {
-  const int channels = partition.columns.tile_channels, rows = blockDim.x / channels;
-  const int row = threadIdx.x / channels, channel = threadIdx.x - row * channels;
+  // Channels are a power of two. So are, in a warp, the threads to each of them.
+  const int channels = partition.columns.tile_channels, sharers = blockDim.x / channels;
+  const int sharer = threadIdx.x / channels, channel = threadIdx.x - sharer * channels;
+  State* slots = merge_memory<N, State>();
   State total[1] = {};
 #pragma unroll 1
   for (int32_t pack = 0; pack < partition.columns.packs; ++pack) {
@@ -34,38 +62,40 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     const ColumnPlace<N> place(partition, mine);
     State state[N];
     reduce(pack, mine, place, state);
-    State* columns = state_slots<N, State>();
-    if (place.active && place.row == 0) {
-#pragma unroll
-      for (int e = 0; e < N; ++e) columns[place.vec_col * N + e] = state[e];
-    }
-    __syncthreads();
-    // The channel's columns in this pack are shared out among as many threads as there are for a channel.
-    // In a fixed order, thread by thread: the bits of a channel's state do not depend on who comes first.
     const int width = partition.columns.tile_vecs * N, plane = static_cast<int>(shape.s), origin = pack * width;
-    if (row < rows) {
-      const int past = min(plane * (channel + 1), origin + width);
-#pragma unroll 1
-      for (int i = max(plane * channel, origin) + row; i < past; i += rows) total[0].merge(columns[i - origin]);
-    }
-    __syncthreads();  // before the next pack's states take the place of these
+    const int begin = max(plane * channel, origin) - origin, past = min(plane * (channel + 1), origin + width) - origin;
+    const auto share_part = [&](auto part) {
+      constexpr int kCount = N / 2, kFirst = decltype(part)::value * kCount;
+      __syncthreads();  // nobody reads the part before
+      if (place.active) {
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) {
+          slots[(place.row * partition.columns.tile_vecs + place.vec_col) * kCount + e] = state[kFirst + e];
+        }
+      }
+      __syncthreads();
+      if (begin < past) add_part<N, kFirst, kCount>(total[0], slots, partition, begin, past, sharer, sharers);
+    };
+    share_part(std::integral_constant<int, 0>());
+    share_part(std::integral_constant<int, 1>());
   }
-  reduce_rows(total, channel, row, channels, rows);
 
   __shared__ State block[kMaxTileChannels];
-  if (row == 0) block[channel] = total[0];
-  if (partition.splits > 1) {
+  const unsigned ranks = static_cast<unsigned>(partition.splits);
+  merge_rows(total, channels, slots, [&](int k, const State& whole) {
+    block[k] = whole;
+    if (ranks == 1) finish(k, whole);
+  });
+  if (ranks > 1) {
     // Every block merges all ranks by itself, from rank 0 on: the same bits everywhere, and no second exchange.
     cluster_sync();
-    if (row == 0) {
-      total[0] = *map_shared(&block[channel], 0);
+    if (threadIdx.x < channels) {
+      State whole = {};
 #pragma unroll 1
-      for (unsigned rank = 1; rank < static_cast<unsigned>(partition.splits); ++rank) {
-        total[0].merge(*map_shared(&block[channel], rank));
-      }
+      for (unsigned rank = 0; rank < ranks; ++rank) whole.merge(*map_shared(&block[threadIdx.x], rank));
+      finish(threadIdx.x, whole);
     }
   }
-  if (row == 0) finish(channel, total[0]);
   __syncthreads();
 }
 
