@@ -22,6 +22,7 @@ def batch_norm(
     activation: str,
     activation_param: float,
     unbiased: bool,
+    ghost_batch_size: int | None,
     /,
 ) -> Tensor: ...
 def batch_norm_if_possible(
@@ -38,6 +39,7 @@ def batch_norm_if_possible(
     activation: str,
     activation_param: float,
     unbiased: bool,
+    ghost_batch_size: int | None,
 ) -> Tensor | None: ...
 def obstacle(
     input: Tensor,

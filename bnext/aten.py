@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bnext.activation import apply
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "ghost_batches"]
 
 
 def batch_norm(
@@ -26,8 +26,47 @@ def batch_norm(
     activation: str,
     activation_param: float,
     unbiased: bool,
+    ghost_batch_size: int | None,
 ) -> Tensor:
     """activation(bn(input) + residual): `bnext.functional.batch_norm` in the arguments of the operator."""
+    statistics = (running_mean, running_var, num_batches_tracked)
+    if training and ghost_batch_size is not None:
+        parts: list[Tensor] = []
+        for part in ghost_batches(input, ghost_batch_size):
+            parts.append(_normalized(part, weight, bias, statistics, training, momentum, eps, unbiased))
+        y = torch.cat(parts)
+    else:
+        y = _normalized(input, weight, bias, statistics, training, momentum, eps, unbiased)
+    if residual is not None:
+        y = y + residual
+    return apply(activation, activation_param, y)
+
+
+def ghost_batches(input: Tensor, size: int) -> list[Tensor]:
+    """The parts of at most `size` examples, in order and as even as possible. Raises before any of them is used."""
+    if size < 1:
+        raise ValueError(f"ghost_batch_size should be None or a positive integer, not {size}")
+    parts = list(torch.tensor_split(input, max(1, (input.size(0) + size - 1) // size)))
+    least = parts[-1]
+    if least.size(0) == 1 and least.numel() == least.size(1):
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}, whose smallest ghost "
+            "batch is of 1 example"
+        )
+    return parts
+
+
+def _normalized(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None],
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    unbiased: bool,
+) -> Tensor:
+    running_mean, running_var, num_batches_tracked = statistics
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     unlike_torch = momentum is None or not unbiased
@@ -38,9 +77,7 @@ def batch_norm(
     else:
         factor = 0.0 if momentum is None else momentum
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    if residual is not None:
-        y = y + residual
-    return apply(activation, activation_param, y)
+    return y
 
 
 def _correction(input: Tensor, unbiased: bool) -> float:

@@ -35,6 +35,7 @@ def batch_norm(
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     unbiased: bool = True,
+    ghost_batch_size: int | None = None,
 ) -> Tensor:
     """Normalizes each channel of `input`, adds `residual`, applies `activation`: one kernel for
 
@@ -69,6 +70,9 @@ def batch_norm(
         num_batches_tracked: one element, on the device of `input`.
         unbiased: let `running_var` take the unbiased variance of the batch, as torch does; False is for the biased
             one, as in Keras and Flax. The batch itself is normalized by the biased one in any case.
+        ghost_batch_size: in training, normalize ceil(N / ghost_batch_size) parts of the batch, those of
+            `torch.tensor_split(input, ...)`, each by its own statistics: `torch.cat([batch_norm(part, ...) for part in
+            parts])`. Each steps the running statistics and `num_batches_tracked`. Evaluation knows no parts.
 
     Where the kernels cannot go, torch's own operators compute the same: `bnext.explain` says when, and docs/models.md
     gives the rules.
@@ -79,7 +83,7 @@ def batch_norm(
     Raises:
         IndexError: `input` has fewer than 2 dimensions.
         NotImplementedError: a sparse tensor, or integer or complex `input`.
-        ValueError: one value a channel in training; `eps` is
+        ValueError: one value a channel in training, of the smallest ghost batch too; `ghost_batch_size` or `eps` is
             not positive; unknown `activation`, or one with options that the kernels do not know; one of
             the running statistics is missing; `momentum=None` without `num_batches_tracked`.
         RuntimeError: a shape, dtype or device does not match; evaluation without running
@@ -103,6 +107,7 @@ def batch_norm(
             residual=residual,
             num_batches_tracked=num_batches_tracked,
             unbiased=unbiased,
+            ghost_batch_size=ghost_batch_size,
         )
     args = (
         input,
@@ -117,6 +122,7 @@ def batch_norm(
         eps,
         *resolve(activation, activation_param),
         unbiased,
+        ghost_batch_size,
     )
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         route = routes.while_traced(training)
@@ -138,7 +144,7 @@ def _direct() -> Callable[..., Tensor | None]:
 
 def call_kernels_or_torch(*args: Any) -> Tensor:
     """`torch.ops.bnext.batch_norm`, by whatever way there is for these arguments."""
-    input, *_, residual, training, momentum, eps, activation, activation_param, unbiased = args
+    input, residual, how, activation, activation_param, rest = args[0], args[6], args[7:10], *args[10:12], args[12:]
     route = routes.of_call(*args[:7])
     if route.way == "kernels":
         return extension().batch_norm(*args)
@@ -147,7 +153,7 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
     if route.way == "sum":
-        y = call_kernels_or_torch(*args[:6], None, training, momentum, eps, "none", 0.0, unbiased)
+        y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, *rest)
         return apply(activation, activation_param, y + residual)
     return (transforms if route.way == "function" else aten).batch_norm(*args)
 
@@ -178,6 +184,7 @@ _ARGUMENTS: dict[str, Any] = {
     "activation": str,
     "activation_param": (float, int),
     "unbiased": bool,
+    "ghost_batch_size": (int, NoneType),
 }
 
 

@@ -126,6 +126,7 @@ class _BatchNorm(_TorchBatchNorm):
                 residual=residual,
                 num_batches_tracked=counter,
                 unbiased=self.unbiased,
+                ghost_batch_size=self.ghost_batch_size,
             )
 
     @property

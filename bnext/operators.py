@@ -20,7 +20,7 @@ _LIBRARY = torch.library.Library("bnext", "DEF")
 SCHEMAS = [
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, Tensor? residual, bool training, float? momentum, float eps, "
-    "str activation='none', float activation_param=0.0, bool unbiased=True) -> Tensor",
+    "str activation='none', float activation_param=0.0, bool unbiased=True, int? ghost_batch_size=None) -> Tensor",
     "batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)",
     "batch_norm_local_stats(Tensor x) -> Tensor",
     "batch_norm_merge(Tensor stats, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -30,7 +30,8 @@ SCHEMAS = [
     "str activation='none', float activation_param=0.0, bool save_mask=False) -> (Tensor y, Tensor mask)",
     "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, "
-    "str activation='none', float activation_param=0.0, bool save_mask=False, bool unbiased=True) "
+    "str activation='none', float activation_param=0.0, bool save_mask=False, bool unbiased=True, "
+    "int? ghost_batch_size=None) "
     "-> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
     "batch_norm_forward_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
     "Tensor? residual, float eps, "
@@ -61,7 +62,9 @@ def implement_batch_norm(function: Callable[..., Tensor], by_torch: Callable[...
     autograd runs. Where torch.compile traces vmap it calls `by_torch`, as there is no rule for a Function."""
 
     def complete(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args: f(*args, *("none", 0.0, True)[len(args) - 10 :])  # the dispatcher leaves out defaults
+        return lambda *args: f(
+            *args, *("none", 0.0, True, None)[len(args) - 10 :]
+        )  # the dispatcher leaves out defaults
 
     _LIBRARY.impl("batch_norm", complete(function), "CompositeImplicitAutograd")
     _LIBRARY.impl("batch_norm", complete(by_torch), "FuncTorchBatchedDecomposition")

@@ -22,7 +22,8 @@ The stages, of which synchronised and other statistics can be composed:
 
 The fusions that the layers use:
 
-- `batch_norm_forward(...) -> (y, mean, invstd, mask)`: training, with the step of the running statistics.
+- `batch_norm_forward(...) -> (y, mean, invstd, mask)`: training, with the step of the running statistics; by ghost
+  batches where `ghost_batch_size` is given.
 - `batch_norm_forward_eval(...) -> (y, mean, invstd, mask)`: by the running statistics.
 - `batch_norm_backward(...) -> (dx, dweight, dbias, dresidual)`.
 - `batch_norm(...) -> y`: all of it, differentiable twice.
@@ -30,7 +31,9 @@ The fusions that the layers use:
 `torch.ops.bnext.batch_norm_stats.default._schema` and so on give the full signatures. x is float32, float64,
 float16 or bfloat16 of shape (N, C, *); mean, var, invstd and sums are (C,), float64 for float64 x
 and float32 for all others. `activation` is "none" or one of `bnext.activation.NAMES`; `activation_param` is
-leaky_relu's slope, and 0 for all others. Behind a residual a backward takes what says where the activation was: the
+leaky_relu's slope, and 0 for all others. With a `ghost_batch_size` mean and invstd are (B, C), a row for each of the B
+ghost batches, and the mask of each begins a byte of its own; `batch_norm_normalize` and `batch_norm_backward` take such
+statistics. Behind a residual a backward takes what says where the activation was: the
 `mask` of relu, relu6 and leaky_relu, uint8 with one bit for each element in memory order, set where the derivative
 is 1; or, for any activation, the `residual` itself. All but `batch_norm` know no autograd.
 """

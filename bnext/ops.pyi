@@ -18,6 +18,7 @@ def batch_norm(
     activation: str = "none",
     activation_param: float = 0.0,
     unbiased: bool = True,
+    ghost_batch_size: int | None = None,
 ) -> Tensor: ...
 def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]: ...
 def batch_norm_local_stats(x: Tensor) -> Tensor: ...
@@ -55,6 +56,7 @@ def batch_norm_forward(
     activation_param: float = 0.0,
     save_mask: bool = False,
     unbiased: bool = True,
+    ghost_batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def batch_norm_forward_eval(
     x: Tensor,

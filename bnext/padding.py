@@ -43,4 +43,4 @@ def masked(layer: nn.Module, input: Tensor, mask: Tensor, residual: Tensor | Non
     rows = [] if residual is None else [residual.transpose(1, 2)[where]]
     packed = layer(input.transpose(1, 2)[where], *rows)
     y = packed.new_zeros(n, length, packed.shape[1])
-    return y.index_put(where, packed).transpose(1, 2)
+    return y.index_put_(where, packed).transpose(1, 2)  # in place: nobody else has y

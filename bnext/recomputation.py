@@ -164,10 +164,10 @@ class Recomputation:
         param: float,
     ) -> _Recipe | None:
         """None where it would have to keep a tensor of that size that nobody keeps, or be too long."""
-        parameters = [t.data_ptr() for t in (weight, bias) if t is not None]
+        others = [t for t in (input, weight, bias, residual) if t is not None]
         x = next((value for t, value in saved if _same(t, input)), None)
         statistics = [
-            value for t, value in saved if t.dim() == 1 and t.is_floating_point() and t.data_ptr() not in parameters
+            value for t, value in saved if t.is_floating_point() and not any(_same(t, other) for other in others)
         ]
         if x is None or len(statistics) != 2:
             return None

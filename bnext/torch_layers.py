@@ -60,31 +60,7 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = self.running_var if track else None
         counter = self.num_batches_tracked if training and self.track_running_stats else None
         by_batch = training or (mean is None and var is None)
-        size = self.ghost_batch_size
-        if size is not None:  # on its own, for TorchScript # noqa: SIM102
-            if by_batch and input.size(0) > size:
-                return self._ghost_batches(size, input, mean, var, counter, residual)
         return self._batch_norm(input, mean, var, counter, residual, by_batch)
-
-    def _ghost_batches(
-        self,
-        size: int,
-        input: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        counter: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:
-        inputs = torch.tensor_split(input, (input.size(0) + size - 1) // size)
-        outputs: list[Tensor] = []
-        if residual is None:
-            for x in inputs:
-                outputs.append(self._batch_norm(x, mean, var, counter, None, True))
-        else:
-            residuals = torch.tensor_split(residual.expand_as(input), len(inputs))
-            for x, r in zip(inputs, residuals):  # noqa: B905 # TorchScript knows no strict
-                outputs.append(self._batch_norm(x, mean, var, counter, r, True))
-        return torch.cat(outputs)
 
     def _batch_norm(
         self,
@@ -121,6 +97,7 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
             "none" if self.activation is None else self.activation,
             0.0 if self.activation_param is None else self.activation_param,
             self.unbiased,
+            self.ghost_batch_size,
         )
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnext import activation as activations
+from bnext import aten
 
 __all__ = ["batch_norm"]
 
@@ -41,8 +42,19 @@ def batch_norm(
     activation: str,
     activation_param: float,
     unbiased: bool,
+    ghost_batch_size: int | None,
 ) -> Tensor:
     """`bnext.functional.batch_norm` in the arguments of the operator."""
+    if training and ghost_batch_size is not None:
+        parts = aten.ghost_batches(input, ghost_batch_size)
+        residuals = [None] * len(parts) if residual is None else residual.expand_as(input).tensor_split(len(parts))
+        statistics = running_mean, running_var, num_batches_tracked
+
+        def of_part(part: Tensor, r: Tensor | None) -> Tensor:
+            first = part, weight, bias, *statistics, r
+            return batch_norm(*first, training, momentum, eps, activation, activation_param, unbiased, None)
+
+        return torch.cat([of_part(*pair) for pair in zip(parts, residuals, strict=True)])
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
     given = (None, None) if training else (running_mean, running_var)

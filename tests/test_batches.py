@@ -1,85 +1,13 @@
-"""Statistics of less than a batch, and by another convention: ghost batches, padded batches, Keras'."""
+"""Statistics of less than a batch, and by another convention: padded batches, Keras'."""
 
 import pickle
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import forward_ad as fwAD
 
 import bnext
 from bnext import reference
-
-
-def layers(**options):
-    """One of ours in double, and its parameters and buffers as they are at first."""
-    layer = bnext.BatchNorm2d(3, **options).double()
-    with torch.no_grad():
-        for t in (layer.weight, layer.bias, layer.running_mean):
-            t.normal_()
-    return layer
-
-
-# ---- ghost batches
-
-
-@pytest.mark.parametrize(("examples", "sizes"), [(8, [4, 4]), (9, [3, 3, 3]), (10, [4, 3, 3]), (4, [4]), (2, [2])])
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_ghost_batches_are_batches_of_their_own(device, examples, sizes, format):
-    ghost = layers(activation="relu", ghost_batch_size=4).to(device)
-    plain = layers(activation="relu").to(device)
-    plain.load_state_dict(ghost.state_dict())
-    x, r = (t.to(device, memory_format=format) for t in torch.randn(2, examples, 3, 5, 4).double())
-    inputs = [[t.clone().requires_grad_() for t in (x, r)] for _ in range(2)]
-    y = ghost(*inputs[0])
-    parts = zip(*(t.split(sizes) for t in inputs[1]), strict=True)
-    expected = torch.cat([plain(*part) for part in parts])
-    assert torch.equal(y, expected) and y.is_contiguous(memory_format=format)
-    assert ghost.num_batches_tracked == len(sizes)
-    for name, t in ghost.named_buffers():
-        assert torch.equal(t, plain.get_buffer(name))
-    dy = torch.randn_like(y)
-    for a, b in zip(
-        torch.autograd.grad(y, [*inputs[0], *ghost.parameters()], dy),
-        torch.autograd.grad(expected, [*inputs[1], *plain.parameters()], dy),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
-    assert torch.equal(ghost.eval()(x, r), plain.eval()(x, r))  # evaluation knows no parts
-
-
-def test_ghost_batches_against_the_definition():
-    layer = layers(ghost_batch_size=3, decay=0.75)
-    x = torch.randn(6, 3, 2, 2).double()
-    running = [layer.running_mean.clone(), layer.running_var.clone()]
-    y = layer(x)
-    for part, result in zip(x.split(3), y.split(3), strict=True):
-        exact = reference.forward(part, layer.weight, layer.bias, *running, momentum=0.25, unbiased=False)
-        torch.testing.assert_close(result, exact.y)
-        running = [exact.running_mean, exact.running_var]
-    torch.testing.assert_close([layer.running_mean, layer.running_var], running)
-
-
-def test_ghost_batches_everywhere_else():
-    x = torch.randn(7, 3, 4, 4)
-    layer = bnext.BatchNorm2d(3, ghost_batch_size=4, activation="silu")
-    assert "ghost_batch_size=4" in repr(layer)
-    copies = [pickle.loads(pickle.dumps(layer)) for _ in range(3)]
-    bnext.revert(copies[1])
-    copies[2] = torch.jit.script(bnext.revert(copies[2]))
-    y = layer(x, x)
-    for copy in copies:
-        torch.testing.assert_close(copy(x, x), y)
-        torch.testing.assert_close(copy.running_var, layer.running_var)
-        assert copy.num_batches_tracked == 2
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, x), y)
-    for wrong in (0, 2.5, "4"):
-        with pytest.raises(ValueError, match="ghost_batch_size should be None or a positive integer"):
-            bnext.BatchNorm2d(3, ghost_batch_size=wrong)
-    with pytest.raises(ValueError, match="ghost_batch_size"):
-        bnext.convert_sync_batchnorm(nn.Sequential(layer))
-
 
 # ---- padded batches
 

@@ -30,6 +30,7 @@ struct Settings {
   std::string_view activation;
   double activation_param;
   bool unbiased;
+  std::optional<int64_t> ghost_batch_size;
 };
 
 // y, mean, invstd, mask. `save`: for a backward; `save_mask`: what an activation keeps as bits.
@@ -40,10 +41,10 @@ Four run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTe
     static const auto op =
         find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-                     std::string_view, double, bool, bool)>("bnext::batch_norm_forward");
+                     std::string_view, double, bool, bool, std::optional<int64_t>)>("bnext::batch_norm_forward");
     return op.call(x, weight, bias, settings.running_mean, settings.running_var, settings.num_batches_tracked, residual,
                    settings.momentum, settings.eps, settings.activation, settings.activation_param, save_mask,
-                   settings.unbiased);
+                   settings.unbiased, settings.ghost_batch_size);
   }
   static const auto op =
       find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
@@ -191,7 +192,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
                   std::optional<double> momentum, double eps, std::string_view activation, double activation_param,
-                  bool unbiased) {
+                  bool unbiased, std::optional<int64_t> ghost_batch_size) {
+  check_ghost_batch_size(ghost_batch_size);  // in evaluation, too
   check_dense("input", input);
   check_dense("residual", residual);
   TORCH_CHECK(training || given(running_mean), "running_mean must be defined in evaluation mode");
@@ -199,7 +201,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   TORCH_CHECK(!tracked(running_mean) && !tracked(running_var),
               "running_mean and running_var cannot require gradients: batch_norm has none for them");
   const Settings settings = {running_mean, running_var, num_batches_tracked, training, momentum,
-                             eps,          activation,  activation_param,    unbiased};
+                             eps,          activation,  activation_param,    unbiased, ghost_batch_size};
   if (tracked(input) || tracked(weight) || tracked(bias) || tracked(residual)) {
     // The operators run below autograd, where the profiler has no sequence number to link a backward to its forward by.
     at::RecordFunction record(at::RecordScope::FUNCTION);

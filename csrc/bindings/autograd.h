@@ -9,6 +9,6 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
                   std::optional<double> momentum, double eps, std::string_view activation, double activation_param,
-                  bool unbiased);
+                  bool unbiased, std::optional<int64_t> ghost_batch_size);
 
 }  // namespace bnext

@@ -3,6 +3,7 @@
 //   executes     false: shapes only (Meta); nothing is filled in, nothing runs
 //   Int          its type for a number that may be symbolic
 //   stats, normalize, forward (const BatchNormForwardParams&, const Tensor& x)
+//   check_forward, which raises what `forward` would, of a shape, before it runs (likewise)
 //   backward_reduce, backward_input, backward (const BatchNormBackwardParams&, const Tensor& x)
 //   merge (const BatchNormMergeParams&, const Tensor& stats)
 //
@@ -20,7 +21,7 @@
 #include "../core/merge.h"
 #include "checks.h"
 #include "kernels_run.h"
-#include "layout.h"
+#include "parts.h"
 
 namespace bnext {
 
@@ -40,9 +41,8 @@ inline Tensor channel_vector(const Tensor& x, at::ScalarType dtype) {
 
 inline Tensor statistic(const Tensor& x) { return channel_vector(x, acc_type_of(x)); }
 
-inline Tensor kept_mask(const Tensor& x, bool wanted) {
-  const c10::SymInt bytes = wanted ? (x.sym_numel() + 7) / 8 : c10::SymInt(0);
-  return at::empty_symint({bytes}, x.options().dtype(at::kByte));
+inline Tensor kept_mask(const Tensor& x, const Parts& parts, bool wanted) {
+  return at::empty_symint({wanted ? parts.mask_bytes() : c10::SymInt(0)}, x.options().dtype(at::kByte));
 }
 
 template <class... Tensors>
@@ -195,40 +195,42 @@ struct BatchNormOps {
     // Validate.
     const Activation act = parse_activation(activation, param);
     check_input(x);
-    check_statistic("mean", mean, x);
-    check_statistic("invstd", invstd, x);
+    check_statistics(mean, invstd, x);
     check_parameters(x, weight, bias);
     if (given(residual)) check_like("residual", *residual, x);
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
+    const Parts parts = Parts::of_rows(x, mean);
     const Apply apply(x, weight, bias, residual);
     const Tensor mean_d = mean.contiguous(), invstd_d = invstd.contiguous();
 
     // Allocate.
     Tensor y = at::empty_like(apply.x, apply.format);
-    Tensor mask = kept_mask(x, save_mask && kept_of(act) == Kept::bit);
+    Tensor mask = kept_mask(x, parts, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
       BatchNormForwardParams p = apply.params(act, param, y, mask);
       p.mean = mean_d.data_ptr();
       p.invstd = invstd_d.data_ptr();
-      if (p.shape.numel() != 0) run(Backend::normalize, p, apply.x);
+      if (p.shape.numel() != 0) run(Backend::normalize, parts, p, apply, y);
     }
     return {y, mask};
   }
 
-  // Training: the batch's own statistics, and their step into the running ones.
+  // Training: the batch's own statistics, and their step into the running ones. With a `ghost_batch_size`, those of
+  // each ghost batch.
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
       std::optional<double> momentum, double eps, std::string_view activation, double param, bool save_mask,
-      bool unbiased) {
+      bool unbiased, std::optional<int64_t> ghost_batch_size) {
     // Validate.
     const Activation act = parse_activation(activation, param);
     check_training(x, weight, bias, running_mean, running_var, num_batches_tracked, residual, momentum, eps);
-    check_batch(x);
+    const Parts parts = Parts::of_size(x, ghost_batch_size);
+    check_batch(x, parts.least_examples());
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
@@ -236,8 +238,8 @@ struct BatchNormOps {
 
     // Allocate.
     Tensor y = at::empty_like(apply.x, apply.format);
-    Tensor mean = statistic(x), invstd = statistic(x);
-    Tensor mask = kept_mask(x, save_mask && kept_of(act) == Kept::bit);
+    Tensor mean = parts.statistic(x), invstd = parts.statistic(x);
+    Tensor mask = kept_mask(x, parts, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -255,9 +257,14 @@ struct BatchNormOps {
       p.eps = eps;
       if (p.shape.numel() == 0) {
         zero(mean, invstd);
-        if (given(num_batches_tracked)) num_batches_tracked->add_(1);
+        if (given(num_batches_tracked)) num_batches_tracked->add_(parts.count().expect_int());
       } else {
-        run(Backend::forward, p, apply.x);
+        if (parts.count() > 1) {  // nothing changes where the plan that is forced cannot be that of a later part
+          BatchNormForwardParams last = p;
+          last.shape = shape_of(apply.x, parts.least_examples().expect_int(), apply.format);
+          Backend::check_forward(last, apply.x);
+        }
+        run(Backend::forward, parts, p, apply, y);
         running_mean_d.write_back();
         running_var_d.write_back();
       }
@@ -288,7 +295,7 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = at::empty_like(apply.x, apply.format);
     Tensor mean = save ? statistic(x) : nothing(x), invstd = save ? statistic(x) : nothing(x);
-    Tensor mask = kept_mask(x, save_mask && kept_of(act) == Kept::bit);
+    Tensor mask = kept_mask(x, Parts::whole(x), save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -315,6 +322,7 @@ struct BatchNormOps {
     // Validate.
     const Activation act = parse_activation(activation, param);
     check_backward(dy, x, mean, invstd, weight, bias, mask, residual, act);
+    check_statistic("mean", mean, x);  // not a row for each ghost batch
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
@@ -352,6 +360,7 @@ struct BatchNormOps {
     // Validate.
     const Activation act = parse_activation(activation, param);
     check_backward(dy, x, mean, invstd, weight, bias, mask, residual, act);
+    check_statistic("mean", mean, x);  // not a row for each ghost batch
     check_statistic("sum_dy", sum_dy, x);
     check_statistic("sum_dy_xmu", sum_dy_xmu, x);
 
@@ -378,6 +387,7 @@ struct BatchNormOps {
     return {dx, dresidual};
   }
 
+  // Where mean and invstd have a row for each ghost batch, dx goes by each, and dweight and dbias are sums over them.
   // `needs` asks for (dx, dweight, dbias, dresidual). dresidual takes a mask or the residual; without an activation it
   // would be dy. x may be missing where only dx is asked for, training is false, and there is no activation.
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x,
@@ -398,6 +408,7 @@ struct BatchNormOps {
 
     // Choose the layout.
     const c10::DeviceGuard guard(like.device());
+    const Parts parts = Parts::of_rows(like, mean);
     const Gradient gradient(dy, like, mean, invstd, weight, bias, mask, residual);
 
     // Allocate.
@@ -415,7 +426,8 @@ struct BatchNormOps {
       p.dbias = data(dbias);
       p.dx = data(dx);
       p.dresidual = data(dresidual);
-      const Tensor sums = reduces ? at::empty({2, like.size(1)}, mean.options()) : Tensor();
+      const int64_t batches = parts.count().expect_int();
+      const Tensor sums = reduces ? at::empty({2, batches, like.size(1)}, mean.options()) : Tensor();
       if (reduces) {
         p.sum_dy = data(sums);
         p.sum_dy_xmu = static_cast<char*>(p.sum_dy) + sums.nbytes() / 2;
@@ -423,7 +435,13 @@ struct BatchNormOps {
       if (p.shape.numel() == 0) {
         zero(dweight, dbias);
       } else if (reduces || need_dx || need_dresidual) {
-        run(Backend::backward, p, gradient.dy);
+        run(Backend::backward, parts, p, gradient, dx, dresidual);
+        if (batches > 1 && (need_dweight || need_dbias)) {  // so far they are those of the last ghost batch
+          sums.select(0, 1).mul_(gradient.invstd);
+          const Tensor total = pairwise_sum(sums, /*dim=*/1);
+          if (need_dbias) dbias.view(-1).copy_(total.select(0, 0));
+          if (need_dweight) dweight.view(-1).copy_(total.select(0, 1));
+        }
       }
     }
     return {dx, dweight, dbias, dresidual};
@@ -434,6 +452,25 @@ struct BatchNormOps {
   static void run(const Stage& stage, const Params& p, const Tensor& x) {
     stage(p, x);
     kernels_run.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  // Runs an elementwise stage on each part, with p of the whole batch, and counts it once.
+  template <class Stage, class Params, class Operands, class... Outputs>
+  static void run(const Stage& stage, const Parts& parts, const Params& p, const Operands& operands,
+                  const Outputs&... outputs) {
+    if (parts.count() == 1) return run(stage, p, operands.x);
+    parts.for_each([&](const Part& part) {
+      Window window(part, operands.x.itemsize());
+      stage(operands.of_part(p, part, window, outputs...), operands.x);
+      window.write_back();
+    });
+    kernels_run.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  // How many bytes of statistics are before the part's row.
+  template <class Params>
+  static int64_t before_row(const Params& p, const Part& part) {
+    return part.index * p.shape.c * acc_size_of(p.dtype);
   }
 
   static BatchNormForwardParams forward_params(const Tensor& x, at::MemoryFormat format, const OptionalTensor& weight,
@@ -471,6 +508,18 @@ struct BatchNormOps {
       p.mask = static_cast<uint8_t*>(data(mask));
       return p;
     }
+
+    BatchNormForwardParams of_part(BatchNormForwardParams p, const Part& part, Window& window, const Tensor& y) const {
+      const int64_t row = before_row(p, part);
+      p.shape = shape_of(x, part.examples, format);
+      p.x = window.read(p.x, x);
+      p.residual = window.read(p.residual, residual);
+      p.y = window.write(p.y, y);
+      p.mean = advanced(p.mean, row);
+      p.invstd = advanced(p.invstd, row);
+      if (p.mask != nullptr) p.mask += part.mask_offset;
+      return p;
+    }
   };
 
   static void check_backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd,
@@ -478,10 +527,9 @@ struct BatchNormOps {
                              const OptionalTensor& residual, Activation activation) {
     check_input(x);
     check_like("dy", dy, x);
-    check_statistic("mean", mean, x);
-    check_statistic("invstd", invstd, x);
+    check_statistics(mean, invstd, x);
     check_parameters(x, weight, bias);
-    check_kept(mask, residual, activation, x);
+    check_kept(mask, residual, activation, x, Parts::of_rows(x, mean).mask_bytes());
   }
 
   // The operands of a backward, all in the layout of x.
@@ -518,6 +566,24 @@ struct BatchNormOps {
       p.mean = mean.const_data_ptr();
       p.invstd = invstd.const_data_ptr();
       p.count = p.shape.per_channel();
+      return p;
+    }
+
+    BatchNormBackwardParams of_part(BatchNormBackwardParams p, const Part& part, Window& window, const Tensor& dx,
+                                    const Tensor& dresidual) const {
+      const int64_t row = before_row(p, part);
+      p.shape = shape_of(x, part.examples, format);
+      p.count = p.shape.per_channel();
+      p.dy = window.read(p.dy, dy);
+      p.x = window.read(p.x, x);
+      p.residual = window.read(p.residual, residual);
+      if (p.mask != nullptr) p.mask += part.mask_offset;
+      p.mean = advanced(p.mean, row);
+      p.invstd = advanced(p.invstd, row);
+      p.sum_dy = advanced(p.sum_dy, row);
+      p.sum_dy_xmu = advanced(p.sum_dy_xmu, row);
+      p.dx = window.write(p.dx, dx);
+      p.dresidual = window.write(p.dresidual, dresidual);
       return p;
     }
   };

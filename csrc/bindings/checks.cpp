@@ -47,6 +47,12 @@ void check_vector(const char* name, const Tensor& t, const Tensor& x) {
               name_of(t.scalar_type()));
 }
 
+void check_statistic_type(const char* name, const Tensor& t, const Tensor& x) {
+  check_device(name, t, x);
+  TORCH_CHECK(t.scalar_type() == acc_type_of(x), name, " should be ", name_of(acc_type_of(x)), " for an input of ",
+              name_of(x.scalar_type()), ", not ", name_of(t.scalar_type()));
+}
+
 void check_same_dtype(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
   TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " should have the dtype of ", other_name, ", ",
               name_of(other.scalar_type()), ", not ", name_of(t.scalar_type()));
@@ -92,12 +98,16 @@ void check_input(const Tensor& x) {
   to_dtype("input", x.scalar_type());
 }
 
-void check_batch(const Tensor& x) {
-  c10::SymInt per_channel = x.sym_size(0);
+void check_batch(const Tensor& x, const c10::SymInt& examples) {
+  c10::SymInt per_channel = examples;
   for (int64_t d = 2; d < x.dim(); ++d) per_channel *= x.sym_size(d);
   TORCH_CHECK_VALUE(per_channel != 1,
                     "Expected more than 1 value per channel when training, got input size torch.Size(", x.sym_sizes(),
-                    ")");
+                    ")", examples == x.sym_size(0) ? "" : ", whose smallest ghost batch is of 1 example");
+}
+
+void check_ghost_batch_size(std::optional<int64_t> size) {
+  TORCH_CHECK_VALUE(!size || *size >= 1, "ghost_batch_size should be None or a positive integer, not ", *size);
 }
 
 void check_eps(double eps, bool training) {
@@ -193,13 +203,28 @@ void check_like(const char* name, const Tensor& t, const Tensor& x) {
 
 void check_statistic(const char* name, const Tensor& t, const Tensor& x) {
   check_length(name, t, x);
-  check_device(name, t, x);
-  TORCH_CHECK(t.scalar_type() == acc_type_of(x), name, " should be ", name_of(acc_type_of(x)), " for an input of ",
-              name_of(x.scalar_type()), ", not ", name_of(t.scalar_type()));
+  check_statistic_type(name, t, x);
+}
+
+bool has_rows(const Tensor& t, const Tensor& x) { return t.dim() == 2 && t.sym_size(1) == x.sym_size(1); }
+
+void check_statistics(const Tensor& mean, const Tensor& invstd, const Tensor& x) {
+  if (!has_rows(mean, x)) {
+    check_statistic("mean", mean, x);
+    return check_statistic("invstd", invstd, x);
+  }
+  const c10::SymInt rows = mean.sym_size(0);
+  TORCH_CHECK((rows >= 1 && rows <= x.sym_size(0)) || rows == 1,
+              "mean should have a row for each ghost batch, of which an input of ", x.sym_size(0),
+              " examples has 1 or more and at most as many, not ", rows);
+  TORCH_CHECK(invstd.sym_sizes() == mean.sym_sizes(), "invstd should have the shape of mean, ", mean.sym_sizes(),
+              ", not ", invstd.sym_sizes());
+  check_statistic_type("mean", mean, x);
+  check_statistic_type("invstd", invstd, x);
 }
 
 void check_kept(const OptionalTensor& given_mask, const OptionalTensor& residual, Activation activation,
-                const Tensor& x) {
+                const Tensor& x, const c10::SymInt& bytes) {
   if (given(residual)) {
     TORCH_CHECK(activation != Activation::none,
                 "residual is not needed here without an activation: its gradient is dy");
@@ -210,7 +235,6 @@ void check_kept(const OptionalTensor& given_mask, const OptionalTensor& residual
   TORCH_CHECK(kept_of(activation) == Kept::bit, "mask is for an activation that keeps a bit an element, not '",
               name_of(activation), "'");
   const Tensor& mask = *given_mask;
-  const auto bytes = (x.sym_numel() + 7) / 8;
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.sym_numel() == bytes, "mask should be uint8 with ", bytes,
               " elements, not ", name_of(mask.scalar_type()), " with ", mask.sym_numel());
   check_device("mask", mask, x);

@@ -33,8 +33,10 @@ void check_dense(const char* name, const OptionalTensor& t);
 // Rank and dtype.
 void check_input(const Tensor& x);
 
-// torch.nn refuses to take a variance over one value.
-void check_batch(const Tensor& x);
+// torch.nn refuses to take a variance over one value. `examples`: of the smallest ghost batch, or of x.
+void check_batch(const Tensor& x, const c10::SymInt& examples);
+
+void check_ghost_batch_size(std::optional<int64_t> size);
 
 void check_eps(double eps, bool training);
 
@@ -64,8 +66,16 @@ void check_like(const char* name, const Tensor& t, const Tensor& x);
 // A channel vector of statistics: mean, invstd, sums.
 void check_statistic(const char* name, const Tensor& t, const Tensor& x);
 
+// Whether a statistic is (B, C), with a row for each ghost batch, and not a channel vector.
+bool has_rows(const Tensor& t, const Tensor& x);
+
+// mean and invstd: both channel vectors, or both with a row for each ghost batch.
+void check_statistics(const Tensor& mean, const Tensor& invstd, const Tensor& x);
+
 // What the forward over x kept of the activation's argument: the mask of an activation that keeps a bit an element, or
 // the residual, which says the same of any activation.
-void check_kept(const OptionalTensor& mask, const OptionalTensor& residual, Activation activation, const Tensor& x);
+// `mask_bytes`: how many the mask takes.
+void check_kept(const OptionalTensor& mask, const OptionalTensor& residual, Activation activation, const Tensor& x,
+                const c10::SymInt& mask_bytes);
 
 }  // namespace bnext

@@ -23,6 +23,7 @@ struct Cpu {
   static void stats(const BatchNormForwardParams& p, const Tensor&) { cpu::stats(p, parallel_for); }
   static void normalize(const BatchNormForwardParams& p, const Tensor&) { cpu::normalize(p, parallel_for); }
   static void forward(const BatchNormForwardParams& p, const Tensor&) { cpu::forward(p, parallel_for); }
+  static void check_forward(const BatchNormForwardParams&, const Tensor&) {}
   static void merge(const BatchNormMergeParams& p, const Tensor&) {
     TORCH_CHECK_VALUE(cpu::merged_count(p) != 1,
                       "Expected more than 1 value per channel when training, got one from all processes together");

@@ -144,6 +144,9 @@ struct Cuda {
   static void forward(const BatchNormForwardParams& p, const Tensor& x) {
     run("forward", Of::whole, p, x, cuda::launch_batch_norm_forward);
   }
+  static void check_forward(const BatchNormForwardParams& p, const Tensor& x) {
+    plan_of(p, device_of(x.device().index()).properties(), Options::instance().get());
+  }
   // A count of 1 makes running_var NaN: only the device knows it, and the host does not wait.
   static void merge(const BatchNormMergeParams& p, const Tensor& stats) {
     check(cuda::launch_batch_norm_merge(p, c10::cuda::getCurrentCUDAStream(stats.device().index())), "merge");

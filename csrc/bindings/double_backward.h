@@ -44,7 +44,7 @@
 
 #include <array>
 
-#include "layout.h"
+#include "parts.h"
 #include "tensor_math.h"
 
 namespace bnext {
@@ -74,10 +74,9 @@ inline Tensor unpacked_mask(const Saved& saved) {
   return flat.view_symint(sizes).movedim(-1, 1);
 }
 
-// u, v, b, r may each be undefined, and x may be missing where only ddy depends on nothing of it. `needs` asks for
-// (dx, dweight, dbias, dresidual).
-inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const Tensor& u, const Tensor& v,
-                                   const Tensor& b, const Tensor& r, std::array<bool, 4> needs) {
+// Of one batch, with dweight and dbias in the accumulation type.
+inline SecondOrder double_backward_of_batch(const Saved& saved, const Tensor& dy, const Tensor& u, const Tensor& v,
+                                            const Tensor& b, const Tensor& r, std::array<bool, 4> needs) {
   const auto acc = saved.mean.scalar_type();
   std::vector<int64_t> others = {0};
   for (int64_t d = 2; d < dy.dim(); ++d) others.push_back(d);
@@ -138,9 +137,6 @@ inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const T
   if (slope.defined()) dg = through(Operand(dg), Operand(slope));
 
   const auto [need_dx, need_dweight, need_dbias, need_dresidual] = needs;
-  const auto parameter = [&](const Tensor& t, const OptionalTensor& like) {
-    return t.reshape_symint(like->sym_sizes()).to(like->scalar_type());
-  };
   SecondOrder result;
   result.ddy = dg.to(dy.scalar_type());
   if (need_dx && h.defined()) {
@@ -152,10 +148,62 @@ inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const T
     Tensor dweight = at::zeros_like(s);
     if (u.defined()) dweight = dweight + s * Q;
     if (q.defined()) dweight = dweight + sum(q * xhat);
-    result.dweight = parameter(dweight, saved.weight);
+    result.dweight = dweight;
   }
-  if (need_dbias && q.defined()) result.dbias = parameter(sum(q), saved.bias);
+  if (need_dbias && q.defined()) result.dbias = sum(q);
   if (need_dresidual && q.defined()) result.dresidual = q.to(dy.scalar_type());
+  return result;
+}
+
+// Of ghost batches: by each.
+inline SecondOrder double_backward_of_parts(const Parts& parts, const Saved& saved, const Tensor& dy, const Tensor& u,
+                                            const Tensor& v, const Tensor& b, const Tensor& r,
+                                            std::array<bool, 4> needs) {
+  std::vector<Tensor> ddy, dx, dresidual;
+  SecondOrder result;
+  const auto append = [](std::vector<Tensor>& all, const Tensor& t) {
+    if (t.defined()) all.push_back(t);
+  };
+  const auto add = [](Tensor& sum, const Tensor& t) {
+    if (t.defined()) sum = sum.defined() ? sum + t : t;
+  };
+  parts.for_each([&](const Part& part) {
+    const auto of_part = [&](const Tensor& t) {
+      return t.defined() ? t.narrow(0, part.first, part.examples) : Tensor();
+    };
+    const auto if_given = [&](const OptionalTensor& t) { return given(t) ? OptionalTensor(of_part(*t)) : t; };
+    Saved own = saved;
+    own.x = if_given(saved.x);
+    own.residual = if_given(saved.residual);
+    own.mean = saved.mean.select(0, part.index);
+    own.invstd = saved.invstd.select(0, part.index);
+    if (given(saved.mask)) own.mask = saved.mask->narrow(0, part.mask_offset, part.mask_bytes);
+    const SecondOrder one = double_backward_of_batch(own, of_part(dy), of_part(u), v, b, of_part(r), needs);
+    append(ddy, one.ddy);
+    append(dx, one.dx);
+    append(dresidual, one.dresidual);
+    add(result.dweight, one.dweight);
+    add(result.dbias, one.dbias);
+  });
+  const auto joined = [](const std::vector<Tensor>& all) { return all.empty() ? Tensor() : at::cat(all); };
+  result.ddy = joined(ddy);
+  result.dx = joined(dx);
+  result.dresidual = joined(dresidual);
+  return result;
+}
+
+// u, v, b, r may each be undefined, and x may be missing where only ddy depends on nothing of it. `needs` asks for
+// (dx, dweight, dbias, dresidual).
+inline SecondOrder double_backward(const Saved& saved, const Tensor& dy, const Tensor& u, const Tensor& v,
+                                   const Tensor& b, const Tensor& r, std::array<bool, 4> needs) {
+  const Parts parts = Parts::of_rows(dy, saved.mean);
+  SecondOrder result = parts.count() == 1 ? double_backward_of_batch(saved, dy, u, v, b, r, needs)
+                                          : double_backward_of_parts(parts, saved, dy, u, v, b, r, needs);
+  const auto like = [](Tensor& t, const OptionalTensor& parameter) {
+    if (t.defined()) t = t.reshape_symint(parameter->sym_sizes()).to(parameter->scalar_type());
+  };
+  like(result.dweight, saved.weight);
+  like(result.dbias, saved.bias);
   return result;
 }
 

@@ -153,7 +153,7 @@ Three run(const Forward& f, bool save) {
     static const auto op = find_op<decltype(Ops::forward)>("bnext::batch_norm_forward");
     auto [y, mean, invstd, mask] =
         op.call(f.input, f.weight, f.bias, unversioned(f.running_mean), unversioned(f.running_var), {}, {}, f.momentum,
-                f.eps, "none", 0, false, true);
+                f.eps, "none", 0, false, true, {});
     return {y, mean, invstd};
   }
   static const auto op = find_op<decltype(Ops::forward_eval)>("bnext::batch_norm_forward_eval");

@@ -19,10 +19,10 @@ Tensor batch_norm_if_possible(const Tensor& input, const OptionalTensor& weight,
                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
                               const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool training,
                               std::optional<double> momentum, double eps, std::string_view activation,
-                              double activation_param, bool unbiased) {
+                              double activation_param, bool unbiased, std::optional<int64_t> ghost_batch_size) {
   if (obstacle(input, weight, bias, running_mean, running_var, num_batches_tracked, residual)) return {};
   return batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, training, momentum,
-                    eps, activation, activation_param, unbiased);
+                    eps, activation, activation_param, unbiased, ghost_batch_size);
 }
 
 }  // namespace
@@ -34,7 +34,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm_if_possible", torch::wrap_pybind_function_no_gil(&batch_norm_if_possible), any("input"),
         any("weight"), any("bias"), any("running_mean"), any("running_var"), any("num_batches_tracked"),
         any("residual"), training, any("momentum"), any("eps"), any("activation"), any("activation_param"),
-        any("unbiased"));
+        any("unbiased"), any("ghost_batch_size"));
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
   m.def("obstacle", torch::wrap_pybind_function(&obstacle));
   m.def("set_enabled", torch::wrap_pybind_function(&set_enabled));
