@@ -640,7 +640,9 @@ class Run {
 };
 
 std::string describe(const cuda::Plan& plan, bool whole) {
-  if (!whole) return "two_pass";
+  const int shares = plan.reduce.merge_shares;
+  const std::string two_pass = shares > 1 ? say("two_pass/%d", shares) : "two_pass";
+  if (!whole) return two_pass;
   switch (plan.kind) {
     case cuda::PlanKind::resident: {
       const cuda::Partition& pass = plan.resident;
@@ -649,7 +651,7 @@ std::string describe(const cuda::Plan& plan, bool whole) {
       return say("resident/%d/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds), pass.buffers);
     }
     case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));
-    default: return "two_pass";
+    default: return two_pass;
   }
 }
 

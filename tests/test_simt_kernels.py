@@ -50,6 +50,10 @@ LARGE = [
     (1300, 56, 1),
 ]
 
+# Partial results of so many blocks that several of them share their merge: of a tile, and, with channels that are no whole
+# vectors, of all tiles.
+SHARED_MERGES = [("f32", (6000, 64, 1)), ("f64", (2500, 67, 1))]
+
 # Matrices whose tiles of columns take several blocks, and several rounds of them where the device has little
 # shared memory; the last has fewer tile_vecs in its last tile.
 TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
@@ -150,6 +154,8 @@ def cases(op):
     else:
         out += [case(rng, op, *where, rng.choice(LARGE)) for where in grid for _ in range(2)]
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
+    for dtype, shape in SHARED_MERGES:
+        out.append(case(rng, op, dtype, "interleaved", shape, plan="two_pass", shared=0, sms=132, cc=0))
     # What the numerics contract names, each on its own.
     for where in grid:
         out.append(case(rng, op, *where, (6, 5, 36), data="constant", act="none", residual=False))
@@ -193,6 +199,8 @@ def test_kernels(op, mode):
     assert len(printed) == len(lines)
     if op in ("forward", "backward"):
         plans_that_ran(printed)
+    if op in ("stats", "forward", "backward_reduce", "backward"):
+        assert sum(": ok two_pass/" in text for text in printed) >= 2, "merges that several blocks share"
 
 
 def plans_that_ran(printed):

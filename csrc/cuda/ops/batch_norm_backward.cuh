@@ -192,9 +192,10 @@ struct BatchNormBackward {
   __device__ __forceinline__ static void load_coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
                                                            const Channels<WIDTH>& channels) {
     A sum_dy[WIDTH], sum_dy_xmu[WIDTH];
-    // In evaluation mode nobody wrote the sums, although there may be memory for them.
-    load_parameters<A>(sum_dy, p.training ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
-    load_parameters<A>(sum_dy_xmu, p.training ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
+    // Without a dx, or in evaluation mode, nobody wrote the sums, although there may be memory for them.
+    const bool summed = p.training && p.dx;
+    load_parameters<A>(sum_dy, summed ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
+    load_parameters<A>(sum_dy_xmu, summed ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
     Summary sums[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; ++e) sums[e] = {sum_dy[e], sum_dy_xmu[e]};
