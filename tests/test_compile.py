@@ -65,6 +65,29 @@ def test_inductor(device, momentum):
     check_compiled(device, "inductor", momentum)
 
 
+def test_eps_is_read_when_it_is_called(device):
+    torch._dynamo.reset()
+    layer = bnext.BatchNorm2d(3, activation="relu", device=device).eval()
+    x = torch.randn(4, 3, 5, 5, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for eps in (1e-5, 0.5, 2.0):
+        layer.eps = eps
+        torch.testing.assert_close(compiled(x), (x * (1 + eps) ** -0.5).relu())
+
+
+def test_eps_assigned_while_traced(device):
+    torch._dynamo.reset()
+    layer = bnext.BatchNorm2d(3, device=device).eval()
+    x = torch.randn(4, 3, 5, 5, device=device)
+
+    def f(x):
+        layer.eps = 0.5
+        return layer(x) + layer.eps
+
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x * 1.5**-0.5 + 0.5)
+    assert vars(layer)["eps"] == 0.5
+
+
 def test_function_in_a_graph(device):
     torch._dynamo.reset()
     x = torch.randn(4, 3, 5, device=device)

@@ -104,6 +104,19 @@ def test_copies_behave_alike(ours, theirs):
 
 
 @pairs
+def test_eps_is_kept_where_torch_keeps_it(ours, theirs):
+    m, existing, restored = ours(3, eps=0.5, activation="relu"), theirs(3, eps=0.5), ours.__new__(ours)
+    existing.__class__ = ours
+    restored.__setstate__(vars(m).copy())
+    synchronised = bnext.convert_sync_batchnorm(nn.Sequential(m))[0]
+    for layer in (m, existing, restored, copy.deepcopy(m), pickle.loads(pickle.dumps(m)), synchronised):
+        assert layer.eps == vars(layer)["eps"] == 0.5
+        layer.eps = 0.25
+        assert layer.eps == vars(layer)["eps"] == 0.25
+    assert vars(bnext.revert(m)).keys() >= vars(theirs(3)).keys() and vars(m)["eps"] == 0.25
+
+
+@pairs
 def test_assigned_to_an_existing_layer(ours, theirs):
     m = theirs(3)
     m.__class__ = ours
