@@ -48,8 +48,8 @@ def extension():
     )
 
 
-# pip --no-build-isolation does not look at what pyproject.toml requires, and environments of Python before 3.12 begin with
-# an older one.
+# pip --no-build-isolation does not look at what pyproject.toml requires, and environments of Python before 3.12 begin
+# with an older one.
 if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
     sys.exit(
         f"bnext needs setuptools {SETUPTOOLS} or later to be built, and there is {setuptools.__version__}: "
