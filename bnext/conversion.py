@@ -89,6 +89,8 @@ def _own_behaviour(layer: nn.Module, base: type[nn.Module]) -> str:
     if nn.utils.parametrize.is_parametrized(layer):
         return "it is parametrized: convert the model before that"
     kind = type(layer)
+    if any(c.__module__.startswith("torch.distributed.fsdp") for c in kind.__mro__):
+        return "fully_shard has changed its class: convert the model before that"
     changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
     return f"{spelled(kind)} has its own {', '.join(changed)}" if changed else ""
 

@@ -113,6 +113,16 @@ def test_export_of_an_evaluating_model(device, strict):
     assert any(name.startswith("aten.") for name in targets) and not any("bnext" in name for name in targets)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_draft_export(device, training):
+    m = Block(device=device).train(training)
+    x = torch.randn(2, 4, 6, 5, device=device)
+    program = torch.export.draft_export(m, (x,))
+    assert program._report.successful(), program._report
+    torch.testing.assert_close(program.module()(x), m(x))
+    assert not any("bnext" in str(node.target) for node in program.graph.nodes)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_jit_trace(device, training):

@@ -124,6 +124,20 @@ def test_assigned_to_an_existing_layer(ours, theirs):
     torch.testing.assert_close(m(x), theirs(3)(x))
 
 
+def test_data_parallel():
+    """On the CPU it calls the model; on GPUs it makes such replicas, whose parameters are plain attributes."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), bnext.BatchNorm2d(4, eps=0.5, activation="relu"))
+    x = torch.randn(2, 3, 6, 6)
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(nn.DataParallel(copy.deepcopy(model))(x), expected)
+    layer = model[1]
+    replica = layer._replicate_for_data_parallel()
+    for key, value in (*layer.named_parameters(), *layer.named_buffers()):
+        setattr(replica, key, value.clone())
+    torch.testing.assert_close(replica(model[0](x)), expected)
+    assert layer.num_batches_tracked == 0 and replica.eps == 0.5
+
+
 def test_buffers_follow_the_module(device):
     m = bnext.BatchNorm2d(3).to(device).double()
     m(torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device))
