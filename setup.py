@@ -9,7 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+
+SETUPTOOLS = 77  # the first that reads pyproject.toml
 
 
 def load_toolchain():
@@ -46,9 +48,16 @@ def extension():
     )
 
 
+# pip --no-build-isolation does not look at what pyproject.toml requires, and environments of Python before 3.12 begin
+# with an older one.
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+    sys.exit(
+        f"bnext needs setuptools {SETUPTOOLS} or later to be built, and there is {setuptools.__version__}: "
+        f"{sys.executable} -m pip install --upgrade 'setuptools>={SETUPTOOLS}'"
+    )
 if os.environ.get("BNEXT_BUILD") == "jit":
-    setup()
+    setuptools.setup()
 else:
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+    setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

@@ -63,7 +63,7 @@ if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3])
     from bnext import activation, cuda, functional, keras, nn, ops, reference, switch, sync
     from bnext.activation import Activation
     from bnext.checkpointing import hold_statistics, update_once
-    from bnext.conversion import convert, revert
+    from bnext.conversion import convert, convert_sync_batchnorm, revert
     from bnext.explanation import explain
     from bnext.footprint import memory
     from bnext.fusion import fuse
@@ -79,4 +79,4 @@ if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3])
     from bnext.recomputation import recompute
     from bnext.statistics import freeze, unfreeze, update_statistics
     from bnext.switch import disable, enable, is_enabled, kernels_run
-    from bnext.sync import SyncBatchNorm, convert_sync_batchnorm
+    from bnext.sync import SyncBatchNorm

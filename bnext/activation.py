@@ -9,7 +9,6 @@ Adding one takes a row and a line of `apply` here, and an entry, with its deriva
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -39,6 +38,8 @@ _TABLE = {
 NAMES = tuple(name for name in _TABLE if name != "none")
 
 _BY_NAME = {None: ("none", 0.0)} | {name: (name, _TABLE[name].default) for name in NAMES}
+#: The attributes of an activation as it is made by default.
+_USUAL = {name: dict(vars(row.module())) for name, row in _TABLE.items()}
 _BY_CLASS = {row.module: name for name, row in _TABLE.items()}
 _BY_OBJECT = _BY_CLASS | {f: name for name, row in _TABLE.items() for f in row.functions}
 
@@ -135,7 +136,7 @@ def _find(activation: Activation) -> tuple[str, float]:
     elif isinstance(activation, nn.Module):
         if type(activation) in _BY_CLASS:
             name = _BY_CLASS[type(activation)]
-            return name, _parameter_of(activation, _TABLE[name])
+            return name, _parameter_of(activation, name)
     elif callable(activation) and activation.__hash__ is not None and activation in _BY_OBJECT:
         name = _BY_OBJECT[activation]
         return name, _TABLE[name].default
@@ -146,19 +147,18 @@ def _find(activation: Activation) -> tuple[str, float]:
     )
 
 
-def _parameter_of(module: nn.Module, row: _Row) -> float:
+def _parameter_of(module: nn.Module, name: str) -> float:
     """Refuses what else the module may do."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise ValueError(f"activation {module!r} has hooks, which would not be called")
-    known = {"training", "inplace", row.parameter}
-    usual = _usual(row.module)  # type: ignore[arg-type]  # mypy takes nn.Module's classes for unhashable
-    for option, value in vars(module).items():
-        if not option.startswith("_") and option not in known and value != usual.get(option):
+    if "forward" in vars(module):
+        raise ValueError(f"activation {module!r} has a forward of its own, which would not be called")
+    row, usual = _TABLE[name], _USUAL[name]
+    # Dynamo of torch 2.11 cannot list a module's attributes; what its class does not know has no part in its forward.
+    for option in usual if torch.compiler.is_compiling() else vars(module):
+        if option.startswith("_") or option in ("training", "inplace", row.parameter):
+            continue
+        value = getattr(module, option)
+        if value != usual.get(option):
             raise ValueError(f"activation {module!r} has {option}={value!r}, where only {usual.get(option)!r} is fused")
     return row.default if row.parameter is None else float(getattr(module, row.parameter))
-
-
-@functools.cache
-def _usual(kind: type[nn.Module]) -> dict[str, Any]:
-    """The attributes of an activation as it is made by default."""
-    return vars(kind())

@@ -1,10 +1,11 @@
-"""Whole models in one line: `convert` to bnext's layers, `revert` to torch's."""
+"""Whole models in one line: `convert` to bnext's layers, `convert_sync_batchnorm` to those over several processes, and
+`revert` to torch's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from bnext import torch_layers
 from bnext._extension import extension
 from bnext.sync import SyncBatchNorm
 
-__all__ = ["Report", "convert", "revert"]
+__all__ = ["Report", "convert", "convert_sync_batchnorm", "revert"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,6 +61,9 @@ _OTHERS = {
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__.startswith("torch.nn")}
 _REVERTED = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__ == torch_layers.__name__}
 
+#: Those that `SyncBatchNorm` can stand for: it has no children to call.
+_SYNCHRONISABLE = {*_OURS, *_OURS.values()} - {torch_layers.TorchBatchNormAct2d, layers.BatchNormAct2d}
+
 #: What makes a batch norm compute what it does. A subclass with one of its own is not ours to replace.
 _BEHAVIOUR = ("forward", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
 
@@ -73,15 +77,22 @@ def _class_for(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
         ours = _OURS.get(base) or _OTHERS.get((base.__module__, base.__name__))
         if ours is None:
             continue
-        if nn.utils.parametrize.is_parametrized(layer):
-            return None, "it is parametrized: convert the model before that"
-        changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
-        if changed:
-            return None, f"{spelled(kind)} has its own {', '.join(changed)}"
-        return ours, ""
+        own = _own_behaviour(layer, base)
+        return None if own else ours, own
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return None, f"bnext has no layer for {spelled(kind)}"
     return None, ""
+
+
+def _own_behaviour(layer: nn.Module, base: type[nn.Module]) -> str:
+    """What it does that its class `base` does not, and that another class in place of `base` would lose; or nothing."""
+    if nn.utils.parametrize.is_parametrized(layer):
+        return "it is parametrized: convert the model before that"
+    kind = type(layer)
+    if any(c.__module__.startswith("torch.distributed.fsdp") for c in kind.__mro__):
+        return "fully_shard has changed its class: convert the model before that"
+    changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
+    return f"{spelled(kind)} has its own {', '.join(changed)}" if changed else ""
 
 
 def convert(model: Model, *, inplace: bool = True, strict: bool = False, report: Report | None = None) -> Model:
@@ -123,6 +134,56 @@ def convert(model: Model, *, inplace: bool = True, strict: bool = False, report:
             if isinstance(layer, layers.BatchNormAct2d):
                 layer._find_activation()
     return model
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any | None = None) -> nn.Module:
+    """Replaces every batch norm layer of `module`, torch.nn's and bnext's, by a `SyncBatchNorm`.
+
+    Like `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but nothing is lost: the new layers have the activation, hooks
+    and attributes of the old ones, and take a residual. They share parameters and buffers with them. A layer that the
+    model has in several places stays one layer.
+
+    Args:
+        module: a model, which is changed, or a batch norm layer.
+        process_group: the processes to synchronise with; all of them where it is None.
+
+    Returns:
+        `module`; where it is itself a batch norm layer, the one that replaces it.
+
+    Raises:
+        TypeError: a layer with a forward or another method of its own that decides what a batch norm does, or a
+            parametrization, which the new one would not have; nothing has been changed then.
+        ValueError: a lazy layer before its first batch, or one with `ghost_batch_size`; likewise.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            replaced[layer] = _synchronised(layer, process_group, name)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                replaced.get(parent, parent).add_module(name, replaced[child])
+    return replaced.get(module, module)
+
+
+def _synchronised(layer: nn.Module, process_group: Any | None, name: str) -> SyncBatchNorm:
+    where, kind = f"bnext.convert_sync_batchnorm: {name or 'the layer'}", type(layer)
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        raise ValueError(f"{where}: {spelled(kind)} should have seen a batch before it is converted")
+    if getattr(layer, "ghost_batch_size", None) is not None:
+        raise ValueError(f"{where}: with ghost_batch_size it normalizes parts of a batch, and not several batches")
+    base = next((base for base in kind.__mro__ if base in _SYNCHRONISABLE), nn.modules.batchnorm._BatchNorm)
+    own = _own_behaviour(layer, base)
+    if own:
+        raise TypeError(f"{where}: {own}")
+    new = SyncBatchNorm.__new__(SyncBatchNorm)
+    # All that it has; containers of its own, but for hooks, whose handles go on working.
+    containers = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    new.__dict__.update({key: copy.copy(value) if key in containers else value for key, value in vars(layer).items()})
+    new.process_group = process_group
+    new._name = name or None
+    extension()  # as the constructor does
+    return new
 
 
 def revert(model: Model, *, inplace: bool = True) -> Model:

@@ -70,6 +70,10 @@ class _BatchNorm(_TorchBatchNorm):
 
     __jit_unused_properties__ = ["eps"]  # TorchScript would compile it
 
+    # `__dict__` by another name: Dynamo of torch 2.11 takes `self.__dict__["eps"]` for the property again, without end.
+    # All reads and writes go by it, since Dynamo sees two dictionaries.
+    _instance_dict: dict[str, Any] = torch.nn.Module.__dict__["__dict__"]
+
     def __init__(
         self,
         num_features: int,
@@ -120,7 +124,7 @@ class _BatchNorm(_TorchBatchNorm):
                 self.bias,
                 by_batch,
                 self.momentum,
-                self.__dict__["eps"],
+                self._instance_dict["eps"],
                 activation=self.activation,
                 activation_param=self.activation_param,
                 residual=residual,
@@ -129,21 +133,20 @@ class _BatchNorm(_TorchBatchNorm):
                 ghost_batch_size=self.ghost_batch_size,
             )
 
-    @property
-    def eps(self) -> float:
-        """Added to the variance."""
-        if self.activation is not None and not torch.compiler.is_compiling():
-            _refuse_rebuilding(self, sys._getframe(1))
-        return self.__dict__["eps"]
+    if not TYPE_CHECKING:  # torch.nn declares it as an attribute
 
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value  # where torch.nn has it, and so do pickles
+        @property
+        def eps(self):
+            """Added to the variance."""
+            if self.activation is not None and not torch.compiler.is_compiling():
+                _refuse_rebuilding(self, sys._getframe(1))
+            return self._instance_dict["eps"]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # torch.nn would register a module as a child, where no forward looks for it.
-        if name == "activation":
+        if name == "activation":  # torch.nn would register a module as a child, where no forward looks for it
             self._set_activation(value)
+        elif name == "eps":  # stays where torch.nn has it, and so do pickles
+            self._instance_dict["eps"] = value
         else:
             super().__setattr__(name, value)
 

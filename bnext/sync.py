@@ -17,7 +17,6 @@ torch.distributed.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -33,7 +32,7 @@ from bnext.checkpointing import held
 from bnext.nn import _BatchNorm
 from bnext.recomputation import here
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+__all__ = ["SyncBatchNorm"]
 
 
 class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
@@ -355,64 +354,3 @@ def _failing_by_name(collective: str, settings: _Settings) -> Iterator[None]:
             f"{group.group_name!r} of processes {dist.get_process_group_ranks(group)}; each of them has to call the "
             f"layer as often as the others, with as many channels, and in time: {error}"
         ) from error
-
-
-# ---- conversion
-
-
-def convert_sync_batchnorm(module: nn.Module, process_group: Any | None = None) -> nn.Module:
-    """Replaces every batch norm layer of `module`, torch.nn's and bnext's, by a `SyncBatchNorm`.
-
-    Like `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but nothing is lost: the new layers have the activation, hooks
-    and attributes of the old ones, and take a residual. They share parameters and buffers with them. A layer that the
-    model has in several places stays one layer.
-
-    Args:
-        module: a model, which is changed, or a batch norm layer.
-        process_group: the processes to synchronise with; all of them where it is None.
-
-    Returns:
-        `module`; where it is itself a batch norm layer, the one that replaces it.
-
-    Raises:
-        TypeError: a layer with a forward of its own, or a parametrization, which the new one would not have; nothing
-            has been changed then.
-        ValueError: a lazy layer before its first batch, or one with `ghost_batch_size`; likewise.
-    """
-    replaced: dict[nn.Module, nn.Module] = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            replaced[layer] = _synchronised(layer, process_group, name)
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child in replaced:
-                replaced.get(parent, parent).add_module(name, replaced[child])
-    return replaced.get(module, module)
-
-
-def _synchronised(layer: nn.Module, process_group: Any | None, name: str) -> SyncBatchNorm:
-    where = f"{name or 'module'} is of class {type(layer).__name__}"
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        raise ValueError(f"{where}, which should have seen a batch before it is converted")
-    if getattr(layer, "ghost_batch_size", None) is not None:
-        raise ValueError(f"{where}, with ghost_batch_size: it normalizes parts of a batch, and not several batches")
-    if type(layer).forward not in _FORWARDS:
-        raise TypeError(f"{where}, whose own forward would be lost: it should be that of torch.nn or bnext")
-    if nn.utils.parametrize.is_parametrized(layer):
-        raise TypeError(f"{where}, whose parametrizations would be lost: remove them first")
-    new = SyncBatchNorm.__new__(SyncBatchNorm)
-    # All that it has; containers of its own, but for hooks, whose handles go on working.
-    own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    new.__dict__.update({key: copy.copy(value) if key in own else value for key, value in vars(layer).items()})
-    new.process_group = process_group
-    new._name = name or None
-    extension()  # as the constructor does
-    return new
-
-
-_FORWARDS = {
-    nn.modules.batchnorm._BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
-    _BatchNorm.forward,
-    SyncBatchNorm.forward,
-}

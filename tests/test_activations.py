@@ -489,6 +489,8 @@ LISTED = r"activation should be None, 'relu', 'relu6', 'leaky_relu', 'silu', .*n
         (F.gelu, LISTED + "<built-in"),
         (lambda z: z, LISTED + "<function"),
         (changed(nn.ReLU6(), max_val=5.0), "max_val=5.0, where only 6.0 is fused"),
+        (changed(nn.SiLU(), qconfig="int8"), "qconfig='int8', where only None is fused"),
+        (changed(nn.SiLU(), forward=torch.abs), r"activation SiLU\(\) has a forward of its own"),
         (hooked(nn.SiLU()), r"activation SiLU\(\) has hooks"),
     ],
     ids=named,
@@ -502,6 +504,21 @@ def test_what_is_refused(activation, message):
     with pytest.raises(ValueError, match=message):
         m.activation = activation
     assert m.activation == "relu"
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [changed(nn.ReLU6(), max_val=5.0), changed(nn.SiLU(), forward=torch.abs), hooked(nn.SiLU())],
+    ids=named,
+)
+def test_what_is_refused_in_a_graph(activation):
+    torch._dynamo.reset()
+
+    def f(x):
+        return batch_norm(x, None, None, training=True, activation=activation)
+
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException)):
+        torch.compile(f, fullgraph=True, backend="eager")(torch.randn(4, 3))
 
 
 @pytest.mark.parametrize(

@@ -745,3 +745,17 @@ def test_setup_loads_the_toolchain_without_the_package():
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.ARCHITECTURES == _toolchain.ARCHITECTURES
+
+
+def test_setup_asks_for_a_newer_setuptools(package, tmp_path):
+    """Without build isolation, pip takes the one that is there."""
+    older = tmp_path / "older" / "setuptools"
+    older.mkdir(parents=True)
+    (older / "__init__.py").write_text('__version__ = "65.5.0"\n')
+    done = python(package, "setup.py", "--version", check=False, PYTHONPATH=str(older.parent))
+    needed = re.search(r'requires = \["setuptools>=(\d+)"', (package / "pyproject.toml").read_text())[1]
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"bnext needs setuptools {needed} or later to be built, and there is 65.5.0: "
+        f"{sys.executable} -m pip install --upgrade 'setuptools>={needed}'\n"
+    )

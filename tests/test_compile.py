@@ -65,6 +65,29 @@ def test_inductor(device, momentum):
     check_compiled(device, "inductor", momentum)
 
 
+def test_eps_is_read_when_it_is_called(device):
+    torch._dynamo.reset()
+    layer = bnext.BatchNorm2d(3, activation="relu", device=device).eval()
+    x = torch.randn(4, 3, 5, 5, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for eps in (1e-5, 0.5, 2.0):
+        layer.eps = eps
+        torch.testing.assert_close(compiled(x), (x * (1 + eps) ** -0.5).relu())
+
+
+def test_eps_assigned_while_traced(device):
+    torch._dynamo.reset()
+    layer = bnext.BatchNorm2d(3, device=device).eval()
+    x = torch.randn(4, 3, 5, 5, device=device)
+
+    def f(x):
+        layer.eps = 0.5
+        return layer(x) + layer.eps
+
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x * 1.5**-0.5 + 0.5)
+    assert vars(layer)["eps"] == 0.5
+
+
 def test_function_in_a_graph(device):
     torch._dynamo.reset()
     x = torch.randn(4, 3, 5, device=device)
@@ -88,6 +111,16 @@ def test_export_of_an_evaluating_model(device, strict):
         torch.testing.assert_close(exported.module()(more), m(more))
     targets = {str(node.target) for node in program.graph.nodes}
     assert any(name.startswith("aten.") for name in targets) and not any("bnext" in name for name in targets)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_draft_export(device, training):
+    m = Block(device=device).train(training)
+    x = torch.randn(2, 4, 6, 5, device=device)
+    program = torch.export.draft_export(m, (x,))
+    assert program._report.successful(), program._report
+    torch.testing.assert_close(program.module()(x), m(x))
+    assert not any("bnext" in str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -104,11 +104,38 @@ def test_copies_behave_alike(ours, theirs):
 
 
 @pairs
+def test_eps_is_kept_where_torch_keeps_it(ours, theirs):
+    m, existing, restored = ours(3, eps=0.5, activation="relu"), theirs(3, eps=0.5), ours.__new__(ours)
+    existing.__class__ = ours
+    restored.__setstate__(vars(m).copy())
+    synchronised = bnext.convert_sync_batchnorm(nn.Sequential(m))[0]
+    for layer in (m, existing, restored, copy.deepcopy(m), pickle.loads(pickle.dumps(m)), synchronised):
+        assert layer.eps == vars(layer)["eps"] == 0.5
+        layer.eps = 0.25
+        assert layer.eps == vars(layer)["eps"] == 0.25
+    assert vars(bnext.revert(m)).keys() >= vars(theirs(3)).keys() and vars(m)["eps"] == 0.25
+
+
+@pairs
 def test_assigned_to_an_existing_layer(ours, theirs):
     m = theirs(3)
     m.__class__ = ours
     x = batch(ours)
     torch.testing.assert_close(m(x), theirs(3)(x))
+
+
+def test_data_parallel():
+    """On the CPU it calls the model; on GPUs it makes such replicas, whose parameters are plain attributes."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), bnext.BatchNorm2d(4, eps=0.5, activation="relu"))
+    x = torch.randn(2, 3, 6, 6)
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(nn.DataParallel(copy.deepcopy(model))(x), expected)
+    layer = model[1]
+    replica = layer._replicate_for_data_parallel()
+    for key, value in (*layer.named_parameters(), *layer.named_buffers()):
+        setattr(replica, key, value.clone())
+    torch.testing.assert_close(replica(model[0](x)), expected)
+    assert layer.num_batches_tracked == 0 and replica.eps == 0.5
 
 
 def test_buffers_follow_the_module(device):

@@ -467,6 +467,47 @@ def test_distributed_data_parallel(processes):
     processes(check_data_parallel)
 
 
+def check_fully_sharded(rank, synchronised):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def model():
+        torch.manual_seed(2)
+        layers = [nn.Conv2d(CHANNELS, 4, 3, padding=1), bnext.BatchNorm2d(4, activation="relu")]
+        return nn.Sequential(*layers, nn.Conv2d(4, 3, 1), bnext.BatchNorm2d(3), nn.Flatten(), nn.Linear(36, 1)).double()
+
+    case = Case(sizes=(3, 2, 1), layouts=(contiguous, channels_last, contiguous))
+    x = case.tensor(0)
+    whole, part = model(), bnext.convert_sync_batchnorm(model()) if synchronised else model()
+    mine, scale = (case.part(x, rank), 3) if synchronised else (x, 1)
+    mesh = init_device_mesh("cpu", (3,))
+    for layer in (part[0], part[1], part):
+        fully_shard(layer, mesh=mesh)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, part)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        whole(x).square().mean().backward()
+        (part(mine).square().sum() * scale / sum(case.sizes)).backward()  # gradients are averaged
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, value in part.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name)
+    torch.testing.assert_close(part.eval()(mine), whole.eval()(mine))
+
+    theirs = nn.Sequential(fully_shard(nn.BatchNorm2d(4), mesh=mesh))
+    with pytest.raises(ValueError, match="0: fully_shard has changed its class: convert the model before that"):
+        bnext.convert(theirs, strict=True)
+    with pytest.raises(TypeError, match="0: fully_shard has changed its class: convert the model before that"):
+        bnext.convert_sync_batchnorm(theirs)
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_fully_sharded(processes, synchronised):
+    processes(check_fully_sharded, synchronised)
+
+
 def check_recomputation(rank):
     torch.manual_seed(2)
     layers = [nn.Conv2d(CHANNELS, 4, 3, padding=1), bnext.BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 3, 1)]
@@ -592,13 +633,20 @@ class Own(nn.BatchNorm1d):
         return super().forward(input) + 1
 
 
+class OwnCheck(bnext.BatchNorm1d):
+    def _check_input_dim(self, input):
+        assert input.shape[0] > 1
+
+
 def test_what_conversion_would_lose_is_an_error():
     parametrized = nn.BatchNorm1d(4)
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
     mistakes = [
-        (Own(4), TypeError, r"1\.1 is of class Own, whose own forward would be lost"),
-        (parametrized, TypeError, r"1\.1 is of class ParametrizedBatchNorm1d, whose parametrizations would be lost"),
-        (nn.LazyBatchNorm1d(), ValueError, r"1\.1 is of class LazyBatchNorm1d, which should have seen a batch"),
+        (Own(4), TypeError, r"1\.1: \S*Own has its own forward$"),
+        (OwnCheck(4), TypeError, r"1\.1: \S*OwnCheck has its own _check_input_dim$"),
+        (bnext.nn.BatchNormAct2d(4), TypeError, r"1\.1: bnext\.BatchNormAct2d has its own forward$"),
+        (parametrized, TypeError, r"1\.1: it is parametrized"),
+        (nn.LazyBatchNorm1d(), ValueError, r"1\.1: torch\.nn\.LazyBatchNorm1d should have seen a batch"),
     ]
     for layer, kind, words in mistakes:
         model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.Identity(), layer))

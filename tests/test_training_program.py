@@ -196,10 +196,14 @@ def test_ctrl_c_leaves_a_usable_checkpoint(few, tmp_path, monkeypatch, capsys):
         return step(self, images, labels)
 
     options = ("--batch-size", 16, "--checkpoint", file)
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", interrupted)
-        with pytest.raises(SystemExit) as exit:
-            run("--epochs", 3, *options)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "_step", interrupted)
+            with pytest.raises(SystemExit) as exit:
+                run("--epochs", 3, *options)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert exit.value.code == 130 and len(steps) == 8
     assert f"--resume {file}" in capsys.readouterr().out
     assert len(torch.load(file, weights_only=True)["epochs"]) == 1
