@@ -620,8 +620,9 @@ __device__ void through_shared(State (&state)[kColumns], State* slots) {
   }
 }
 
-// As merge_rows() of csrc/cuda/device/reduce.cuh. A warp has 8 rows. Each step gives half of the columns away and merges the other half: 7 merges, then one barrier. In
-// the first warp, the column `column` of lane `threadIdx.x % kLanes`.
+// As merge_rows() of csrc/cuda/device/reduce.cuh. A warp has 8 rows. Each step gives half of the columns away and
+// merges the other half: 7 merges, then one barrier. In the first warp, the column `column` of lane `threadIdx.x %
+// kLanes`.
 __device__ State through_shuffles(State (&state)[kColumns], State* slots, int* column) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   *column = 0;

@@ -33,9 +33,9 @@ struct alignas(16) Welford {
 
   BNEXT_HD A mean() const { return shift + offset; }
 
-  // Moves the shift to the mean, as far as that can be represented, and leaves the rest as offset, exactly (TwoSum: Knuth,
-  // "The Art of Computer Programming", volume 2, section 4.2.2). The offset to a first element is as large as the numbers'
-  // spread, and each merge would round it: so it is done before a state is merged with many others.
+  // Moves the shift to the mean, as far as that can be represented, and leaves the rest as offset, exactly (TwoSum:
+  // Knuth, "The Art of Computer Programming", volume 2, section 4.2.2). The offset to a first element is as large as
+  // the numbers' spread, and each merge would round it: so it is done before a state is merged with many others.
   BNEXT_HD void recentre() {
     const A sum = shift + offset, part = sum - shift;
     const A rest = (shift - (sum - part)) + (offset - part);

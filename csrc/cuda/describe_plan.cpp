@@ -32,10 +32,10 @@ std::string describe(const Plan& plan) {
     case PlanKind::resident: out += ": 1 launch of " + resident(plan.resident); break;
     case PlanKind::cooperative: out += ": 1 launch of " + counted(plan.blocks, "block"); break;
     default:
-      out += ": 2 launches, of " + grid(plan.reduce) +
-             (plan.reduce.merge_shares > 1 ? ", the last " + std::to_string(plan.reduce.merge_shares) + " merging" : "") +
-             ", and of " + grid(plan.apply) +
-             (plan.apply.pdl ? "; the second overlaps the first" : "");
+      out +=
+          ": 2 launches, of " + grid(plan.reduce) +
+          (plan.reduce.merge_shares > 1 ? ", the last " + std::to_string(plan.reduce.merge_shares) + " merging" : "") +
+          ", and of " + grid(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
   }
   if (plan.partial_bytes > 0) out += "; partial results of " + std::to_string(plan.partial_bytes) + " bytes";
   return out;
