@@ -39,6 +39,27 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
+def long_ones_first(items: list, is_long, processes: int) -> list:
+    """In as many even parts as there are processes, each of which begins with its share of the long ones."""
+    long, others = [i for i in items if is_long(i)], [i for i in items if not is_long(i)]
+    ordered = []
+    for process in range(processes):
+        share = long[process::processes]
+        count = max(len(items) // processes - len(share), 0)
+        ordered += share + others[:count]
+        del others[:count]
+    return ordered + others
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """pytest-xdist cuts the list into a part for each process, and later moves tests to those that are done. None is to
+    begin a test of minutes when the others have nothing left to do. One process keeps to the files' order."""
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    if processes > 1:
+        items[:] = long_ones_first(items, lambda item: item.get_closest_marker("long"), processes)
+
+
 def gpu_is_broken() -> bool:
     """Whether a kernel of this process did what no call after it recovers from."""
     if not torch.cuda.is_initialized():

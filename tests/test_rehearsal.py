@@ -15,6 +15,7 @@ import torch
 from bench import gpu, probe
 from bench.gpu import Command
 from bnext import _toolchain
+from tests.conftest import long_ones_first
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ["build", "smoke", "table", "probe", "tables", "test", "sanitize"]
@@ -144,6 +145,13 @@ def test_a_section_that_fails_keeps_its_rows(program, error):
     result = probe.measure([sys.executable, "-c", program], "a", 2)
     assert result["rows"] == [{"us": 1}] and result["error"] == error
     assert ("FAILED" in probe.shown("a", result)) == (error is not None)
+
+
+def test_processes_begin_with_the_long_tests():
+    """Parts as pytest-xdist cuts them: even ones, and in the last what is over."""
+    assert "".join(long_ones_first(list("abCdeFGhijk"), str.isupper, 2)) == "CGabd" + "Fehijk"
+    assert "".join(long_ones_first(list("ABCd"), str.isupper, 3)) == "A" + "B" + "Cd"
+    assert long_ones_first([], str.isupper, 2) == []
 
 
 def test_a_broken_gpu_costs_one_test_not_its_process(tmp_path):

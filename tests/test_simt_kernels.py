@@ -183,6 +183,7 @@ def ran(lines):
     return [text.split(": ok ")[1] for text in printed]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", build.MODES)
 @pytest.mark.parametrize("op", FORWARD + BACKWARD)
 def test_kernels(op, mode):

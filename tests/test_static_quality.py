@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: no spills, no local memory, registers within the launch
-bound, wide accesses in the hot loops, no float atomics. Needs nvcc, and cuobjdump for the machine
-code; no GPU, and no particular torch.
+bound, wide accesses in the hot loops, no float atomics. Reads what the build compiled, where that is of these sources
+and by this nvcc; what is missing there is compiled here. Needs nvcc and cuobjdump; no GPU, and no particular torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pytest
 
 from bnext import _toolchain
 from tests import ptx
+from tests.simt.build import with_headers
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -33,14 +34,6 @@ ARCHITECTURES = ("7.5", "8.0", "9.0", "12.0")
 REGISTERS_PER_MULTIPROCESSOR = 65536
 
 TOOLKIT, PASSED_OVER = _toolchain.find_toolkit()
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA compiler ({'; '.join(PASSED_OVER)})"),
-]
-each_compilation = pytest.mark.parametrize(
-    "source, architecture", [(s, a) for s in SOURCES for a in ARCHITECTURES], ids=lambda v: getattr(v, "name", v)
-)
 
 
 @functools.cache
@@ -55,11 +48,20 @@ def cuobjdump() -> str | None:
     )
 
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA compiler ({'; '.join(PASSED_OVER)})"),
+    pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump on PATH, in the toolkit or in triton's package"),
+]
+each_compilation = pytest.mark.parametrize(
+    "source, architecture", [(s, a) for s in SOURCES for a in ARCHITECTURES], ids=lambda v: getattr(v, "name", v)
+)
+
+
 @dataclass
 class Compilation:
     cubin: Path
-    log: str  # of ptxas -v
-    ptx: str
+    usage: str  # registers, stack and shared memory, as cuobjdump puts it
 
 
 def flags() -> list[str]:
@@ -69,55 +71,102 @@ def flags() -> list[str]:
 
 
 @functools.cache
-def folder() -> Path:
-    """Where compilations are kept for as long as nothing that they depend on changes."""
-    digest = hashlib.sha256(repr((TOOLKIT.version, flags())).encode())
-    for path in sorted(path for part in ("core", "cuda") for path in CSRC.glob(f"{part}/**/*") if path.is_file()):
+def known() -> list[str]:
+    """Those of ARCHITECTURES that this nvcc knows."""
+    return [a for a in ARCHITECTURES if a in _toolchain.known_architectures(TOOLKIT)]
+
+
+def parts(source: Path) -> list[Path]:
+    """What a kernel is compiled from."""
+    return [path for path in with_headers(source) if path.is_relative_to(CSRC)]
+
+
+def built(source: Path) -> Path | None:
+    """The object that the build has made of this source as it is now, with this compiler and these flags."""
+    newest = max(path.stat().st_mtime for path in parts(source))
+    for rules in ROOT.glob("build/temp.*/build.ninja"):
+        made = rules.parent / source.relative_to(ROOT).with_suffix(".o")
+        text = rules.read_text()
+        same = f"nvcc = {TOOLKIT.nvcc}\n" in text and " ".join(_toolchain.recipe(CSRC, {}, TOOLKIT, []).nvcc) in text
+        if same and made.is_file() and made.stat().st_mtime > newest and architectures_in(made) >= set(known()):
+            return made
+    return None
+
+
+def architectures_in(compiled_object: Path) -> set[str]:
+    numbers = re.findall(r"\.sm_(\d+)\.cubin", output(cuobjdump(), "--list-elf", str(compiled_object)))
+    return {f"{number[:-1]}.{number[-1]}" for number in numbers}
+
+
+def output(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def folder(source: Path) -> Path:
+    """Where a source's code is kept for as long as nothing that it depends on changes."""
+    digest = hashlib.sha256(repr((TOOLKIT.version, flags(), known())).encode())
+    for path in sorted(parts(source)):
         digest.update(path.name.encode() + path.read_bytes())
-    made = ROOT / "build" / "static-quality" / digest.hexdigest()[:16]
+    made = ROOT / "build" / "static-quality" / f"{source.stem}-{digest.hexdigest()[:16]}"
     made.mkdir(parents=True, exist_ok=True)
     return made
 
 
 @contextlib.contextmanager
-def kept_in(name: str) -> Iterator[Path]:
-    """A folder of that name, for one process at a time: others want the same files."""
-    kept = folder() / name
-    kept.mkdir(exist_ok=True)
-    with open(kept / "lock", "w") as lock:
+def kept(source: Path) -> Iterator[Path]:
+    """That folder, for one process at a time: others want the same files."""
+    with open(folder(source) / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield kept
+        yield folder(source)
 
 
-def nvcc(*arguments: str) -> str:
-    done = subprocess.run([str(TOOLKIT.nvcc), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def ptx_of(source: Path, architecture: str) -> Path:
-    """The PTX that the build makes this architecture's machine code of, which others may share."""
-    stage = _toolchain.ptx_for(architecture, _toolchain.ARCHITECTURES)
-    made = f"{source.stem}.ptx"
-    with kept_in(f"{source.stem}-compute-{stage}") as kept:
-        if not (kept / made).exists():
-            arch = f"-arch=compute_{stage.replace('.', '')}"
-            nvcc("-ptx", arch, *flags(), "-o", str(kept / "unfinished.ptx"), str(source))
-            (kept / "unfinished.ptx").rename(kept / made)
-    return kept / made
+@functools.cache
+def images(source: Path) -> Path:
+    """A folder with the machine code for each architecture, and the PTX of the newest."""
+    with kept(source) as here:
+        if not (here / "images").exists():
+            compiled_object = built(source)
+            if compiled_object is None:
+                compiled_object = here / f"{source.stem}.o"
+                everywhere = _toolchain.gencode(known())
+                output(str(TOOLKIT.nvcc), "-c", *flags(), *everywhere, "-o", str(compiled_object), str(source))
+            unfinished = here / "unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            output(cuobjdump(), "--extract-elf", "all", "--extract-ptx", "all", str(compiled_object), cwd=unfinished)
+            unfinished.rename(here / "images")
+    return here / "images"
 
 
 @functools.cache
 def compiled(source: Path, architecture: str) -> Compilation:
-    if architecture not in _toolchain.known_architectures(TOOLKIT):
+    if architecture not in known():
         pytest.skip(f"this nvcc does not know {architecture}")
-    ptx = ptx_of(source, architecture)
-    with kept_in(f"{source.stem}-{architecture}") as kept:
-        if not (kept / "log").exists():
-            arch = f"-arch=sm_{architecture.replace('.', '')}"
-            log = nvcc("-cubin", arch, "-O3", "-Xptxas", "-v", "-o", str(kept / "cubin"), str(ptx))
-            (kept / "log").write_text(log)
-    return Compilation(kept / "cubin", (kept / "log").read_text(), ptx.read_text())
+    (cubin,) = images(source).glob(f"*.sm_{architecture.replace('.', '')}.cubin")
+    return Compilation(cubin, output(cuobjdump(), "--dump-resource-usage", str(cubin)))
+
+
+@functools.cache
+def ptx_of(source: Path) -> str:
+    """The PTX of the newest stage, of which the machine code for 9.0 and all that came after is made."""
+    (only,) = images(source).glob("*.ptx")
+    return only.read_text()
+
+
+def usage(source: Path, architecture: str) -> dict[str, dict[str, int]]:
+    """By the mangled name of a kernel: {"REG": 72, "STACK": 0, "SHARED": 1168, "LOCAL": 0, ...}."""
+    found = re.findall(r"Function (\S+):\n\s*(REG:.*)", compiled(source, architecture).usage)
+    return {name: {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", numbers)} for name, numbers in found}
+
+
+def static_shared(source: Path, architecture: str) -> dict[str, int]:
+    """Bytes of shared memory that a kernel declares, by its title: without the 1 KB that the system takes from 9.0 on,
+    which cuobjdump counts."""
+    taken = 1024 if float(architecture) >= 9 else 0
+    return {title(name): max(of["SHARED"] - taken, 0) for name, of in usage(source, architecture).items()}
 
 
 def enumerators(header: str, enum: str) -> list[str]:
@@ -163,30 +212,31 @@ def title(mangled: str) -> str:
 
 @each_compilation
 def test_no_spills_and_no_stack(source, architecture):
-    log = compiled(source, architecture).log
-    frames = re.findall(r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores", log)
-    assert frames
-    assert [(title(name), stack, spills) for name, stack, spills in frames if stack != "0" or spills != "0"] == []
+    """What is spilled lies on the stack."""
+    kernels = usage(source, architecture)
+    assert kernels
+    bad = {title(name): of for name, of in kernels.items() if of["STACK"] or of["LOCAL"]}
+    assert bad == {}
 
 
 @each_compilation
 def test_registers_allow_the_declared_occupancy(source, architecture):
-    """Each kernel says how many blocks of how many threads are to run on a multiprocessor."""
-    compilation = compiled(source, architecture)
+    """Each kernel says how many blocks of how many threads are to run on a multiprocessor, and says so alike for all
+    architectures."""
     bounds = {}
-    for entry in re.split(r"\.entry ", compilation.ptx)[1:]:
+    for entry in re.split(r"\.entry ", ptx_of(source))[1:]:
         head = entry.split("{")[0]
         threads = re.search(r"\.maxntid (\d+)", head)
         blocks = re.search(r"\.minnctapersm (\d+)", head)
-        bounds[head.split("(")[0]] = (int(threads[1]), int(blocks[1])) if threads and blocks else None
-    assert [title(name) for name, bound in bounds.items() if bound is None] == []
-    used = re.findall(r"entry function '(\S+)'.*?Used (\d+) registers", compilation.log, re.DOTALL)
-    assert {name for name, _ in used} == set(bounds)
+        bounds[title(head.split("(")[0])] = (int(threads[1]), int(blocks[1])) if threads and blocks else None
+    assert [kernel for kernel, bound in bounds.items() if bound is None] == []
+    used = {title(name): of["REG"] for name, of in usage(source, architecture).items()}
+    assert set(used) == set(bounds)
     too_many = []
-    for name, registers in used:
-        threads, blocks = bounds[name]
-        if int(registers) * threads * blocks > REGISTERS_PER_MULTIPROCESSOR:
-            too_many.append((title(name), registers, threads, blocks))
+    for kernel, registers in used.items():
+        threads, blocks = bounds[kernel]
+        if registers * threads * blocks > REGISTERS_PER_MULTIPROCESSOR:
+            too_many.append((kernel, registers, threads, blocks))
     assert too_many == []
 
 
@@ -202,18 +252,14 @@ class Instruction:
 
 @functools.cache
 def disassembly(source: Path, architecture: str) -> str:
-    """What cuobjdump says, kept as long as the compilation is: it takes as long for large kernels."""
-    if cuobjdump() is None:
-        pytest.skip("no cuobjdump on PATH, in the toolkit or in triton's package")
+    """What cuobjdump says, kept as long as the machine code is: large kernels take it minutes."""
     cubin = compiled(source, architecture).cubin
-    kept = cubin.with_name("sass")
-    with open(cubin.with_name("lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            command = [cuobjdump(), "--dump-sass", str(cubin)]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            kept.write_text("\n".join(line for line in text.splitlines() if "/* 0x" not in line or ";" in line))
-    return kept.read_text()
+    text = cubin.with_suffix(".sass")
+    with kept(source):
+        if not text.exists():
+            lines = output(cuobjdump(), "--dump-sass", str(cubin)).splitlines()
+            text.write_text("\n".join(line for line in lines if "/* 0x" not in line or ";" in line))
+    return text.read_text()
 
 
 @functools.cache
@@ -397,15 +443,15 @@ def test_instructions_for_an_element(architecture):
 def test_resident_blocks_fit_as_the_plan_counts_on():
     """Static shared memory is at most what plan.cpp's reserved_bytes() sets aside, less 1 KB that the system takes."""
     for plan, architecture in itertools.product(RESIDENT, ARCHITECTURES):
-        log = compiled(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture).log
-        for name, shared in re.findall(r"entry function '(\S+)'.*?(\d+) bytes smem", log, re.DOTALL):
-            kernel = title(name)
+        shared_by = static_shared(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture)
+        assert shared_by
+        for kernel, shared in shared_by.items():
             _, direction, dtype, variant = kernel.split()
             size = {"forward": 16, "backward": 8}[direction] * (2 if dtype == "double" else 1)
             masked = variant in ("add_relu", "mask", "general")
             vec = 8 if masked else {"double": 2, "float": 4}.get(dtype, 8)
             merge = size * 128 * (1 if plan == "planar" else vec + 1)
-            assert int(shared) <= merge + 1024, (kernel, architecture)
+            assert shared <= merge + 1024, (kernel, architecture)
 
 
 def without_asking() -> int:
@@ -418,29 +464,24 @@ def test_shared_memory_that_is_not_asked_for_is_at_most_48_kb(source, architectu
     """device.cpp asks for what exceeds its constant; passes without dynamic shared memory do not come to it, unless
     they reduce, and none of the others may have any at all."""
     assert without_asking() <= 48 * 1024
-    kernels = re.findall(
-        r"Compiling entry function '(\S+)'.*?\n(.*?Used.*?)\n", compiled(source, architecture).log, re.S
-    )
+    kernels = static_shared(source, architecture)
     assert kernels
-    for name, used in kernels:
-        found = re.search(r"(\d+) bytes smem", used.splitlines()[-1])
-        shared = int(found[1]) if found else 0
-        assert shared <= (0 if title(name).startswith("apply") else without_asking()), title(name)
+    for kernel, shared in kernels.items():
+        assert shared <= (0 if kernel.startswith("apply") else without_asking()), kernel
 
 
 @pytest.mark.parametrize("plan", ["planar", "packed"])
-@pytest.mark.parametrize("architecture", ["7.5", "8.0", "9.0"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_stop_where_they_have_no_clusters(plan, architecture):
-    ptx = compiled(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture).ptx
-    entries = re.split(r"\.entry ", ptx)[1:]
-    for entry in entries:
-        kernel = title(entry.split("(")[0])
-        has_clusters = architecture == "9.0"
-        assert bool(re.search(r"\btrap;", entry)) != has_clusters, kernel
-        assert bool(re.search(r"\bbarrier\.cluster", entry)) == bool(re.search(r"\bmapa\b", entry)) == has_clusters, (
-            kernel
-        )
-    assert len(entries) == 3 * (5 + 4) + (4 + 3)
+    """They trap where they would meet in a cluster's barrier (UCGABAR), or load from another block (LD: an address that
+    may be of any memory)."""
+    kernels = machine_code(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture)
+    has_clusters = float(architecture) >= 9
+    for kernel, code in kernels.items():
+        opcodes = {instruction.opcode.split(".")[0] for instruction in code}
+        assert any(i.opcode == "BPT.TRAP" for i in code) != has_clusters, kernel
+        assert ({"UCGABAR_ARV", "UCGABAR_WAIT"} <= opcodes) == ("LD" in opcodes) == has_clusters, kernel
+    assert len(kernels) == 3 * (5 + 4) + (4 + 3)
 
 
 #: Kernels that may be launched to overlap the one before, and those that may be overlapped.
@@ -448,15 +489,14 @@ SECOND_PASS, FIRST_PASS = "two_pass_apply", "two_pass_reduce"
 
 
 @functools.cache
-def ptx_kernels(source: Path, architecture: str) -> dict[str, ptx.Kernel]:
-    return {title(name): kernel for name, kernel in ptx.kernels(compiled(source, architecture).ptx).items()}
+def ptx_kernels(source: Path) -> dict[str, ptx.Kernel]:
+    return {title(name): kernel for name, kernel in ptx.kernels(ptx_of(source)).items()}
 
 
-@pytest.mark.parametrize("architecture", ["9.0", "12.0"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
-def test_second_passes_touch_nothing_before_they_wait(source, architecture):
+def test_second_passes_touch_nothing_before_they_wait(source):
     """On no path from the entry; tests/test_ptx.py shows what would be found."""
-    for name, kernel in ptx_kernels(source, architecture).items():
+    for name, kernel in ptx_kernels(source).items():
         if source.stem == SECOND_PASS:
             assert kernel.touched_before("griddepcontrol.wait") == [], name
         else:
@@ -471,12 +511,11 @@ def test_the_assembler_leaves_the_wait_where_it_is():
         assert "ACQBULK" in opcodes[:first], kernel
 
 
-@pytest.mark.parametrize("architecture", ["9.0", "12.0"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
-def test_first_passes_let_the_next_begin_only_where_it_is_ours(source, architecture):
+def test_first_passes_let_the_next_begin_only_where_it_is_ours(source):
     """Partition::starts_next says whether: there is a way to the tensor, and a way to the end, without."""
     trigger = "griddepcontrol.launch_dependents"
-    for name, kernel in ptx_kernels(source, architecture).items():
+    for name, kernel in ptx_kernels(source).items():
         if source.stem == FIRST_PASS:
             without = kernel.before(trigger)
             assert trigger in kernel.opcodes(), name
