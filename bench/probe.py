@@ -66,7 +66,7 @@ SECTIONS = {
     ),
     "d": Section(
         "bandwidth of tiles of columns, one after the other, two blocks to a multiprocessor",
-        "kNarrowBytes and kTileVecs: how wide a tile must be",
+        "kNarrowBytes and kMaxTileVecs: how wide a tile must be",
         {
             "mode": "read or write",
             "pitch": "bytes of a matrix row: channels times element size",

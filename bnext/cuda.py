@@ -127,7 +127,8 @@ def describe_plan(
         shape, dtype, memory_format: of the input.
         backward: of the backward, rather than of the forward.
         activation, residual: as the layer has them.
-        gpu: one of :data:`GPUS`, which need not be there; or a device's index, by default the current one.
+        gpu: one of :data:`GPUS`, which need not be there; or a device's index, by default the current one, which is
+            taken without what it has refused to launch (:func:`refused_launches`).
         plan: as for :func:`force_plan`, by default what holds.
 
     Raises:
@@ -144,7 +145,7 @@ def describe_plan(
     if isinstance(gpu, str):
         if gpu not in GPUS:
             raise ValueError(f"gpu should be one of {', '.join(GPUS)}, or a device's index, not {gpu!r}")
-        properties = GPUS[gpu]
+        properties = (*GPUS[gpu], True, True)  # it refuses neither cooperative launches nor clusters
     else:
         properties = extension.device_properties(torch.cuda.current_device() if gpu is None else gpu)
     x = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format)

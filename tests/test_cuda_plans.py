@@ -78,6 +78,19 @@ def test_describe_plan_needs_no_gpu():
 
 
 @with_cuda
+def test_describe_plan_goes_without_what_a_device_refuses():
+    x, h100 = torch.empty(32, 64, 56, 56, device="meta", dtype=torch.bfloat16), list(bnext.cuda.GPUS["H100"])
+
+    def describe(cooperative, clusters, plan=""):
+        return extension().describe_plan(x, False, "none", False, [*h100, cooperative, clusters], plan)
+
+    assert "in clusters" in describe(True, True) and describe(True, False).startswith("two_pass")
+    assert describe(True, True, "cooperative").startswith("cooperative")
+    with pytest.raises(RuntimeError, match="has no cooperative launches, or refuses them"):
+        describe(False, True, "cooperative")
+
+
+@with_cuda
 @pytest.mark.parametrize(
     "error, message, options",
     [

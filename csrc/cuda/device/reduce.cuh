@@ -34,17 +34,22 @@ __device__ __forceinline__ State merge_halves(const State (&states)[COUNT]) {
   }
 }
 
-// The merge of `count` states, `stride` apart: many loads in flight at a time, since a load takes longer than a merge.
+// States that are loaded together for a merge, since a load takes longer than a merge: from global memory as many as go
+// into 128 bytes of registers; from shared memory fewer, for less code.
 template <class State>
+constexpr int kGlobalBatch = 128 / sizeof(State);
+constexpr int kSharedBatch = 4;
+
+// The merge of `count` states, `stride` apart.
+template <int BATCH, class State>
 __device__ __forceinline__ State merge_strided(const State* first, int64_t stride, int count) {
-  constexpr int kBatch = 128 / sizeof(State);  // bytes of registers
   State total = {};
 #pragma unroll 1
-  for (int i = 0; i < count; i += kBatch, first += kBatch * stride) {
-    State batch[kBatch];
+  for (int i = 0; i < count; i += BATCH, first += BATCH * stride) {
+    State batch[BATCH];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) batch[k] = i + k < count ? first[k * stride] : State{};
-    total.merge(merge_halves<kBatch>(batch));
+    for (int k = 0; k < BATCH; ++k) batch[k] = i + k < count ? first[k * stride] : State{};
+    total.merge(merge_halves<BATCH>(batch));
   }
   return total;
 }
@@ -69,7 +74,7 @@ __device__ __forceinline__ State exchange(const State& state, int apart) {
 //
 // First the rows of a warp: in each step a thread gives half of its columns to the one in the other half of the rows,
 // and gets that one's part of the columns that it keeps, so that no thread idles. Then the warps, through `slots`,
-// column by column: all loads of a column are in flight at once, and its merges are a tree.
+// column by column.
 template <int WIDTH, class State, class Each>
 __device__ __forceinline__ void merge_rows(State (&state)[WIDTH], int lanes, State* slots, Each&& each) {
   int kept = WIDTH, first = 0, apart = lanes;
@@ -80,9 +85,12 @@ __device__ __forceinline__ void merge_rows(State (&state)[WIDTH], int lanes, Sta
       const bool upper = threadIdx.x & apart;
 #pragma unroll
       for (int e = 0; e < half; ++e) {
-        const State given = exchange(upper ? state[e] : state[e + half], apart);
-        if (upper) state[e] = state[e + half];
-        state[e].merge(given);
+        State given = state[e + half];
+        if (upper) {  // by value: a choice of addresses would put the states into local memory
+          given = state[e];
+          state[e] = state[e + half];
+        }
+        state[e].merge(exchange(given, apart));
       }
       if (upper) first += half;
       kept = half;
@@ -108,7 +116,7 @@ __device__ __forceinline__ void merge_rows(State (&state)[WIDTH], int lanes, Sta
   __syncthreads();
 #pragma unroll 1
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
-    each(column, merge_strided(slots + column, columns, rows));
+    each(column, merge_strided<kSharedBatch>(slots + column, columns, rows));
   }
 }
 
@@ -147,7 +155,8 @@ struct Partials {
           // Columns have numbers of more than 32 bits, their vectors of 32.
           const int64_t column = channel + r * channels;
           const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
-          total[0].merge(merge_strided(&at(tile, row, column - tile * width), rows * width, count));
+          const State* first_row = &at(tile, row, column - tile * width);
+          total[0].merge(merge_strided<kGlobalBatch<State>>(first_row, rows * width, count));
         }
       }
       merge_rows(total, lanes, slots, [&](int i, const State& whole) {
@@ -168,16 +177,14 @@ __device__ __forceinline__ bool merge_blocks(State (&state)[WIDTH], int lanes, i
   State* slots = merge_memory<WIDTH, State>();
   const int width = static_cast<int>(partition.tile_width());
   const int64_t begin = work.tile * width;
-  if (partition.splits == 1 && partition.repeat == 1) {
-    merge_rows(state, lanes, slots, [&](int column, const State& whole) {
-      if (column < width && begin + column < channels) finish(begin + column, whole);
-    });
-    return true;
-  }
+  const bool alone = partition.splits == 1 && partition.repeat == 1;
   const Partials<WIDTH, State> partials(partition, scratch);
-  merge_rows(state, lanes, slots, [&](int column, const State& whole) {
-    if (column < width) partials.at(work.tile, work.split, column) = whole;
+  merge_rows(state, lanes, slots, [&](int column, const State& merged) {
+    if (column >= width) return;
+    if (!alone) partials.at(work.tile, work.split, column) = merged;
+    else if (begin + column < channels) finish(begin + column, merged);
   });
+  if (alone) return true;
   const int share = arrive();
   if (share < 0) return false;
   // The channels of the tile, or all of them where a channel's columns lie in several tiles.

@@ -25,7 +25,7 @@ __device__ __forceinline__ State merge_cluster(const State& mine, const Partitio
     if (threadIdx.x < size) ranks[threadIdx.x] = *map_shared(&block, threadIdx.x);
   }
   __syncthreads();
-  return merge_strided(ranks, 1, static_cast<int>(size));
+  return merge_strided<kSharedBatch>(ranks, 1, static_cast<int>(size));
 }
 
 // A block's shared memory must outlive its siblings' reads, and stay unchanged until then.
