@@ -54,17 +54,42 @@ __device__ __forceinline__ State merge_strided(const State* first, int64_t strid
   return total;
 }
 
-// The state that the lane `apart` lanes away brings.
+// Keeps one of two states, `high` in the upper of two lanes that are `apart`, and merges into it what the other lane
+// does not keep of its own. The choice is made word by word: one between addresses would put states into local memory.
 template <class State>
-__device__ __forceinline__ State exchange(const State& state, int apart) {
+__device__ __forceinline__ State trade(const State& low, const State& high, bool upper, int apart) {
   constexpr int kWords = sizeof(State) / sizeof(uint32_t);
-  uint32_t words[kWords];
-  memcpy(words, &state, sizeof(State));
+  uint32_t kept[kWords], given[kWords];
+  memcpy(kept, &low, sizeof(State));
+  memcpy(given, &high, sizeof(State));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(~0u, words[i], apart);
-  State other;
-  memcpy(&other, words, sizeof(State));
-  return other;
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t l = kept[i], h = given[i];
+    kept[i] = upper ? h : l;
+    given[i] = __shfl_xor_sync(~0u, upper ? l : h, apart);
+  }
+  State mine, others;
+  memcpy(&mine, kept, sizeof(State));
+  memcpy(&others, given, sizeof(State));
+  mine.merge(others);
+  return mine;
+}
+
+// The steps in which a thread gives away HALF of its columns, and fewer and fewer: see merge_rows(). It has `kept`
+// columns afterwards, from `first` on. (A loop over the steps was left as one for the largest states, and these in
+// local memory.)
+template <int HALF, int WIDTH, class State>
+__device__ __forceinline__ void trade_halves(State (&state)[WIDTH], int& apart, int& kept, int& first) {
+  if constexpr (HALF >= 1) {
+    if (apart >= kWarp) return;
+    const bool upper = threadIdx.x & apart;
+#pragma unroll
+    for (int e = 0; e < HALF; ++e) state[e] = trade(state[e], state[e + HALF], upper, apart);
+    if (upper) first += HALF;
+    kept = HALF;
+    apart *= 2;
+    trade_halves<HALF / 2>(state, apart, kept, first);
+  }
 }
 
 // Merges the states of a block's threads, which are in rows of `lanes`, a power of two, and hold WIDTH columns each.
@@ -79,29 +104,11 @@ template <int WIDTH, class State, class Each>
 __device__ __forceinline__ void merge_rows(State (&state)[WIDTH], int lanes, State* slots, Each&& each) {
   int kept = WIDTH, first = 0, apart = lanes;
   bool keeps = true;
-#pragma unroll
-  for (int half = WIDTH / 2; half >= 1; half /= 2) {
-    if (apart < kWarp) {
-      const bool upper = threadIdx.x & apart;
-#pragma unroll
-      for (int e = 0; e < half; ++e) {
-        State given = state[e + half];
-        if (upper) {  // by value: a choice of addresses would put the states into local memory
-          given = state[e];
-          state[e] = state[e + half];
-        }
-        state[e].merge(exchange(given, apart));
-      }
-      if (upper) first += half;
-      kept = half;
-      apart *= 2;
-    }
-  }
+  trade_halves<WIDTH / 2>(state, apart, kept, first);
   // Of a single column there is no half to give.
 #pragma unroll 1
   for (; apart < kWarp; apart *= 2) {
-    const State other = exchange(state[0], apart);
-    state[0].merge(other);
+    state[0] = trade(state[0], state[0], false, apart);
     keeps = keeps && !(threadIdx.x & apart);
   }
 
