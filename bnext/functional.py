@@ -144,7 +144,7 @@ def _direct() -> Callable[..., Tensor | None]:
 
 def call_kernels_or_torch(*args: Any) -> Tensor:
     """`torch.ops.bnext.batch_norm`, by whatever way there is for these arguments."""
-    input, residual, how, activation, activation_param, rest = args[0], args[6], args[7:10], *args[10:12], args[12:]
+    input, *_, residual, training, momentum, eps, activation, activation_param, unbiased, ghost_batch_size = args
     route = routes.of_call(*args[:7])
     if route.way == "kernels":
         return extension().batch_norm(*args)
@@ -153,7 +153,8 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
     if route.way == "sum":
-        y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, *rest)
+        how = training, momentum, eps
+        y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, unbiased, ghost_batch_size)
         return apply(activation, activation_param, y + residual)
     return (transforms if route.way == "function" else aten).batch_norm(*args)
 

@@ -62,9 +62,8 @@ def implement_batch_norm(function: Callable[..., Tensor], by_torch: Callable[...
     autograd runs. Where torch.compile traces vmap it calls `by_torch`, as there is no rule for a Function."""
 
     def complete(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args: f(
-            *args, *("none", 0.0, True, None)[len(args) - 10 :]
-        )  # the dispatcher leaves out defaults
+        defaults = ("none", 0.0, True, None)  # which the dispatcher leaves out
+        return lambda *args: f(*args, *defaults[len(args) - 10 :])
 
     _LIBRARY.impl("batch_norm", complete(function), "CompositeImplicitAutograd")
     _LIBRARY.impl("batch_norm", complete(by_torch), "FuncTorchBatchedDecomposition")

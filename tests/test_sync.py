@@ -438,27 +438,32 @@ class OnAnyDevice(nn.parallel.DistributedDataParallel):
         pass
 
 
-def check_data_parallel(rank):
-    def model():
-        torch.manual_seed(2)
-        layers = [nn.Conv2d(CHANNELS, 4, 3, padding=1), bnext.BatchNorm2d(4, activation="silu")]
-        return nn.Sequential(*layers, nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(36, 1)).double()
+def convolutions(activation):
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(CHANNELS, 4, 3, padding=1), bnext.BatchNorm2d(4, activation=activation)]
+    return nn.Sequential(*layers, nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(36, 1)).double()
 
-    case = Case(sizes=(3, 2, 1), layouts=(contiguous, channels_last, contiguous))
-    x = case.tensor(0)
-    whole, part = model(), bnext.convert_sync_batchnorm(model())
-    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
-        nn.parallel.DistributedDataParallel(part)
-    parallel = OnAnyDevice(part)
+
+def train_alike(whole, x, part, mine, weight):
+    """Three steps of one process on all of x, and of one of several on its share, whose loss counts by `weight`."""
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, part)]
     for _ in range(3):
         for optimizer in optimizers:
             optimizer.zero_grad()
         whole(x).square().mean().backward()
-        # Gradients are averaged over processes, losses are not averages of as many samples.
-        (parallel(case.part(x, rank)).square().sum() * 3 / sum(case.sizes)).backward()
+        (part(mine).square().sum() * weight).backward()
         for optimizer in optimizers:
             optimizer.step()
+
+
+def check_data_parallel(rank):
+    case = Case(sizes=(3, 2, 1), layouts=(contiguous, channels_last, contiguous))
+    x = case.tensor(0)
+    whole, part = convolutions("silu"), bnext.convert_sync_batchnorm(convolutions("silu"))
+    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
+        nn.parallel.DistributedDataParallel(part)
+    # Gradients are averaged over processes, losses are not averages of as many samples.
+    train_alike(whole, x, OnAnyDevice(part), case.part(x, rank), 3 / sum(case.sizes))
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(part.state_dict()[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -472,9 +477,7 @@ def check_fully_sharded(rank, synchronised):
     from torch.distributed.fsdp import fully_shard
 
     def model():
-        torch.manual_seed(2)
-        layers = [nn.Conv2d(CHANNELS, 4, 3, padding=1), bnext.BatchNorm2d(4, activation="relu")]
-        return nn.Sequential(*layers, nn.Conv2d(4, 3, 1), bnext.BatchNorm2d(3), nn.Flatten(), nn.Linear(36, 1)).double()
+        return bnext.convert(convolutions("relu"))
 
     case = Case(sizes=(3, 2, 1), layouts=(contiguous, channels_last, contiguous))
     x = case.tensor(0)
@@ -483,14 +486,7 @@ def check_fully_sharded(rank, synchronised):
     mesh = init_device_mesh("cpu", (3,))
     for layer in (part[0], part[1], part):
         fully_shard(layer, mesh=mesh)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, part)]
-    for _ in range(3):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        whole(x).square().mean().backward()
-        (part(mine).square().sum() * scale / sum(case.sizes)).backward()  # gradients are averaged
-        for optimizer in optimizers:
-            optimizer.step()
+    train_alike(whole, x, part, mine, scale / sum(case.sizes))  # gradients are averaged
     for name, value in part.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name)

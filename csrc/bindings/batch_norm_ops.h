@@ -454,7 +454,7 @@ struct BatchNormOps {
     kernels_run.fetch_add(1, std::memory_order_relaxed);
   }
 
-  // Runs an elementwise stage on each part, with p of the whole batch, and counts it once.
+  // Runs a stage on each part, with p of the whole batch, and counts it once.
   template <class Stage, class Params, class Operands, class... Outputs>
   static void run(const Stage& stage, const Parts& parts, const Params& p, const Operands& operands,
                   const Outputs&... outputs) {

@@ -17,8 +17,9 @@ constexpr int64_t kSmallBytes = 2 * 1024 * 1024;
 // and more tiles out of few channels.
 constexpr int64_t kNarrowBytes = 64;
 
-// So many bytes of partial results make a share of their merge: on an H200 one block takes a microsecond for 40 KB
-// (bench/results/h200-plans.json), and sharing takes half of one. More shares than kMaxMergeShares would save little.
+// So many bytes of partial results make a share of their merge. On an H200 two passes in channels_last took about a
+// microsecond more for every 40 KB that one block merged (bench/results/h200-plans.json); what sharing gains is not
+// measured.
 constexpr int64_t kMergeShareBytes = 16 * 1024;
 constexpr int64_t kMaxMergeShares = 8;  // tests/simt has room for as many blocks
 
@@ -128,7 +129,7 @@ Partition reduce_partition(const Shape& shape, int32_t vec, const DeviceProperti
     set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.threads);
     return partition;
   }
-  Partition partition = columns(shape, vec, shape.c, 1, kMaxTileVecs, true);
+  Partition partition = columns(shape, vec, shape.c, 1, kMaxTileVecs, /*merges=*/true);
   int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(true, true);
   int64_t most = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
   set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.columns.thread_rows);
@@ -151,8 +152,8 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
     set_apply_splits(partition, partition.threads, kPlanarApplyStrides, device);
   } else {
     // Planes that are not whole vectors: a vector may hold several channels, which columns provide for.
-    partition = is_planar ? columns(shape, vec, shape.c * shape.s, shape.s, kMaxTileVecs, false)
-                          : columns(shape, vec, shape.c, 1, kMaxTileVecs, false);
+    partition = is_planar ? columns(shape, vec, shape.c * shape.s, shape.s, kMaxTileVecs, /*merges=*/false)
+                          : columns(shape, vec, shape.c, 1, kMaxTileVecs, /*merges=*/false);
     set_apply_splits(partition, partition.columns.thread_rows, kColumnsApplyStrides, device);
   }
   partition.pdl = device.compute_capability >= 90;
@@ -316,11 +317,12 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
                            const PlanOptions& options) {
   const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
   Partition partition =
-      columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes), true);
+      columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes),
+              /*merges=*/true);
   if (partition.repeat > 1) return {};
   const PlanChoice& wanted = options.plan;
   if (wanted.tile_vecs * partition.vec > partition.columns.cols) return {};
-  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, true);
+  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, /*merges=*/true);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
   const bool grouping_wanted = wanted.groups || wanted.splits;
@@ -417,7 +419,7 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
 bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device) {
   // Most of the time of blocks that wait for others over the whole grid is waiting.
   if (resident.cooperative()) return false;
-  // Packed planes take more instructions than there is time for beside the exchange of a large cluster.
+  // Packed planes in clusters of 4 and more took 0.97 to 1.36 times as long as two passes.
   if (resident.by_columns && resident.splits > 2) return false;
   // Of blocks that follow each other on a multiprocessor, one should load while another waits for its cluster.
   const bool alone =

@@ -6,7 +6,7 @@
 
 namespace bnext::cuda {
 
-// The same, for the whole block: for what all of its threads wrote and read.
+// increment_acq_rel() once for a whole block, for what all of its threads wrote and will read.
 __device__ __forceinline__ uint32_t block_increment_acq_rel(uint32_t* counter, uint32_t limit) {
   __shared__ uint32_t old;
   __syncthreads();

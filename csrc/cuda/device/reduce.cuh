@@ -10,15 +10,12 @@
 
 namespace bnext::cuda {
 
-// States that a block's threads of `WIDTH` columns each can leave for each other, at most.
-template <int WIDTH>
-constexpr int kMergeSlots = static_cast<int>(merge_slots(WIDTH));
-
-// Where they leave them: shared memory that all merges of a kernel use in turn.
+// Where a block's threads, of WIDTH columns each, leave states for each other: shared memory that all merges of a
+// kernel use in turn.
 template <int WIDTH, class State>
 __device__ __forceinline__ State* merge_memory() {
-  static_assert(sizeof(State) * kMergeSlots<WIDTH> <= 48 * 1024, "static shared memory");
-  __shared__ State slots[kMergeSlots<WIDTH>];
+  static_assert(sizeof(State) * merge_slots(WIDTH) <= 48 * 1024, "static shared memory");
+  __shared__ State slots[merge_slots(WIDTH)];
   return slots;
 }
 
