@@ -14,14 +14,14 @@ from bnext.activation import Activation, resolve
 __all__ = ["GPUS", "describe_plan", "force_plan", "plans", "refused_launches", "set_sm_margin"]
 
 #: What plans look at of a device: ten times its compute capability, multiprocessors, bytes of shared memory of
-#: one, of a block, and of L2, and how many clusters of 16 run together, which only a device itself knows (0
-#: here). To a plan an H200 is an H100.
+#: one, of a block, and of L2, bytes a microsecond of a copy, and how many clusters of 2, 4, 8 and 16 blocks run
+#: together, which only a device itself knows (an H100's were asked, a B200's are guesses).
 GPUS = {
-    "H100": (90, 132, 233472, 232448, 52428800, 0),
-    "B200": (100, 148, 233472, 232448, 132644864, 0),
-    "A100": (80, 108, 167936, 166912, 41943040, 0),
-    "RTX4090": (89, 128, 102400, 101376, 75497472, 0),
-    "T4": (75, 40, 65536, 65536, 4194304, 0),
+    "H100": (90, 132, 233472, 232448, 52428800, 3017000, 66, 30, 15, 7),
+    "B200": (100, 148, 233472, 232448, 132644864, 7200000, 74, 34, 16, 0),
+    "A100": (80, 108, 167936, 166912, 41943040, 1750000, 0, 0, 0, 0),
+    "RTX4090": (89, 128, 102400, 101376, 75497472, 907000, 0, 0, 0, 0),
+    "T4": (75, 40, 65536, 65536, 4194304, 288000, 0, 0, 0, 0),
 }
 
 
@@ -53,10 +53,9 @@ def force_plan(plan: str) -> Iterator[None]:
     Args:
         plan: one of :func:`plans`. ``"resident"`` also with details: ``"resident:cluster=4"`` says how
             many blocks share a channel in a contiguous layout (1, 2, 4, 8 or 16); in channels_last
-            layouts, ``"resident:groups=2,splits=64,buffers=2,tile_vecs=8"``, or some of these, say how many
-            tiles of channels are worked on at a time, by how many blocks each, how many tiles a block
-            keeps (1 or 2), and how many units of 16 bytes a tile is wide (of 8 elements, where a sign
-            mask goes with them).
+            layouts, ``"resident:groups=2,splits=64,tile_vecs=8"``, or some of these, say how many tiles of
+            channels are worked on at a time, by how many blocks each, and how many units of 16 bytes a
+            tile is wide (of 8 elements, where a sign mask goes with them).
 
     Raises:
         ValueError: there is no such plan, or detail.
@@ -138,7 +137,7 @@ def describe_plan(
 
     >>> import torch, bnext
     >>> bnext.cuda.describe_plan((32, 64, 56, 56), torch.bfloat16, gpu="H100")
-    'resident: 1 launch of 64 tiles, 4 blocks of 256 threads each, in clusters; 50304 bytes of shared memory a block'
+    'resident: 1 launch of 64 tiles, 2 blocks of 256 threads each, in clusters; 104448 bytes of shared memory a block'
     """
     extension = _cuda_extension()
     name, _ = resolve(activation)

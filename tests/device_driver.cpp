@@ -61,14 +61,15 @@ void properties_are_the_devices() {
   const DeviceProperties found = query();
   expect(found.compute_capability == 90 && found.multiprocessors == 40 && found.cooperative && found.clusters, "90");
   expect(found.shared_per_block == 227 * 1024 && found.shared_per_multiprocessor == 228 * 1024, "shared memory");
-  expect(found.large_clusters == 2, "16 blocks of a multiprocessor each, in 16 + 16 + 8");
+  expect(found.clusters_together == std::array<int32_t, 4>{20, 10, 5, 2},
+         "16 blocks of a multiprocessor each, in 16 + 16 + 8");
   expect(cudaGetLastError() == cudaSuccess, "an error is left");
 }
 
 void code_may_be_older_than_the_device() {
   simt::device().code_capability = 80;
   const DeviceProperties found = query();
-  expect(found.compute_capability == 80 && !found.clusters && found.large_clusters == 0, "80 on 90");
+  expect(found.compute_capability == 80 && !found.clusters && found.clusters_together[3] == 0, "80 on 90");
   // Machine code for 8.0, on 8.6.
   simt::device().compute_capability = 86;
   expect(query().compute_capability == 80, "80 on 86");
@@ -77,7 +78,7 @@ void code_may_be_older_than_the_device() {
 void large_clusters_may_be_refused() {
   simt::device().largest_cluster = 8;
   const DeviceProperties found = query();
-  expect(found.clusters && found.large_clusters == 0, "none of 16");
+  expect(found.clusters && found.clusters_together[3] == 0, "none of 16");
   expect(cudaGetLastError() == cudaSuccess, "an error is left");
 }
 
@@ -165,7 +166,7 @@ void refusals_are_remembered() {
   cudaSetDevice(99);
   expect(device.give_up(resident(16, true), cudaErrorInvalidClusterSize), "clusters of 16");
   expect(cudaGetLastError() == cudaSuccess, "the runtime's error is left");
-  expect(device.properties().clusters && device.properties().large_clusters == 0, "clusters of 8 stay");
+  expect(device.properties().clusters && device.properties().clusters_together[3] == 0, "clusters of 8 stay");
   expect(device.give_up(resident(4, true), cudaErrorLaunchOutOfResources), "clusters");
   expect(!device.properties().clusters && device.properties().cooperative, "cooperative launches stay");
   expect(device.give_up(of_kind(PlanKind::cooperative), cudaErrorNotSupported), "cooperative launches");

@@ -482,7 +482,7 @@ class Run {
     const cudaError_t error = cuda::query_device(0, &found);
     if (error != cudaSuccess) throw Failure(say("query_device returned: %s", cudaGetErrorString(error)));
     if (c.shared) found.shared_per_block = found.shared_per_multiprocessor = c.shared;
-    if (c.clusters >= 0 && found.clusters) found.large_clusters = c.clusters;
+    if (c.clusters >= 0 && found.clusters) found.clusters_together.back() = c.clusters;
     if (c.planned_cc) {
       found.compute_capability = c.planned_cc;
       found.clusters = c.planned_cc >= 90;
@@ -648,7 +648,7 @@ std::string describe(const cuda::Plan& plan, bool whole) {
       const cuda::Partition& pass = plan.resident;
       if (pass.columns.tile_channels > 0) return say("packed/%d", static_cast<int>(pass.splits));
       const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
-      return say("resident/%d/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds), pass.buffers);
+      return say("resident/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds));
     }
     case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));
     default: return two_pass;

@@ -1,6 +1,6 @@
 // Prints the plan of each problem on standard input, one JSON object a line. A problem is
-//   cc multiprocessors shared shared_of_a_block l2 large_clusters  planar|interleaved dtype n c s
-//   forward|backward masked plan margin
+//   cc multiprocessors shared shared_of_a_block l2 bandwidth clusters_of_2 of_4 of_8 of_16  planar|interleaved dtype n
+//   c s forward|backward masked plan margin
 // `plan_table choices` reads plans instead, and prints each again, or what is wrong with it.
 #include <cstring>
 #include <iostream>
@@ -15,8 +15,8 @@ using namespace bnext::cuda;
 void print(const char* name, const Partition& p) {
   std::cout << ",\"" << name << "\":{\"columns\":" << p.by_columns << ",\"aligned\":" << p.planar.aligned
             << ",\"vec\":" << p.vec << ",\"threads\":" << p.threads << ",\"tiles\":" << p.tiles
-            << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"buffers\":" << p.buffers
-            << ",\"l2_steps\":" << p.l2_steps << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next
+            << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"l2_steps\":" << p.l2_steps
+            << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next
             << ",\"tile_channels\":" << p.columns.tile_channels << ",\"packs\":" << p.columns.packs
             << ",\"clustered\":" << p.clustered << ",\"steps\":" << p.steps
             << ",\"steps_per_split\":" << p.steps_per_split << ",\"shared_bytes\":" << p.shared_bytes
@@ -48,8 +48,9 @@ int main(int argc, char** argv) {
   Shape shape;
   int masked, margin;
   while (std::cin >> device.compute_capability >> device.multiprocessors >> device.shared_per_multiprocessor >>
-         device.shared_per_block >> device.l2_bytes >> device.large_clusters >> layout >> dtype >> shape.n >> shape.c >>
-         shape.s >> direction >> masked >> wish >> margin) {
+         device.shared_per_block >> device.l2_bytes >> device.bandwidth >> device.clusters_together[0] >>
+         device.clusters_together[1] >> device.clusters_together[2] >> device.clusters_together[3] >> layout >> dtype >>
+         shape.n >> shape.c >> shape.s >> direction >> masked >> wish >> margin) {
     const PlanOptions options = {parse_choice(wish), margin};
     refusal.clear();
     shape.layout = layout == "planar" ? Layout::planar : Layout::interleaved;

@@ -155,7 +155,7 @@ class Tolerance:
 def assert_within(actual, exact, tolerance, what=""):
     """|actual - exact| <= tolerance, element by element; reports the worst element."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    actual, exact = in_float64(actual), in_float64(exact)
+    actual, exact, tolerance = (in_float64(t) if isinstance(t, torch.Tensor) else t for t in (actual, exact, tolerance))
     excess = (actual - exact).abs() / tolerance
     ok = (excess <= 1) | (actual == exact)
     if not bool(ok.all()):

@@ -62,7 +62,7 @@ def test_force_plan_takes_details():
 def test_describe_plan_needs_no_gpu():
     describe = bnext.cuda.describe_plan
     shape, bf16 = (32, 64, 56, 56), torch.bfloat16
-    assert describe(shape, bf16, gpu="H100").startswith("resident: 1 launch of 64 tiles, 4 blocks of 256 threads each")
+    assert describe(shape, bf16, gpu="H100").startswith("resident: 1 launch of 64 tiles, 2 blocks of 256 threads each")
     assert describe(shape, bf16, gpu="T4").startswith("two_pass: 2 launches, of 64 tiles, ")
     assert "in clusters; 100416 bytes" in describe(shape, bf16, gpu="H100", backward=True)
     assert ", 8 blocks of" in describe(shape, bf16, gpu="H100", plan="resident:cluster=8")

@@ -144,7 +144,7 @@ def cases(op):
         # Planned for that many multiprocessors, channels that fit into one block take several.
         out += [case(rng, op, *where, shape, plan="resident", sms=132, cc=0) for where in grid for shape in LARGE]
         for dtype in DTYPES:
-            # Enough for one tile at a time, then for two.
+            # Enough for some of the tiles at a time, then for all.
             for shared, shape in [(size, shape) for size in (32, 40, 64, 100) for shape in TALL]:
                 out.append(case(rng, op, dtype, "interleaved", shape, plan="resident", shared=shared * 1024))
             # From what the merges take alone on.
@@ -212,17 +212,16 @@ def plans_that_ran(printed):
     for dtype in DTYPES:
         for layout in LAYOUTS:
             plans = {plan for *where, plan in ran if where == [dtype, layout]}
-            # blocks of a tile, rounds, buffers
+            # blocks of a tile, rounds
             resident = {tuple(map(int, plan.split("/")[1:])) for plan in plans if plan.startswith("resident")}
-            assert "two_pass" in plans and (1, 1, 1) in resident
+            assert "two_pass" in plans and (1, 1) in resident
             assert any(plan.startswith("cooperative") and plan != "cooperative/1" for plan in plans)
             if layout == "planar":
-                assert any(blocks > 1 for blocks, _, _ in resident) and "packed/1" in plans
+                assert any(blocks > 1 for blocks, _ in resident) and "packed/1" in plans
             else:
-                in_turn = {buffers for blocks, rounds, buffers in resident if blocks > 1 and rounds > 1}
-                assert in_turn == {1, 2}
+                assert any(blocks > 1 and rounds > 1 for blocks, rounds in resident)
     clusters = (1, 2, 4, 8, 16)
-    expected = {f"packed/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1/1" for blocks in clusters}
+    expected = {f"packed/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1" for blocks in clusters}
     assert {plan for *_, plan in ran} >= expected
 
 

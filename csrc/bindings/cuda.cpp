@@ -176,9 +176,11 @@ int64_t set_sm_margin(int64_t multiprocessors) {
 
 DeviceNumbers device_properties(int64_t device) {
   const cuda::DeviceProperties d = device_of(static_cast<c10::DeviceIndex>(device)).properties();
+  const auto& together = d.clusters_together;
   return {d.compute_capability, d.multiprocessors, d.shared_per_multiprocessor,
-          d.shared_per_block,   d.l2_bytes,        d.large_clusters,
-          d.cooperative,        d.clusters};
+          d.shared_per_block,   d.l2_bytes,        d.bandwidth,
+          together[0],          together[1],       together[2],
+          together[3],          d.cooperative,     d.clusters};
 }
 
 std::vector<std::string> refused_launches(int64_t device) {
@@ -189,16 +191,16 @@ std::string describe_plan(const Tensor& x, bool backward, const std::string& act
                           const DeviceNumbers& device, const std::string& plan) {
   const Activation act = parse_activation(activation, /*param=*/0);
   check_input(x);
-  const auto [capability, multiprocessors, shared, shared_per_block, l2, large_clusters, cooperative, clusters] =
-      device;
-  const cuda::DeviceProperties properties = {static_cast<int32_t>(capability),
-                                             static_cast<int32_t>(multiprocessors),
-                                             shared,
-                                             shared_per_block,
-                                             l2,
-                                             static_cast<int32_t>(large_clusters),
-                                             cooperative != 0,
-                                             clusters != 0};
+  const auto count = [&](size_t i) { return static_cast<int32_t>(device[i]); };
+  const cuda::DeviceProperties properties = {count(0),
+                                             count(1),
+                                             device[2],
+                                             device[3],
+                                             device[4],
+                                             device[5],
+                                             {count(6), count(7), count(8), count(9)},
+                                             device[10] != 0,
+                                             device[11] != 0};
   cuda::PlanOptions options = Options::instance().get();
   if (!plan.empty()) options.plan = parse_plan(plan);
   // A plan looks at which operands there are, not at what is in them.

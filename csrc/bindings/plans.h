@@ -22,8 +22,9 @@ std::string force_plan(const std::string& plan);
 // before. BNEXT_SM_MARGIN sets what holds at first.
 int64_t set_sm_margin(int64_t multiprocessors);
 
-// The members of cuda::DeviceProperties, in their order; those of a device without what it has refused.
-using DeviceNumbers = std::array<int64_t, 8>;
+// The members of cuda::DeviceProperties, in their order, one after the other; those of a device without what it has
+// refused.
+using DeviceNumbers = std::array<int64_t, 12>;
 DeviceNumbers device_properties(int64_t device);
 
 // What the driver has refused to launch on that device so far, which plans go without since then.

@@ -82,9 +82,11 @@ struct RunningUpdate {
   template <class Params>
   static BNEXT_HD RunningUpdate of(const Params& p, int64_t m) {
     const int64_t* batches = p.num_batches_tracked;
-    const double factor = p.cumulative && batches != nullptr ? 1.0 / static_cast<double>(*batches + 1) : p.momentum;
-    const double correction = p.biased ? 1.0 : static_cast<double>(m) / (static_cast<double>(m) - 1.0);
-    return {static_cast<A>(factor), static_cast<A>(correction)};
+    const bool averages = p.cumulative && batches != nullptr;
+    const A factor = averages ? A(1) / static_cast<A>(*batches + 1) : static_cast<A>(p.momentum);
+    // m / (m - 1), to half a unit in the last place, without numbers of double width: GPUs are slow at these, and all
+    // blocks wait for this.
+    return {factor, p.biased ? A(1) : A(1) + A(1) / static_cast<A>(m - 1)};
   }
 
   BNEXT_HD A mean(A running, A batch) const { return (A(1) - factor) * running + factor * batch; }

@@ -17,8 +17,7 @@ std::string resident(const Partition& partition) {
   if (partition.clustered) {
     out += partition.splits > 1 ? ", in clusters" : "";
   } else if (partition.groups < partition.tiles) {
-    out += ", " + std::to_string(partition.groups) + " at a time, " +
-           (partition.buffers > 1 ? "the next loaded ahead" : "in turn");
+    out += ", " + std::to_string(partition.groups) + " at a time";
   }
   return out + "; " + std::to_string(partition.shared_bytes + partition.resident_bytes) +
          " bytes of shared memory a block";

@@ -118,35 +118,48 @@ cudaError_t query_code(DeviceProperties* properties) {
   properties->clusters = properties->clusters && properties->compute_capability >= 90;
   if (!properties->clusters) return cudaSuccess;
   const auto shared = static_cast<size_t>(properties->shared_per_block) - attributes.sharedSizeBytes;
-  error = allow_kernel_resources(kernel, kMaxThreads, shared, kLargeCluster);
-  if (error == cudaSuccess) {
-    error = count_clusters(kernel, kMaxThreads, kLargeCluster, shared, &properties->large_clusters);
+  for (size_t i = 0; i < properties->clusters_together.size(); ++i) {
+    const unsigned size = 2u << i;
+    error = allow_kernel_resources(kernel, kMaxThreads, shared, size);
+    if (error == cudaSuccess) {
+      error = count_clusters(kernel, kMaxThreads, size, shared, &properties->clusters_together[i]);
+    }
+    if (error == cudaSuccess) continue;
+    // A device that refuses simply has none.
+    properties->clusters_together[i] = 0;
+    cudaGetLastError();
   }
-  if (error == cudaSuccess) return cudaSuccess;
-  // A device that refuses simply has none.
-  properties->large_clusters = 0;
-  cudaGetLastError();
   return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t query_device(int device, DeviceProperties* properties) {
-  int major = 0, minor = 0, multiprocessors = 0, shared_all = 0, shared = 0, l2 = 0, cooperative = 0, clusters = 0;
+  int major = 0, minor = 0, multiprocessors = 0, shared_all = 0, shared = 0, l2 = 0, cooperative = 0, clusters = 0,
+      clock = 0, bits = 0;
   struct {
     int* value;
     cudaDeviceAttr attribute;
   } const queries[] = {
-      {&major, cudaDevAttrComputeCapabilityMajor},        {&minor, cudaDevAttrComputeCapabilityMinor},
-      {&multiprocessors, cudaDevAttrMultiProcessorCount}, {&shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-      {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}, {&l2, cudaDevAttrL2CacheSize},
-      {&cooperative, cudaDevAttrCooperativeLaunch},       {&clusters, cudaDevAttrClusterLaunch},
+      {&major, cudaDevAttrComputeCapabilityMajor},
+      {&minor, cudaDevAttrComputeCapabilityMinor},
+      {&multiprocessors, cudaDevAttrMultiProcessorCount},
+      {&shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+      {&l2, cudaDevAttrL2CacheSize},
+      {&cooperative, cudaDevAttrCooperativeLaunch},
+      {&clusters, cudaDevAttrClusterLaunch},
+      {&clock, cudaDevAttrMemoryClockRate},
+      {&bits, cudaDevAttrGlobalMemoryBusWidth},
   };
   for (const auto& query : queries) {
     cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, device);
     if (error != cudaSuccess) return error;
   }
-  *properties = {10 * major + minor, multiprocessors, shared_all, shared, l2, 0, cooperative != 0, clusters != 0};
+  // Of kHz, twice in a cycle, and bits; a copy gets nine tenths of that. Without either, a guess.
+  const int64_t peak = int64_t{2} * clock * bits / 8 / 1000, bandwidth = peak > 0 ? peak * 9 / 10 : 1000000;
+  *properties = {10 * major + minor, multiprocessors, shared_all, shared, l2, bandwidth, {},
+                 cooperative != 0,   clusters != 0};
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error == cudaSuccess) error = cudaSetDevice(device);
@@ -183,7 +196,7 @@ DeviceProperties Device::properties() const {
   DeviceProperties now = found_;
   now.cooperative = now.cooperative && cooperative_;
   now.clusters = now.clusters && clusters_;
-  if (!large_clusters_) now.large_clusters = 0;
+  if (!large_clusters_) now.clusters_together.back() = 0;
   return now;
 }
 

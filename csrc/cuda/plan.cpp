@@ -17,11 +17,12 @@ constexpr int64_t kSmallBytes = 2 * 1024 * 1024;
 // and more tiles out of few channels.
 constexpr int64_t kNarrowBytes = 64;
 
-// So many bytes of partial results make a share of their merge. On an H200 two passes in channels_last took about a
-// microsecond more for every 40 KB that one block merged (bench/results/h200-plans.json); what sharing gains is not
-// measured.
-constexpr int64_t kMergeShareBytes = 16 * 1024;
+// So many bytes of partial results make a share of their merge: one for each thread of a block, where they are largest.
+constexpr int64_t kMergeShareBytes = 4 * 1024;
 constexpr int64_t kMaxMergeShares = 8;  // tests/simt has room for as many blocks
+
+// Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
+constexpr int64_t kMaxMergedSplits = 256;
 
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
 // one set in planar form and one for each element of its vector in columns.
@@ -30,10 +31,6 @@ constexpr int64_t kColumnsApplyStrides = 16;
 
 // Vectors that a thread of a planar reduction should have before a block gets more threads.
 constexpr int64_t kVecsPerThread = 4;
-
-// Large clusters leave multiprocessors idle where their groups on the chip are no multiple of 16. Reading once
-// instead of twice moves 2/3 of the bytes forward, 3/5 backward: worth it if this many take part.
-constexpr double kLargeClustersPay = 0.75;
 
 int32_t threads_for(int64_t work) {
   int32_t threads = 32;
@@ -130,17 +127,21 @@ Partition reduce_partition(const Shape& shape, int32_t vec, const DeviceProperti
     return partition;
   }
   Partition partition = columns(shape, vec, shape.c, 1, kMaxTileVecs, /*merges=*/true);
-  int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(true, true);
+  int64_t slots =
+      std::min(kMaxMergedSplits * partition.tiles, device.multiprocessors * int64_t{blocks_per_sm(true, true)});
   int64_t most = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
   set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.columns.thread_rows);
   return partition;
 }
 
-// `most_strides` to a block, or as many as leave two blocks for each multiprocessor.
+// At most `max_strides` to a block; so many blocks that they fill whole waves of the device, since the last of another
+// wave would run alone.
 void set_apply_splits(Partition& partition, int64_t stride, int64_t max_strides, const DeviceProperties& device) {
-  const int64_t strides = ceil_div(partition.steps, stride);
-  const int64_t fraction = strides * partition.tiles / (2 * int64_t{device.multiprocessors});
-  set_splits(partition, ceil_div(strides, std::clamp<int64_t>(fraction, 1, max_strides)), stride);
+  const int64_t slots =
+      int64_t{device.multiprocessors} * blocks_per_sm(partition.by_columns, true) * (kMaxThreads / partition.threads);
+  const int64_t strides = ceil_div(partition.steps, stride), tiles = std::max<int64_t>(1, partition.tiles);
+  const int64_t waves = std::max<int64_t>(1, ceil_div(strides * tiles, slots * max_strides));
+  set_splits(partition, std::max<int64_t>(1, waves * slots / tiles), stride);
 }
 
 Partition apply_partition(const Shape& shape, int32_t vec, const DeviceProperties& device) {
@@ -167,11 +168,12 @@ int64_t reserved_bytes(int64_t merge_bytes) { return merge_bytes + 2048; }
 struct Problem {
   Shape shape;
   DType dtype;
-  bool general;         // an activation without kernels of its own
-  bool masked;          // the elementwise pass reads or writes a mask
-  bool reduce_masked;   // the reduction reads it
-  int64_t tensors;      // that the reduction reads
-  int64_t state_bytes;  // of a partial result
+  bool general;               // an activation without kernels of its own
+  bool masked;                // the elementwise pass reads or writes a mask
+  bool reduce_masked;         // the reduction reads it
+  int64_t tensors;            // that the reduction reads
+  int64_t state_bytes;        // of a partial result
+  int64_t coefficient_bytes;  // of a channel, in the elementwise pass
 
   int32_t vec_of(bool with_mask) const { return with_mask ? 8 : static_cast<int32_t>(16 / size_of(dtype)); }
   int32_t vec() const { return vec_of(masked); }
@@ -179,7 +181,9 @@ struct Problem {
   int64_t bytes() const { return shape.numel() * size_of(dtype) * tensors; }
   // Shared memory that merges the states of a block's threads.
   int64_t merge_bytes(const Partition& partition) const {
-    return state_bytes * merge_slots(partition.by_columns ? partition.vec : 1);
+    const int64_t acc = acc_size_of(dtype), numbers = state_bytes / acc;
+    if (!partition.by_columns) return planar_merge_bytes(numbers, acc);
+    return partition.clustered ? packed_merge_bytes(numbers, acc) : column_merge_bytes(partition.vec, numbers, acc);
   }
 };
 
@@ -187,6 +191,7 @@ struct Problem {
 // more vectors than a block has room for, and no parts to go through it in.
 Partition packed_planes(const Shape& shape, int32_t vec) {
   Partition partition = {};
+  if (shape.s < vec) return partition;  // a vector would have more channels than two
   const int64_t channels = vec / std::gcd(shape.s, int64_t{vec});
   const int64_t row_vecs = channels * shape.s / vec;
   // Equal parts, of a quarter of a kilobyte in a row at least; so many at most that nobody would search for long.
@@ -212,7 +217,6 @@ Partition packed_planes(const Shape& shape, int32_t vec) {
 // A pass of resident_planar with clusters of that size: its threads, and what its blocks keep.
 Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
   partition.clustered = true;
-  partition.buffers = 1;
   partition.groups = partition.tiles;
   partition.splits = cluster;
   partition.steps_per_split = ceil_div(partition.steps, cluster);
@@ -228,127 +232,151 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
   return partition;
 }
 
-// The least cluster whose blocks keep their shares in shared memory, two blocks to a multiprocessor, and
-// fill the device; or else the largest that still has work for every thread; or the one that is asked for.
-// resident_bytes is 0 where nothing fits.
+// How long plans take, in microseconds beyond what their bytes do: fitted to what an H100 took for ResNet-50's layers
+// in bfloat16 (docs/performance.md says how well).
+struct TimeModel {
+  double pair = 3.1;          // a wave of clusters, two blocks to a multiprocessor: one loads while the other exchanges
+  double alone = 5.3;         // of blocks that are alone there
+  double rank = 0.12;         // each block of a cluster
+  double packed = 0.5;        // packed planes
+  double grid = 9.0;          // a round of groups, which exchange through memory
+  double two_pass = 10.0;     // two launches, and the merge in between
+  double covered = 2.8;       // vectors that cover planes, in the first of them
+  double block_rate = 40000;  // bytes a microsecond that one block reads and writes
+};
+constexpr TimeModel kTimes;
+
+// How much of the memory's bandwidth rows of so many bytes get.
+double share_of_rows(int64_t bytes) { return bytes >= 256 ? 1.0 : bytes >= 128 ? 0.97 : 0.8; }
+
+// Blocks of a resident pass that find room on a multiprocessor, at most two of them; 0 where one does not.
+int32_t blocks_together(const Problem& problem, const Partition& partition, const DeviceProperties& device) {
+  const int64_t bytes = partition.resident_bytes + reserved_bytes(problem.merge_bytes(partition));
+  if (partition.resident_bytes == 0 || bytes > device.shared_per_block) return 0;
+  const int32_t most = resident_blocks_per_sm(size_of(problem.dtype), problem.general, partition.by_columns);
+  return static_cast<int32_t>(std::min<int64_t>(most, device.shared_per_multiprocessor / bytes));
+}
+
+// Clusters of `size` blocks that are on the device together, with `per_sm` of the blocks on a multiprocessor.
+int64_t clusters_together(const DeviceProperties& device, int64_t size, int32_t per_sm) {
+  if (size == 1) return int64_t{per_sm} * device.multiprocessors;
+  int32_t i = 0;
+  while (int64_t{2} << i < size) ++i;
+  return int64_t{per_sm} * device.clusters_together[i];
+}
+
+// Tiles are taken in waves of clusters, or in rounds of groups.
+double resident_time(const Problem& problem, const Partition& partition, const DeviceProperties& device) {
+  const int32_t per_sm = blocks_together(problem, partition, device);
+  const int64_t together = std::min(
+      partition.tiles, partition.clustered ? clusters_together(device, partition.splits, per_sm) : partition.groups);
+  // Of a wave, in and out; or of one of its blocks, where there are few.
+  const double tile = static_cast<double>(problem.bytes()) / static_cast<double>(partition.tiles) *
+                      static_cast<double>(problem.tensors + 1) / static_cast<double>(problem.tensors);
+  double rate = static_cast<double>(device.bandwidth), more = kTimes.grid;
+  if (partition.clustered) {
+    more = (per_sm > 1 ? kTimes.pair : kTimes.alone) + kTimes.rank * static_cast<double>(partition.splits) +
+           (partition.by_columns ? kTimes.packed : 0);
+  } else {
+    rate *= share_of_rows(partition.tile_width() * size_of(problem.dtype));
+  }
+  const double moving = std::max(tile * static_cast<double>(together) / rate,
+                                 tile / static_cast<double>(partition.splits) / kTimes.block_rate);
+  return static_cast<double>(ceil_div(partition.tiles, std::max<int64_t>(1, together))) * (moving + more);
+}
+
+double two_pass_time(const Problem& problem, const DeviceProperties& device) {
+  // The second pass finds half an L2 cache full, in half the time.
+  const double again = std::min(static_cast<double>(problem.bytes()), static_cast<double>(device.l2_bytes) / 2);
+  const double all = static_cast<double>(problem.bytes()) * static_cast<double>(2 * problem.tensors + 1) /
+                     static_cast<double>(problem.tensors);
+  const bool covers = problem.shape.layout == Layout::planar && problem.shape.s % problem.vec() != 0;
+  return (all - again / 2) / (0.95 * static_cast<double>(device.bandwidth)) + kTimes.two_pass +
+         (covers ? kTimes.covered : 0);
+}
+
+// With clusters of the size that takes the least time; or the one that is asked for. resident_bytes is 0 where nothing
+// fits.
 Partition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
   const int32_t vec = problem.vec();
   const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
-  auto fit = [&](const Partition& partition, int32_t per_sm) {
-    const int64_t bytes = partition.resident_bytes + reserved_bytes(problem.merge_bytes(partition));
-    return bytes <= device.shared_per_block && per_sm * bytes <= device.shared_per_multiprocessor &&
-           partition.splits <= device.multiprocessors;
-  };
-  auto work_vecs = [](const Partition& partition) {
-    return partition.by_columns ? partition.steps_per_split * partition.columns.tile_vecs * partition.columns.packs
-                                : partition.steps_per_split;
-  };
   Partition best = {};
   if (base.tiles == 0) return best;
   const bool has_clusters = device.compute_capability >= 90 && device.clusters;
-  const int64_t most = has_clusters ? std::min<int64_t>(kMaxCluster, base.steps) : 1;
-  if (wanted > 0) {
-    const bool granted = wanted <= most ||
-                         (wanted == kLargeCluster && has_clusters && device.large_clusters > 0 && base.steps >= wanted);
-    const Partition partition = clustered(base, wanted, problem.vec_bytes());
-    return granted && fit(partition, 1) ? partition : best;
-  }
-  for (int32_t cluster = 1; cluster <= most; cluster *= 2) {
+  double least = 0;
+  for (int32_t cluster = 1; cluster <= kLargeCluster; cluster *= 2) {
+    if (wanted > 0 && cluster != wanted) continue;
+    if (cluster > base.steps || (cluster > 1 && (!has_clusters || clusters_together(device, cluster, 1) == 0)))
+      continue;
     const Partition partition = clustered(base, cluster, problem.vec_bytes());
-    if (!fit(partition, 1)) continue;
-    if (best.resident_bytes > 0 && work_vecs(partition) < kMaxThreads) break;
+    if (blocks_together(problem, partition, device) == 0) continue;
+    const double time = resident_time(problem, partition, device);
+    if (best.resident_bytes > 0 && time >= least) continue;
     best = partition;
-    if (fit(partition, 2) && partition.blocks() >= device.multiprocessors) break;
-  }
-  const bool large_pay = device.large_clusters * kLargeCluster >= kLargeClustersPay * device.multiprocessors;
-  if (best.resident_bytes == 0 && has_clusters && large_pay && base.steps >= kLargeCluster) {
-    const Partition partition = clustered(base, kLargeCluster, problem.vec_bytes());
-    if (fit(partition, 1)) best = partition;
+    least = time;
   }
   return best;
 }
 
-// Groups of blocks that together fill `slots`, and take the tiles in turn, `buffers` at a time: the least
-// rounds whose shares fit into `capacity` bytes of a block, or somewhat more, where a tenth of the slots or of
-// the last round would be idle. resident_bytes is 0 where nothing fits.
-Partition in_groups(Partition partition, int64_t slots, int32_t buffers, int64_t capacity, int64_t vec_bytes) {
-  Partition best = {};
+// Groups of blocks that together fill `slots`, and take the tiles in turn: in the fewest rounds whose shares fit into
+// `capacity` bytes of a block, or with as many groups, or blocks in each, as are asked for. resident_bytes is 0 where
+// nothing fits.
+Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_t vec_bytes, const PlanChoice& wanted) {
   const int64_t stride_bytes = partition.threads * vec_bytes;
-  const int64_t max_steps = capacity / buffers / stride_bytes * partition.columns.thread_rows;
-  if (max_steps <= 0) return best;
-  const int64_t max_groups = std::min(partition.tiles, slots / ceil_div(partition.steps, max_steps));
-  if (max_groups == 0) return best;
-  const int64_t min_rounds = std::max<int64_t>(buffers, ceil_div(partition.tiles, max_groups));
-  double best_used = 0;
-  for (int64_t rounds = min_rounds; rounds <= std::min(partition.tiles, min_rounds + 7) && best_used < 0.9; ++rounds) {
-    const int64_t groups = ceil_div(partition.tiles, rounds);
-    set_splits(partition, slots / groups, partition.columns.thread_rows);
-    partition.groups = groups;
-    const double used = static_cast<double>(partition.tiles * partition.steps) /
-                        static_cast<double>(ceil_div(partition.tiles, groups) * partition.steps_per_split * slots);
-    if (used <= best_used) continue;
-    best_used = used;
-    best = partition;
-    best.buffers = buffers;
-    best.resident_bytes = buffers * (partition.steps_per_split / partition.columns.thread_rows) * stride_bytes;
-  }
-  return best;
-}
-
-// The same, with as many groups, or blocks in each, as are asked for.
-Partition in_these_groups(Partition partition, int64_t slots, int32_t buffers, int64_t capacity, int64_t vec_bytes,
-                          const PlanChoice& wanted) {
-  const int64_t groups = wanted.groups ? wanted.groups : std::min(partition.tiles, slots / wanted.splits);
-  if (groups == 0 || groups > std::min(partition.tiles, slots) || ceil_div(partition.tiles, groups) < buffers)
-    return {};
-  const int64_t splits = wanted.splits ? wanted.splits : slots / groups;
-  set_splits(partition, splits, partition.columns.thread_rows);
+  const int64_t max_steps = capacity / stride_bytes * partition.columns.thread_rows;
+  if (max_steps <= 0) return {};
+  const int64_t splits = wanted.splits ? wanted.splits : ceil_div(partition.steps, max_steps);
+  const int64_t most = std::min(partition.tiles, slots / splits);
+  if (most == 0 || wanted.groups > most) return {};
+  const int64_t groups = wanted.groups   ? wanted.groups
+                         : wanted.splits ? most
+                                         : ceil_div(partition.tiles, ceil_div(partition.tiles, most));
+  set_splits(partition, wanted.splits ? wanted.splits : slots / groups, partition.columns.thread_rows);
   partition.groups = groups;
-  partition.buffers = buffers;
-  partition.resident_bytes =
-      buffers * (partition.steps_per_split / partition.columns.thread_rows) * partition.threads * vec_bytes;
+  partition.resident_bytes = partition.steps_per_split / partition.columns.thread_rows * stride_bytes;
   const bool fits = partition.blocks() <= slots && partition.resident_bytes <= capacity;
   return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
 }
 
 // One block to a tile where that is small; else all blocks that the device holds at a time, in pairs on a
-// multiprocessor or, where that does not fit, one by one; rather one by one than without a second buffer.
+// multiprocessor or one by one, and tiles as wide, as takes the least time.
 Partition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
                            const PlanOptions& options) {
   const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
-  Partition partition =
-      columns(problem.shape, problem.vec(), problem.shape.c, 1, std::max<int64_t>(1, kNarrowBytes / row_bytes),
-              /*merges=*/true);
+  const auto narrow = static_cast<int32_t>(std::max<int64_t>(1, kNarrowBytes / row_bytes));
+  Partition partition = columns(problem.shape, problem.vec(), problem.shape.c, 1, narrow, /*merges=*/true);
   if (partition.repeat > 1) return {};
   const PlanChoice& wanted = options.plan;
-  if (wanted.tile_vecs * partition.vec > partition.columns.cols) return {};
+  const int64_t vecs = partition.columns.cols / partition.vec;
+  if (wanted.tile_vecs > vecs) return {};
   if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, /*merges=*/true);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
-  const bool grouping_wanted = wanted.groups || wanted.splits;
-  if (partition.steps * partition.columns.tile_vecs * vec_bytes <= kSmallTileBytes && !grouping_wanted &&
-      !wanted.buffers) {
+  if (partition.steps * partition.columns.tile_vecs * vec_bytes <= kSmallTileBytes && !wanted.groups &&
+      !wanted.splits) {
     set_splits(partition, 1, partition.columns.thread_rows);
-    partition.buffers = 1;
     partition.resident_bytes =
         partition.steps_per_split / partition.columns.thread_rows * partition.threads * vec_bytes;
     if (partition.resident_bytes + reserved <= device.shared_per_block) return partition;
   }
   if (!device.cooperative) return {};
-  // A second round of a small tensor would take longer than what it hides.
-  const bool double_buffered = problem.bytes() > kSmallBytes || wanted.kind == PlanKind::resident;
-  for (int32_t buffers = double_buffered ? 2 : 1; buffers >= 1; --buffers) {
-    if (wanted.buffers > 0 && wanted.buffers != buffers) continue;
+  Partition best = {};
+  double least = 0;
+  for (int32_t tile_vecs = kMaxTileVecs; tile_vecs >= narrow; tile_vecs /= 2) {
+    if (wanted.tile_vecs == 0) set_tile_vecs(partition, ceil_div(vecs, ceil_div(vecs, tile_vecs)), /*merges=*/true);
     for (int32_t per_sm = max_per_sm; per_sm >= 1; --per_sm) {
       const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
       const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
-      const Partition grouped = grouping_wanted
-                                    ? in_these_groups(partition, slots, buffers, capacity, vec_bytes, wanted)
-                                    : in_groups(partition, slots, buffers, capacity, vec_bytes);
-      if (grouped.resident_bytes > 0) return grouped;
+      const Partition grouped = in_groups(partition, slots, capacity, vec_bytes, wanted);
+      if (grouped.resident_bytes == 0) continue;
+      const double time = resident_time(problem, grouped, device);
+      if (best.resident_bytes > 0 && time >= least) continue;
+      best = grouped;
+      least = time;
     }
+    if (wanted.tile_vecs > 0) break;
   }
-  return {};
+  return best;
 }
 
 // Both passes with the same threads; fewer than a pass would take on its own stay idle in it.
@@ -389,7 +417,6 @@ PlanChoice choice_of(const Partition& resident) {
         resident.groups < resident.tiles) {  // else a block to a tile, of which there may be many
       choice.groups = static_cast<uint16_t>(resident.groups);
       choice.splits = static_cast<uint16_t>(resident.splits);
-      choice.buffers = static_cast<uint8_t>(resident.buffers);
     }
   }
   return choice;
@@ -400,8 +427,7 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   const PlanChoice& wanted = options.plan;
   const bool is_planar = problem.shape.layout == Layout::planar;
   if (is_planar && wanted.interleaved_details()) return "in a planar layout, the one detail is cluster";
-  if (!is_planar && wanted.cluster)
-    return "in an interleaved layout, the details are groups, splits, buffers and tile_vecs";
+  if (!is_planar && wanted.cluster) return "in an interleaved layout, the details are groups, splits and tile_vecs";
   if (wanted.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
   const std::string capacity =
       std::to_string(std::max<int64_t>(1, device.multiprocessors - (is_planar ? 0 : options.sm_margin))) +
@@ -415,16 +441,12 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   return "it does not fit " + capacity + "; " + other;
 }
 
-// Whether a resident pass takes less time than two passes, by what was measured on an H200 (docs/performance.md).
+// Whether a resident pass takes less time than two passes. One of blocks that exchange nothing does, if there are
+// enough.
 bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device) {
-  // Most of the time of blocks that wait for others over the whole grid is waiting.
-  if (resident.cooperative()) return false;
-  // Packed planes in clusters of 4 and more took 0.97 to 1.36 times as long as two passes.
-  if (resident.by_columns && resident.splits > 2) return false;
-  // Of blocks that follow each other on a multiprocessor, one should load while another waits for its cluster.
-  const bool alone =
-      2 * (resident.resident_bytes + reserved_bytes(problem.merge_bytes(resident))) > device.shared_per_multiprocessor;
-  if (alone && resident.blocks() > device.multiprocessors) return false;
+  if (resident.clustered || resident.cooperative()) {
+    return resident_time(problem, resident, device) < two_pass_time(problem, device);
+  }
   return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
 }
 
@@ -467,14 +489,15 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
 
   Partition& merging = plan.kind == PlanKind::resident ? plan.resident : plan.reduce;
   merging.shared_bytes = problem.merge_bytes(merging);
+  if (plan.apply.by_columns) plan.apply.shared_bytes = problem.coefficient_bytes * kMaxTileVecs * plan.apply.vec;
   if ((merging.splits > 1 || merging.repeat > 1) && !merging.clustered) {
     plan.partial_bytes = merging.tiles * merging.splits * merging.tile_width() * problem.state_bytes;
     plan.counters = merging.tiles;
   }
   // Blocks that share a merge wait for each other, so that all of them must have room, and none another tile to go on
-  // to.
+  // to, unless it waits for the merge itself.
   merging.merge_shares = 1;
-  if (plan.kind == PlanKind::two_pass) {
+  if (plan.kind == PlanKind::two_pass || merging.cooperative()) {
     const int64_t blocks = merging.repeat == 1 ? merging.splits : merging.blocks();
     const int64_t bytes = blocks * merging.tile_width() * problem.state_bytes;
     merging.merge_shares = static_cast<int32_t>(std::clamp<int64_t>(
@@ -492,7 +515,8 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
   // it is wanted.
   const bool general = is_general(p.activation), masked = general || (p.residual && p.activation != Activation::none);
   Plan plan =
-      make_plan({p.shape, p.dtype, general, masked, false, 1, 4 * acc_size_of(p.dtype)}, device, options, refusal);
+      make_plan({p.shape, p.dtype, general, masked, false, 1, 4 * acc_size_of(p.dtype), 3 * acc_size_of(p.dtype)},
+                device, options, refusal);
   // One more, where a resident kernel has to know when all have read num_batches_tracked.
   if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident) ++plan.counters;
   return plan;
@@ -504,7 +528,8 @@ Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& dev
   const bool masked = general || derivative_of(p) == Derivative::mask;
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
-  return make_plan({p.shape, p.dtype, general, masked, masked, 2, 2 * acc_size_of(p.dtype)}, device, allowed, refusal);
+  return make_plan({p.shape, p.dtype, general, masked, masked, 2, 2 * acc_size_of(p.dtype), 7 * acc_size_of(p.dtype)},
+                   device, allowed, refusal);
 }
 
 }  // namespace bnext::cuda

@@ -2,6 +2,7 @@
 // that a table test on any machine can check it. Nothing here touches CUDA.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "../core/params.h"
@@ -15,7 +16,9 @@ struct DeviceProperties {
   int64_t shared_per_multiprocessor;  // bytes
   int64_t shared_per_block;           // with opt-in
   int64_t l2_bytes;
-  int32_t large_clusters;   // of kLargeCluster blocks, each with all the shared memory it may have, that run together
+  int64_t bandwidth;  // of its memory, in bytes a microsecond, as far as a copy gets
+  // So many clusters of 2, 4, 8 and 16 blocks, each with all the shared memory it may have, are there together.
+  std::array<int32_t, 4> clusters_together;
   bool cooperative = true;  // grids whose blocks are all there together
   bool clusters = true;     // from compute capability 9.0 on
 };
@@ -35,10 +38,16 @@ constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general, bo
 // Threads of a warp.
 constexpr int32_t kWarp = 32;
 
-// States that the threads of a block, with `width` columns each, leave for each other at a time: see merge_rows() in
-// device/reduce.cuh. A warp leaves one for each column of a tile, that is, two threads of it one for each of theirs.
-constexpr int32_t merge_slots(int32_t width) { return width == 1 ? kMaxThreads / kWarp : width * kMaxThreads / 2; }
-static_assert(kMaxTileVecs * (kMaxThreads / kWarp) <= kMaxThreads / 2);
+// Shared memory in which the threads of a block merge what they have, in states of so many numbers of `acc_bytes`: see
+// device/reduce.cuh. A state a thread of planar layouts, two of packed planes (plans/resident_packed.cu); of `width`
+// columns a thread, two numbers each, and for statistics one more a thread, and one a column of the tile.
+constexpr int64_t planar_merge_bytes(int64_t numbers, int64_t acc_bytes) { return numbers * acc_bytes * kMaxThreads; }
+constexpr int64_t packed_merge_bytes(int64_t numbers, int64_t acc_bytes) {
+  return 2 * numbers * acc_bytes * kMaxThreads;
+}
+constexpr int64_t column_merge_bytes(int64_t width, int64_t numbers, int64_t acc_bytes) {
+  return acc_bytes * (2 * width * kMaxThreads + (numbers > 2 ? kMaxThreads + width * kMaxTileVecs : 0));
+}
 
 // Blocks of a cluster, at most: what every GPU that has clusters grants without asking, and what some grant
 // on request, to as many clusters as their layout has room for.
@@ -77,9 +86,8 @@ struct Partition {
   int32_t merge_shares;     // blocks that share the merge of their partial results: see arrive_for_share()
   int64_t steps;            // planar: vectors of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
-  int64_t shared_bytes;     // that the merge of a block's threads takes; 0 in an elementwise pass
-  int64_t resident_bytes;   // dynamic shared memory: a block's shares, in a resident pass
-  int32_t buffers;          // so many of them: with 2, a block loads a tile while the one before is being merged
+  int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
+  int64_t resident_bytes;   // dynamic shared memory: a block's share of a tile, in a resident pass
   int64_t l2_steps;         // of a split, its last: what the L2 cache should keep for the pass that follows
   bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
   bool pdl;                 // the launch may begin while the kernel before, of the same plan, is running

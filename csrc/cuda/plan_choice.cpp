@@ -26,7 +26,6 @@ const Detail kDetails[] = {
     detail<&PlanChoice::cluster>("cluster", 16, "1, 2, 4, 8 or 16"),
     detail<&PlanChoice::groups>("groups", 65535, "from 1 to 65535"),
     detail<&PlanChoice::splits>("splits", 65535, "from 1 to 65535"),
-    detail<&PlanChoice::buffers>("buffers", 2, "1 or 2"),
     detail<&PlanChoice::tile_vecs>("tile_vecs", kMaxTileVecs, "from 1 to 16"),
 };
 

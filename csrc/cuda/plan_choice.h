@@ -27,12 +27,11 @@ constexpr int32_t kMaxTileVecs = 16;
 struct PlanChoice {
   PlanKind kind = PlanKind::automatic;
   uint8_t cluster = 0;    // planar layouts: blocks of a cluster
-  uint8_t buffers = 0;    // interleaved layouts: tiles that a block keeps at a time,
-  uint8_t tile_vecs = 0;  // vectors of a tile's row, up to kMaxTileVecs,
+  uint8_t tile_vecs = 0;  // interleaved layouts: vectors of a tile's row, up to kMaxTileVecs,
   uint16_t groups = 0;    // tiles that the device works on at a time,
   uint16_t splits = 0;    // and blocks of each
 
-  constexpr bool interleaved_details() const { return buffers || tile_vecs || groups || splits; }
+  constexpr bool interleaved_details() const { return tile_vecs || groups || splits; }
   constexpr bool details() const { return cluster || interleaved_details(); }
 };
 

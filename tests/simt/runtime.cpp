@@ -265,6 +265,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
     case cudaDevAttrMaxThreadsPerBlock: *value = kMostThreads; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedWithoutOptIn; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = d.multiprocessors; return cudaSuccess;
+    case cudaDevAttrMemoryClockRate: *value = d.memory_khz; return cudaSuccess;
+    case cudaDevAttrGlobalMemoryBusWidth: *value = d.memory_bits; return cudaSuccess;
     case cudaDevAttrL2CacheSize: *value = d.l2_bytes; return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = threads_per_multiprocessor(d); return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = d.compute_capability / 10; return cudaSuccess;

@@ -19,6 +19,7 @@ struct Device {
   int shared_per_multiprocessor = 228 * 1024;
   int shared_per_block = 227 * 1024;  // with opt-in
   int l2_bytes = 50 << 20;
+  int memory_khz = 2619000, memory_bits = 5120;
   // What a driver may refuse to launch although the hardware could: under MPS, in a green context, on a vGPU.
   bool refuses_cooperative = false;
   int largest_cluster = 16;  // 1: refuses all

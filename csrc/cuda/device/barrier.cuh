@@ -41,39 +41,52 @@ __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) 
   return arrive_for_share(counter, blocks, 1) == 0;
 }
 
-// Lets blocks that are on the device together wait for what the last of them to arrive does. Each block arrives, the
-// last one releases, and all wait; by then the counter is back at 0, ready for the next launch.
+// Lets blocks that are on the device together wait for what the last `shares` of them to arrive do. Each block arrives,
+// those with a share release, and all wait; by then the counter is back at 0, ready for the next launch.
 class SplitBarrier {
  public:
-  __device__ __forceinline__ SplitBarrier(uint32_t* counter, uint32_t blocks) : counter_(counter), blocks_(blocks) {}
+  __device__ __forceinline__ SplitBarrier(uint32_t* counter, uint32_t blocks, uint32_t shares)
+      : counter_(counter), blocks_(blocks), shares_(shares) {}
 
-  // True in the last block; what the others wrote before is then visible.
-  __device__ __forceinline__ bool arrive_is_last() const {
-    if (blocks_ == 1) return arrive_last(counter_, 1);
-    return block_increment_acq_rel(counter_, 2 * blocks_) == blocks_ - 1;
+  // The block's share, from 0 on, or -1. A block with a share returns once all blocks have arrived, and sees what they
+  // wrote before.
+  __device__ __forceinline__ int arrive() const {
+    if (blocks_ == 1) {
+      __syncthreads();
+      return 0;
+    }
+    const uint32_t missing = blocks_ - 1 - block_increment_acq_rel(counter_, limit());
+    if (missing >= shares_) return -1;
+    if (missing > 0) wait_for(blocks_);
+    return static_cast<int>(missing);
   }
   __device__ __forceinline__ void release() const {
-    if (blocks_ > 1) block_increment_acq_rel(counter_, 2 * blocks_);
+    if (blocks_ > 1) block_increment_acq_rel(counter_, limit());
   }
-  // Returns once it is released; what was written before that is then visible.
+  // Returns once all shares are released; what was written before that is then visible.
   __device__ __forceinline__ void wait() const {
-    if (threadIdx.x == 0 && blocks_ > 1) {
-      // The counter is above `blocks` from the release until the last block has stopped waiting.
-      while (load_acquire(counter_) <= blocks_) __nanosleep(32);
-      atomicInc(counter_, 2 * blocks_);
+    if (blocks_ > 1) wait_for(blocks_ + shares_);
+    if (threadIdx.x == 0 && blocks_ > 1) atomicInc(counter_, limit());
+    if (blocks_ == 1) __syncthreads();
+  }
+
+ private:
+  // Arrivals, releases and ends of waiting are counted one after the other. The last of these sets it back.
+  __device__ __forceinline__ uint32_t limit() const { return 2 * blocks_ + shares_ - 1; }
+  __device__ __forceinline__ void wait_for(uint32_t count) const {
+    if (threadIdx.x == 0) {
+      while (load_acquire(counter_) < count) __nanosleep(32);
     }
     __syncthreads();
   }
 
- private:
-  uint32_t* counter_;
-  uint32_t blocks_;
+  uint32_t *counter_, blocks_, shares_;
 };
 
 // All blocks of a cooperative launch wait for each other.
 __device__ __forceinline__ void grid_sync(uint32_t* counter) {
-  const SplitBarrier barrier(counter, gridDim.x);
-  if (barrier.arrive_is_last()) barrier.release();
+  const SplitBarrier barrier(counter, gridDim.x, /*shares=*/1);
+  if (barrier.arrive() == 0) barrier.release();
   barrier.wait();
 }
 

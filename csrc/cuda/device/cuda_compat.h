@@ -122,6 +122,13 @@ __device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, [[mayb
 #endif
 }
 
+// Brings what lies there into the L2 cache, for a load to come; nothing where the pointer is null.
+__device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* p) {
+#if !defined(BNEXT_SIMT)
+  if (p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Adds one to a counter, which goes back to 0 after `limit`, and returns the old value. What the thread wrote before is
 // visible to whoever sees the new one, and what was visible to those before becomes visible to it.
 __device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* counter, uint32_t limit) {

@@ -29,6 +29,23 @@ struct alignas(2 * sizeof(A)) Sums {
   }
 };
 
+// The merge of several sums at once: see device/reduce.cuh. In halves, so that the order is fixed, and the chain of
+// dependent additions short.
+template <int COUNT, int BEGIN = 0, class A, int ALL>
+__device__ __forceinline__ Sums<A> merge_range(const Sums<A> (&sums)[ALL]) {
+  if constexpr (COUNT == 1) {
+    return sums[BEGIN];
+  } else {
+    Sums<A> low = merge_range<COUNT / 2, BEGIN>(sums);
+    low.merge(merge_range<COUNT / 2, BEGIN + COUNT / 2>(sums));
+    return low;
+  }
+}
+template <int COUNT, class A>
+__device__ __forceinline__ Sums<A> merge_all(const Sums<A> (&sums)[COUNT]) {
+  return merge_range<COUNT>(sums);
+}
+
 template <class Element, Derivative DERIVATIVE, int VEC = kVec<Element, masks(DERIVATIVE)>>
 struct BatchNormBackward {
   using Params = BatchNormBackwardParams;
@@ -44,9 +61,26 @@ struct BatchNormBackward {
     return i == 0 ? p.dy : p.x;
   }
 
+  // What is known of a channel before its reduction.
+  struct Known { A mean, invstd, weight, bias; };
+  __device__ __forceinline__ static Known known(const BatchNormBackwardParams& p, int64_t channel) {
+    return {static_cast<const A*>(p.mean)[channel], static_cast<const A*>(p.invstd)[channel],
+            load_parameter<T>(p.weight, p.weight_dtype, channel, A(1)),
+            load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
+  }
+  // All of it is read before.
+  template <class Fetch>
+  __device__ __forceinline__ static void for_each_operand(const BatchNormBackwardParams&, int64_t, const Fetch&) {}
+
   // ---- reduction
 
   using State = Sums<A>;
+
+  // The forward's affine step, bit for bit: scale is weight * invstd there as well.
+  using Centre = Affine<A>;
+  __device__ __forceinline__ static Centre centre(const Known& known) {
+    return {known.mean, known.weight * known.invstd, known.bias};
+  }
 
   // Vectors of each of dy and x in flight; fewer next to masked ends, to the states of N columns, and to the code of
   // all activations.
@@ -60,8 +94,7 @@ struct BatchNormBackward {
     Affine<A> affine;
     Sums<A> sums[kSums] = {};
 
-    __device__ __forceinline__ PlanarReducer(const BatchNormBackwardParams& p, int64_t channel)
-        : affine(load_affine(p, channel)) {}
+    __device__ __forceinline__ explicit PlanarReducer(const Centre& centre) : affine(centre) {}
 
     template <int COUNT, bool WHOLE>
     __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
@@ -77,29 +110,22 @@ struct BatchNormBackward {
           });
     }
 
-    // In halves, so that the order is fixed, and the chain of dependent additions short.
-    __device__ __forceinline__ State result() {
-#pragma unroll
-      for (int half = kSums / 2; half >= 1; half /= 2) {
-#pragma unroll
-        for (int e = 0; e < half; ++e) sums[e].merge(sums[e + half]);
-      }
-      return sums[0];
-    }
+    __device__ __forceinline__ State result() { return merge_all(sums); }
   };
+
+  static constexpr bool kTakesFirst = false;
 
   // One thread's N columns. Their affine steps stay in registers, since every row needs them.
   struct ColumnReducer {
-    Affine<A> affine[N] = {};
+    Affine<A> affine[N];
     State sums[N];
 
-    __device__ __forceinline__ ColumnReducer(const BatchNormBackwardParams& p, const Channels<N>& channels,
-                                             bool active) {
-      // A thread past the tile's columns has none to load; it still meets the barriers of the reduction.
-      A invstd[N];
-      if (active) load_affine(affine, invstd, p, channels);
+    __device__ __forceinline__ ColumnReducer(const Centre (&centres)[N], const Vec<T, N>&) {
 #pragma unroll
-      for (int e = 0; e < N; ++e) sums[e] = {};
+      for (int e = 0; e < N; ++e) {
+        affine[e] = centres[e];
+        sums[e] = {};
+      }
     }
 
     template <int COUNT>
@@ -113,16 +139,35 @@ struct BatchNormBackward {
           });
     }
 
-    __device__ __forceinline__ void result(State (&state)[N]) const {
+    // What merge_rows() takes.
+    __device__ __forceinline__ void store(const ColumnPlace<N>&, void* memory) const {
 #pragma unroll
-      for (int e = 0; e < N; ++e) state[e] = sums[e];
+      for (int e = 0; e < N; ++e) static_cast<State*>(memory)[e * kMaxThreads + threadIdx.x] = sums[e];
+    }
+    __device__ __forceinline__ static State merge(const void* memory, int e, int lane, int) {
+      constexpr int kWarps = kMaxThreads / kWarp;
+      State some[kWarps];
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) {
+        some[k] =
+            k * kWarp < blockDim.x ? static_cast<const State*>(memory)[e * kMaxThreads + k * kWarp + lane] : State{};
+      }
+      return merge_all(some);
+    }
+
+    // Of columns [begin, end) together, which are of one channel.
+    __device__ __forceinline__ State over(int begin, int end) const {
+      State some[N];
+#pragma unroll
+      for (int e = 0; e < N; ++e) some[e] = e >= begin && e < end ? sums[e] : State{};
+      return merge_all(some);
     }
   };
 
   // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
   __device__ __forceinline__ static void add_tail(const BatchNormBackwardParams& p, int64_t channel, State& whole) {
     const int64_t numel = p.shape.numel();
-    const Affine<A> affine = load_affine(p, channel);
+    const Affine<A> affine = centre(known(p, channel));
     const A param = static_cast<A>(p.activation_param);
 #pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
@@ -170,44 +215,26 @@ struct BatchNormBackward {
     AffineGradient<A> gradient;
   };
 
-  template <int WIDTH>
-  __device__ __forceinline__ static void coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
-                                                      const Channels<WIDTH>& channels, const Summary (&sums)[WIDTH]) {
-    Affine<A> affine[WIDTH];
-    A invstd[WIDTH];
-    load_affine(affine, invstd, p, channels);
-    // One division a thread, not one a column.
-    const A inverse = p.training ? A(1) / static_cast<A>(p.count) : A(0);
-    // The order of the products is part of the result: invstd squared by itself may overflow where the sum is small.
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) {
-      out[e].affine = affine[e];
-      out[e].gradient = {affine[e].mean, affine[e].scale, p.training ? sums[e].dy * inverse : A(0),
-                         p.training ? sums[e].dy_xmu * inverse * invstd[e] * invstd[e] : A(0)};
-    }
+  // What finish() wrote, or a synchronised sum put in its place. Without a dx, or in evaluation mode, nobody wrote the
+  // sums, although there may be memory for them.
+  __device__ __forceinline__ static Summary load_summary(const BatchNormBackwardParams& p, int64_t channel) {
+    if (!p.training || !p.dx) return {};
+    return {static_cast<const A*>(p.sum_dy)[channel], static_cast<const A*>(p.sum_dy_xmu)[channel]};
   }
-
-  // By what finish() wrote, or a synchronised sum put in its place.
-  template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients(Coefficients (&out)[WIDTH], const BatchNormBackwardParams& p,
-                                                           const Channels<WIDTH>& channels) {
-    A sum_dy[WIDTH], sum_dy_xmu[WIDTH];
-    // Without a dx, or in evaluation mode, nobody wrote the sums, although there may be memory for them.
-    const bool summed = p.training && p.dx;
-    load_parameters<A>(sum_dy, summed ? p.sum_dy : nullptr, dtype_of<A>::value, channels, A(0));
-    load_parameters<A>(sum_dy_xmu, summed ? p.sum_dy_xmu : nullptr, dtype_of<A>::value, channels, A(0));
-    Summary sums[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) sums[e] = {sum_dy[e], sum_dy_xmu[e]};
-    coefficients(out, p, channels, sums);
-  }
-
   // A pass on its own saves nothing: unlike the forward's in evaluation mode, it has no statistics of its own.
-  template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients_of_pass(Coefficients (&out)[WIDTH],
-                                                                   const BatchNormBackwardParams& p,
-                                                                   const Channels<WIDTH>& channels, bool) {
-    load_coefficients(out, p, channels);
+  __device__ __forceinline__ static Summary load_summary_of_pass(const BatchNormBackwardParams& p, int64_t channel,
+                                                                 bool) {
+    return load_summary(p, channel);
+  }
+
+  __device__ __forceinline__ static Coefficients coefficients(const BatchNormBackwardParams& p, const Known& known,
+                                                              const Summary& sums) {
+    const Affine<A> affine = centre(known);
+    if (!p.training) return {affine, {affine.mean, affine.scale, A(0), A(0)}};
+    const A inverse = A(1) / static_cast<A>(p.count);
+    // The order of the products is part of the result: invstd squared by itself may overflow where the sum is small.
+    return {affine,
+            {affine.mean, affine.scale, sums.dy * inverse, sums.dy_xmu * inverse * known.invstd * known.invstd}};
   }
 
   // ---- elementwise
@@ -243,27 +270,6 @@ struct BatchNormBackward {
   }
 
  private:
-  // The forward's affine steps, bit for bit: scale is weight * invstd there as well. And invstd.
-  template <int WIDTH>
-  __device__ __forceinline__ static void load_affine(Affine<A> (&affine)[WIDTH], A (&invstd)[WIDTH],
-                                                     const BatchNormBackwardParams& p,
-                                                     const Channels<WIDTH>& channels) {
-    A mean[WIDTH], weight[WIDTH], bias[WIDTH];
-    load_vector<A>(mean, p.mean, channels);
-    load_vector<A>(invstd, p.invstd, channels);
-    load_parameters<T>(weight, p.weight, p.weight_dtype, channels, A(1));
-    load_parameters<T>(bias, p.bias, p.weight_dtype, channels, A(0));
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
-  }
-
-  __device__ __forceinline__ static Affine<A> load_affine(const BatchNormBackwardParams& p, int64_t channel) {
-    Affine<A> affine[1];
-    A invstd[1];
-    load_affine(affine, invstd, p, Channels<1>(channel));
-    return affine[0];
-  }
-
   // Calls body(k, dy', x) for each vector of a chunk.
   template <int COUNT, bool WHOLE, class AffineAt, class Body>
   __device__ __forceinline__ static void for_each_gradient(const BatchNormBackwardParams& p,

@@ -12,6 +12,47 @@
 #include "../device/loaders.cuh"
 #include "../launch.h"
 
+namespace bnext {
+
+// f(begin) + ... + f(begin + COUNT - 1) in halves: rounding errors and dependent additions grow with log2(COUNT), and
+// so do the registers that it takes.
+template <int COUNT, class F>
+__device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
+  if constexpr (COUNT == 1) {
+    return f(begin);
+  } else {
+    auto low = pairwise_sum<COUNT / 2>(f, begin);
+    return low + pairwise_sum<COUNT / 2>(f, begin + COUNT / 2);
+  }
+}
+
+// The merge of several states at once (see device/reduce.cuh): first their mean, then what they vary about it, both
+// weighted by their counts. One division and two short sums, where merging one by one takes a division each, and each
+// waits for the one before.
+template <int COUNT, class A>
+__device__ __forceinline__ Welford<A> merge_all(const Welford<A> (&states)[COUNT]) {
+  Welford<A> whole = {};
+  whole.count = pairwise_sum<COUNT>([&](int i) { return states[i].count; });
+  // That of the first that is not empty, found from behind.
+#pragma unroll
+  for (int i = COUNT - 1; i >= 0; --i) whole.shift = states[i].count > A(0) ? states[i].shift : whole.shift;
+  const A inverse = reciprocal(max(whole.count, A(1)));
+  A weight[COUNT], offset[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    weight[i] = states[i].count * inverse;
+    offset[i] = states[i].count > A(0) ? (states[i].shift - whole.shift) + states[i].offset : A(0);
+  }
+  whole.offset = pairwise_sum<COUNT>([&](int i) { return weight[i] * offset[i]; });
+  whole.var = pairwise_sum<COUNT>([&](int i) {
+    const A d = offset[i] - whole.offset;
+    return weight[i] * (states[i].var + d * d);
+  });
+  return whole;
+}
+
+}  // namespace bnext
+
 namespace bnext::cuda {
 
 // What follows the affine step. The common cases are template arguments and fold.
@@ -32,18 +73,6 @@ inline Epilogue epilogue_of(const BatchNormForwardParams& p) {
   return Epilogue::general;
 }
 
-// f(begin) + ... + f(begin + COUNT - 1) in halves: rounding errors and dependent additions grow with log2(COUNT), and
-// so do the registers that it takes.
-template <int COUNT, class F>
-__device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
-  if constexpr (COUNT == 1) {
-    return f(begin);
-  } else {
-    auto low = pairwise_sum<COUNT / 2>(f, begin);
-    return low + pairwise_sum<COUNT / 2>(f, begin + COUNT / 2);
-  }
-}
-
 template <class Element, Epilogue EPILOGUE, int VEC = kVec<Element, masks(EPILOGUE)>>
 struct BatchNormForward {
   using Params = BatchNormForwardParams;
@@ -57,9 +86,30 @@ struct BatchNormForward {
   static constexpr int kInputs = 1;
   __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }
 
+  // What is known of a channel before its reduction.
+  struct Known { A weight, bias; };
+  __device__ __forceinline__ static Known known(const BatchNormForwardParams& p, int64_t channel) {
+    return {load_parameter<T>(p.weight, p.weight_dtype, channel, A(1)),
+            load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
+  }
+
+  // Calls fetch(address) for what will be read of a channel once it is reduced.
+  template <class Fetch>
+  __device__ __forceinline__ static void for_each_operand(const BatchNormForwardParams& p, int64_t channel,
+                                                          const Fetch& fetch) {
+    fetch(parameter_at<T>(p.weight, p.weight_dtype, channel));
+    fetch(parameter_at<T>(p.bias, p.weight_dtype, channel));
+    fetch(parameter_at<T>(p.running_mean, p.running_dtype, channel));
+    fetch(parameter_at<T>(p.running_var, p.running_dtype, channel));
+  }
+
   // ---- reduction
 
   using State = Welford<A>;
+
+  // Statistics need nothing but x.
+  struct Centre {};
+  __device__ __forceinline__ static Centre centre(const Known&) { return {}; }
 
   // Vectors of a planar chunk: 32 elements, all of whose loads are in flight together, or what the registers of a full
   // multiprocessor hold of wider elements, and of vectors with masked ends.
@@ -75,7 +125,7 @@ struct BatchNormForward {
   struct PlanarReducer {
     State state = {};
 
-    __device__ __forceinline__ PlanarReducer(const BatchNormForwardParams&, int64_t) {}
+    __device__ __forceinline__ explicit PlanarReducer(const Centre&) {}
 
     // Takes the chunk's mean, then its squared deviations from that, from registers: two sums that do not cancel.
     template <int COUNT, bool WHOLE>
@@ -117,19 +167,24 @@ struct BatchNormForward {
     }
   };
 
-  // One thread's N columns, all with the same count, so that they share the division of Welford::add.
+  static constexpr bool kTakesFirst = true;
+
+  // One thread's N columns, all with the same count, so that they share the division of Welford::add; and with the same
+  // shifts as the block's other threads, so that what they hold merges without.
   struct ColumnReducer {
     A count = A(0);
     A shift[N] = {}, offset[N] = {}, var[N] = {};
 
-    __device__ __forceinline__ ColumnReducer(const BatchNormForwardParams&, const Channels<N>&, bool) {}
+    // `first` is a vector of the block's first row, for the shifts: differences to a value of the channel are exact
+    // where the mean is far above the deviation.
+    __device__ __forceinline__ ColumnReducer(const Centre (&)[N], const Vec<T, N>& first) {
+      widen_vec<T, N>(first, shift);
+    }
 
     template <int COUNT>
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, true>&,
                                         const Vec<T, N> (&vecs)[1][COUNT]) {
       const Vec<T, N>(&x)[COUNT] = vecs[0];
-      // Differences to a value of the channel are exact where the mean is far above the deviation.
-      if (count == A(0)) widen_vec<T, N>(x[0], shift);
       const A total = count + A(COUNT);
       const A f = A(COUNT) * reciprocal(total);
 #pragma unroll
@@ -148,12 +203,72 @@ struct BatchNormForward {
       count = total;
     }
 
-    __device__ __forceinline__ void result(State (&state)[N]) const {
+    // What merge_rows() takes: the threads' parts, how many rows each of them had, and the shifts of the tile.
+    struct Part { A offset, var; };
+    struct Memory {
+      Part* parts;
+      A *counts, *shifts;
+
+      __device__ __forceinline__ explicit Memory(void* memory)
+          : parts(static_cast<Part*>(memory)),
+            counts(reinterpret_cast<A*>(parts + N * kMaxThreads)),
+            shifts(counts + kMaxThreads) {}
+    };
+
+    __device__ __forceinline__ void store(const ColumnPlace<N>& place, void* memory) const {
+      const Memory to(memory);
+      to.counts[threadIdx.x] = count;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        state[e] = {count, shift[e], offset[e], var[e]};
-        state[e].recentre();
+        to.parts[e * kMaxThreads + threadIdx.x] = {offset[e], var[e]};
+        if (place.row == 0) to.shifts[e * kMaxTileVecs + place.vec_col] = shift[e];
       }
+    }
+
+    // As merge_all() of states with one shift.
+    __device__ __forceinline__ static State merge(const void* memory, int e, int lane, int lanes) {
+      const Memory from(const_cast<void*>(memory));
+      constexpr int kWarps = kMaxThreads / kWarp;
+      Part part[kWarps];
+      A weight[kWarps];
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) {
+        const bool is = k * kWarp < blockDim.x;
+        part[k] = is ? from.parts[e * kMaxThreads + k * kWarp + lane] : Part{};
+        weight[k] = is ? from.counts[k * kWarp + lane] : A(0);
+      }
+      State whole = {};
+      whole.count = pairwise_sum<kWarps>([&](int k) { return weight[k]; });
+      whole.shift = from.shifts[e * kMaxTileVecs + lane % lanes];
+      const A inverse = reciprocal(max(whole.count, A(1)));
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) weight[k] *= inverse;
+      whole.offset = pairwise_sum<kWarps>([&](int k) { return weight[k] * part[k].offset; });
+      whole.var = pairwise_sum<kWarps>([&](int k) {
+        const A d = part[k].offset - whole.offset;
+        return weight[k] * (part[k].var + d * d);
+      });
+      whole.recentre();
+      return whole;
+    }
+
+    // Of columns [begin, end) together, which are of one channel.
+    __device__ __forceinline__ State over(int begin, int end) const {
+      State whole = {};
+#pragma unroll
+      for (int e = N - 1; e >= 0; --e) whole.shift = e >= begin ? shift[e] : whole.shift;
+      const A inverse = reciprocal(static_cast<A>(max(end - begin, 1)));
+      A mean[N];
+#pragma unroll
+      for (int e = 0; e < N; ++e) mean[e] = e >= begin && e < end ? (shift[e] - whole.shift) + offset[e] : A(0);
+      whole.count = static_cast<A>(end - begin) * count;
+      whole.offset = inverse * pairwise_sum<N>([&](int e) { return mean[e]; });
+      whole.var = inverse * pairwise_sum<N>([&](int e) {
+                    const A d = mean[e] - whole.offset;
+                    return e >= begin && e < end ? var[e] + d * d : A(0);
+                  });
+      whole.recentre();
+      return whole;
     }
   };
 
@@ -176,8 +291,8 @@ struct BatchNormForward {
     if (!p.running_mean) return;
     // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
-    const A running_mean = load_parameter<T>(p.running_mean, p.running_dtype, channel);
-    const A running_var = load_parameter<T>(p.running_var, p.running_dtype, channel);
+    const A running_mean = load_parameter<T>(p.running_mean, p.running_dtype, channel, A(0));
+    const A running_var = load_parameter<T>(p.running_var, p.running_dtype, channel, A(1));
     store_parameter<T>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
     store_parameter<T>(p.running_var, p.running_dtype, channel, update.var(running_var, whole.var));
   }
@@ -204,61 +319,29 @@ struct BatchNormForward {
     return {whole.mean(), inverse_std(whole.var, p.eps)};
   }
 
+  // What finish() wrote.
+  __device__ __forceinline__ static Summary load_summary(const BatchNormForwardParams& p, int64_t channel) {
+    return {load_parameter<A>(p.mean, dtype_of<A>::value, channel, A(0)), static_cast<const A*>(p.invstd)[channel]};
+  }
+
+  // For an elementwise pass on its own: in evaluation mode the running statistics, of which the thread that `saves`
+  // writes mean and invstd.
+  __device__ __forceinline__ static Summary load_summary_of_pass(const BatchNormForwardParams& p, int64_t channel,
+                                                                 bool saves) {
+    if (p.running_mean == nullptr) return load_summary(p, channel);  // `normalize` by given statistics
+    const A var = load_parameter<T>(p.running_var, p.running_dtype, channel, A(1));
+    const Summary summary = {load_parameter<T>(p.running_mean, p.running_dtype, channel, A(0)),
+                             inverse_std(var, p.eps)};
+    if (saves && p.mean) static_cast<A*>(p.mean)[channel] = summary.mean;
+    if (saves && p.invstd) static_cast<A*>(p.invstd)[channel] = summary.invstd;
+    return summary;
+  }
+
+  // weight * invstd is rounded once, here as in the backward, so that both compute the same z.
   using Coefficients = Affine<A>;
-
-  template <int WIDTH>
-  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
-                                                      const Channels<WIDTH>& channels, const A (&mean)[WIDTH],
-                                                      const A (&invstd)[WIDTH]) {
-    // weight * invstd is rounded once, here as in the backward, so that both compute the same z.
-    A weight[WIDTH], bias[WIDTH];
-    load_parameters<T>(weight, p.weight, p.weight_dtype, channels, A(1));
-    load_parameters<T>(bias, p.bias, p.weight_dtype, channels, A(0));
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) affine[e] = {mean[e], weight[e] * invstd[e], bias[e]};
-  }
-
-  template <int WIDTH>
-  __device__ __forceinline__ static void coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
-                                                      const Channels<WIDTH>& channels,
-                                                      const Summary (&summary)[WIDTH]) {
-    A mean[WIDTH], invstd[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) {
-      mean[e] = summary[e].mean;
-      invstd[e] = summary[e].invstd;
-    }
-    coefficients(affine, p, channels, mean, invstd);
-  }
-
-  // By what finish() wrote.
-  template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients(Affine<A> (&affine)[WIDTH], const BatchNormForwardParams& p,
-                                                           const Channels<WIDTH>& channels) {
-    A mean[WIDTH], invstd[WIDTH];
-    load_parameters<A>(mean, p.mean, dtype_of<A>::value, channels, A(0));
-    load_vector<A>(invstd, p.invstd, channels);
-    coefficients(affine, p, channels, mean, invstd);
-  }
-
-  // For an elementwise pass on its own: in evaluation mode by the running statistics, of which the threads that `save`
-  // write mean and invstd for the channels whose first column they have.
-  template <int WIDTH>
-  __device__ __forceinline__ static void load_coefficients_of_pass(Affine<A> (&affine)[WIDTH],
-                                                                   const BatchNormForwardParams& p,
-                                                                   const Channels<WIDTH>& channels, bool save) {
-    if (p.running_mean == nullptr) return load_coefficients(affine, p, channels);  // `normalize` by given statistics
-    A mean[WIDTH], invstd[WIDTH];
-    load_parameters<T>(mean, p.running_mean, p.running_dtype, channels, A(0));
-    load_parameters<T>(invstd, p.running_var, p.running_dtype, channels, A(1));
-#pragma unroll
-    for (int e = 0; e < WIDTH; ++e) {
-      invstd[e] = inverse_std(invstd[e], p.eps);
-      if (!save || !channels.first[e]) continue;
-      if (p.mean) static_cast<A*>(p.mean)[channels.at[e]] = mean[e];
-      if (p.invstd) static_cast<A*>(p.invstd)[channels.at[e]] = invstd[e];
-    }
-    coefficients(affine, p, channels, mean, invstd);
+  __device__ __forceinline__ static Coefficients coefficients(const BatchNormForwardParams&, const Known& known,
+                                                              const Summary& summary) {
+    return {summary.mean, known.weight * summary.invstd, known.bias};
   }
 
   // ---- elementwise

@@ -14,18 +14,16 @@ __device__ __forceinline__ WorkTile cluster_work_tile(const Partition& partition
 // The merge of what all threads of the cluster hold of one channel; in every thread. Every block merges all ranks by
 // itself: the same bits everywhere, and no second exchange. The caller goes on to leave_cluster().
 template <class State>
-__device__ __forceinline__ State merge_cluster(const State& mine, const Partition& partition) {
+__device__ __forceinline__ State merge_cluster(const State& mine, const Partition& partition, void* memory) {
   __shared__ State block, ranks[kLargeCluster];
   const unsigned size = static_cast<unsigned>(partition.splits);
-  State state[1] = {mine};
-  merge_rows(state, 1, merge_memory<1, State>(),
-             [&](int, const State& whole) { (size == 1 ? ranks[0] : block) = whole; });
+  merge_states(mine, 1, memory, [&](int, const State& whole) { (size == 1 ? ranks[0] : block) = whole; });
   if (size > 1) {
     cluster_sync();
     if (threadIdx.x < size) ranks[threadIdx.x] = *map_shared(&block, threadIdx.x);
   }
   __syncthreads();
-  return merge_strided<kSharedBatch>(ranks, 1, static_cast<int>(size));
+  return merge_strided<kBatch<State>>(ranks, 0, static_cast<int>(size), 1, 1);
 }
 
 // A block's shared memory must outlive its siblings' reads, and stay unchanged until then.

@@ -84,13 +84,13 @@ cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partiti
   if (!partition.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(partition.blocks())), block(partition.threads);
   const auto shared = static_cast<size_t>(partition.resident_bytes);
-  if (partition.pdl) return launch_pdl(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   const unsigned cluster = partition.cluster();
   if (partition.shared_bytes + partition.resident_bytes > 0) {
     const cudaError_t error =
         allow_kernel_resources(reinterpret_cast<const void*>(kernel), partition.threads, shared, cluster);
     if (error != cudaSuccess) return error;
   }
+  if (partition.pdl) return launch_pdl(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   if (partition.cooperative()) {
     return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   }

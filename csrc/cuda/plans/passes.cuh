@@ -18,9 +18,13 @@ template <class Op, bool ALIGNED>
 __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p, const Partition& partition,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
-  State state[1] = {reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p))};
-  merge_blocks(state, 1, p.shape.c, partition, scratch, work,
-               [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
+  const typename Op::Centre centre = Op::centre(Op::known(p, work.tile));
+  if (work.split == 0 && threadIdx.x == 0) Op::for_each_operand(p, work.tile, prefetch_l2);
+  const State mine = reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p), centre);
+  void* const memory = shared_memory<kPlanarBytes<Op>>();
+  merge_blocks<1, State>(
+      p.shape.c, partition, scratch, work, memory, [&](const auto& each) { merge_states(mine, 1, memory, each); },
+      [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
 }
 
 // Of interleaved layouts. The end of the tensor may cut its last vector short, which the block that finishes a channel
@@ -30,42 +34,52 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
   const ColumnPlace<Op::N> place(partition, work);
-  State state[Op::N];
-  reduce_columns<Op>(state, p, partition, work, place, Channels<Op::N>(partition, p.shape, place.col),
-                     from_global<Op, Reuse::again>(p));
-  merge_blocks(state, partition.columns.lanes, p.shape.c, partition, scratch, work, [&](int64_t channel, State whole) {
-    Op::add_tail(p, channel, whole);
-    Op::finish(p, channel, whole);
-  });
+  void* const memory = shared_memory<kColumnBytes<Op>>();
+  if (work.split == 0) prefetch_operands<Op>(p, partition, work);
+  typename Op::Centre centres[Op::N] = {};
+  share_centres<Op>(centres, p, partition, work, place, memory);
+  const auto mine = reduce_columns<Op>(p, partition, work, place, centres, from_global<Op, Reuse::again>(p));
+  merge_blocks<Op::N, State>(
+      p.shape.c, partition, scratch, work, memory,
+      [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.lanes, memory, each); },
+      [&](int64_t channel, State whole) {
+        Op::add_tail(p, channel, whole);
+        Op::finish(p, channel, whole);
+      });
 }
 
 // Only a pass on its own may find running statistics instead of the batch's.
-template <class Op, bool OF_PASS, int WIDTH>
-__device__ __forceinline__ void load_coefficients(typename Op::Coefficients (&coefficients)[WIDTH],
-                                                  const typename Op::Params& p, const Channels<WIDTH>& channels,
-                                                  bool save) {
-  if constexpr (OF_PASS) Op::load_coefficients_of_pass(coefficients, p, channels, save);
-  else Op::load_coefficients(coefficients, p, channels);
+template <class Op, bool OF_PASS>
+__device__ __forceinline__ typename Op::Coefficients load_coefficients(const typename Op::Params& p, int64_t channel,
+                                                                       bool saves) {
+  const typename Op::Known known = Op::known(p, channel);
+  if constexpr (OF_PASS) return Op::coefficients(p, known, Op::load_summary_of_pass(p, channel, saves));
+  else return Op::coefficients(p, known, Op::load_summary(p, channel));
 }
 
 // OF_PASS: the launch does nothing else, and may be the only one.
 template <class Op, bool OF_PASS>
 __device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
-  typename Op::Coefficients coefficients[1];
-  load_coefficients<Op, OF_PASS>(coefficients, p, Channels<1>(work.tile), work.split == 0 && threadIdx.x == 0);
-  apply_planar<Op>(p, partition, work, from_global<Op, Reuse::last>(p), coefficients[0]);
+  const bool saves = work.split == 0 && threadIdx.x == 0;
+  apply_planar<Op>(p, partition, work, from_global<Op, Reuse::last>(p),
+                   load_coefficients<Op, OF_PASS>(p, work.tile, saves));
 }
 
-// Threads without a column leave: there is no barrier behind.
 template <class Op, bool OF_PASS>
 __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
+  using Share = ColumnShare<Op::N, typename Op::Coefficients>;
+  __shared__ uint4 memory[Share::kBytes / sizeof(uint4)];
   const ColumnPlace<Op::N> place(partition, work);
+  const Share share(memory, partition);
+  if constexpr (!OF_PASS) __syncthreads();  // of the work tile before
+  share.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
+    return load_coefficients<Op, OF_PASS>(p, at.channel, work.split == 0 && at.first);
+  });
   if (!place.active) return;
   typename Op::Coefficients coefficients[Op::N];
-  load_coefficients<Op, OF_PASS>(coefficients, p, Channels<Op::N>(partition, p.shape, place.col),
-                                 work.split == 0 && place.row == 0);
+  share.get(coefficients, place);
   apply_columns<Op, true>(p, partition, work, place, from_global<Op, Reuse::last>(p), coefficients);
 }
 

@@ -19,70 +19,68 @@ __device__ __forceinline__ WorkTile pack_of(const Partition& partition, const Wo
   return WorkTile(work.tile * partition.columns.packs + pack, work.split);
 }
 
-// Of every N columns those from FIRST on, COUNT of them, make a part. How many of the part lie before column `end`.
-template <int N, int FIRST, int COUNT>
-__device__ __forceinline__ int columns_of_part(int end) {
-  return end / N * COUNT + min(max(end % N - FIRST, 0), COUNT);
-}
-
-// Adds what the block's threads hold of columns [begin, past) of a pack to `total`, for one of `sharers` threads that
-// belong to the channel of these columns: of the part of all columns that is in `slots`, [row][column of the part].
-template <int N, int FIRST, int COUNT, class State>
-__device__ __forceinline__ void add_part(State& total, const State* slots, const Partition& partition, int begin,
-                                         int past, int sharer, int sharers) {
-  const int lowest = columns_of_part<N, FIRST, COUNT>(begin);
-  const int columns = columns_of_part<N, FIRST, COUNT>(past) - lowest;
-  if (columns <= 0) return;
-  const int width = partition.columns.tile_vecs * COUNT, states = columns * partition.columns.thread_rows;
-  // In a fixed order: the bits of a channel's state do not depend on who comes first.
-#pragma unroll 1
-  for (int i = sharer; i < states; i += sharers) {
-    const int row = i / columns;
-    total.merge(slots[row * width + lowest + (i - row * columns)]);
+// What N columns of a tile, from `col` on, have of what each of its channels has.
+template <int N, class C>
+__device__ __forceinline__ void of_columns(C (&out)[N], const C* channels, const Shape& shape, int64_t col) {
+  if constexpr (!std::is_empty_v<C>) {
+    const int plane = static_cast<int>(shape.s);
+    int channel = static_cast<int>(col) / plane, left = plane * (channel + 1) - static_cast<int>(col);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      out[e] = channels[channel];
+      if (--left == 0) {
+        ++channel;
+        left = plane;
+      }
+    }
   }
 }
 
-// The states of the channels of a cluster's tile. reduce(pack, WorkTile, ColumnPlace, state) gives those of a thread's
-// columns of a pack; finish(k, state) gets that of the tile's channel k, in one thread of each block,
-// and what it leaves in shared memory is there for all threads. The caller goes on to leave_cluster().
+// The states of the channels of a cluster's tile. reduce(pack, WorkTile, ColumnPlace) reduces a thread's columns of a
+// pack; finish(k, state) gets the state of the tile's channel k, in thread k of each block, and what it leaves in
+// shared memory is there for all threads. The caller goes on to leave_cluster().
 //
-// The states of all threads, in two parts as they do not fit otherwise, are shared out among as many threads to a
-// channel as there are. So nobody merges more than a few, and columns need no merge of their own.
-template <class State, int N, class Reduce, class Finish>
+// A vector's columns are of two channels at most, since planes are no shorter than that (plan.cpp): each thread merges
+// those of each, and leaves two states for those threads that share out what belongs to a channel.
+template <class Op, class Reduce, class Finish>
 __device__ __forceinline__ void merge_packed(const Partition& partition, const Shape& shape, const WorkTile& work,
-                                             Reduce&& reduce, Finish&& finish) {
-  // Channels are a power of two. So are, in a warp, the threads to each of them.
-  const int channels = partition.columns.tile_channels, sharers = blockDim.x / channels;
-  const int sharer = threadIdx.x / channels, channel = threadIdx.x - sharer * channels;
-  State* slots = merge_memory<N, State>();
-  State total[1] = {};
+                                             void* memory, Reduce&& reduce, Finish&& finish) {
+  constexpr int N = Op::N;
+  using State = typename Op::State;
+  const auto& columns = partition.columns;
+  const int channels = columns.tile_channels, plane = static_cast<int>(shape.s);
+  const int sharers = blockDim.x / channels, sharer = threadIdx.x / channels;
+  const int channel = threadIdx.x - sharer * channels;
+  State* const slots = static_cast<State*>(memory);
+  State total = {};
 #pragma unroll 1
-  for (int32_t pack = 0; pack < partition.columns.packs; ++pack) {
+  for (int32_t pack = 0; pack < columns.packs; ++pack) {
     const WorkTile mine = pack_of(partition, work, pack);
     const ColumnPlace<N> place(partition, mine);
-    State state[N];
-    reduce(pack, mine, place, state);
-    const int width = partition.columns.tile_vecs * N, plane = static_cast<int>(shape.s), origin = pack * width;
-    const int begin = max(plane * channel, origin) - origin, past = min(plane * (channel + 1), origin + width) - origin;
-    const auto share_part = [&](auto part) {
-      constexpr int kCount = N / 2, kFirst = decltype(part)::value * kCount;
-      __syncthreads();  // nobody reads the part before
-      if (place.active) {
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-          slots[(place.row * partition.columns.tile_vecs + place.vec_col) * kCount + e] = state[kFirst + e];
-        }
-      }
-      __syncthreads();
-      if (begin < past) add_part<N, kFirst, kCount>(total[0], slots, partition, begin, past, sharer, sharers);
-    };
-    share_part(std::integral_constant<int, 0>());
-    share_part(std::integral_constant<int, 1>());
+    const auto reducer = reduce(pack, mine, place);
+    // Columns count from the tile's first. So many of the vector's are of its first channel.
+    const int origin = pack * columns.tile_vecs, col = (origin + place.vec_col) * N;
+    const int of_first = min(plane - col % plane, N);
+    __syncthreads();  // nobody reads what was there before
+    if (place.active) {
+      slots[threadIdx.x] = reducer.over(0, of_first);
+      if (of_first < N) slots[kMaxThreads + threadIdx.x] = reducer.over(of_first, N);
+    }
+    __syncthreads();
+    // The vectors of the pack that have columns of the channel, in all rows.
+    const int begin = channel * plane, first = max(begin / N, origin);
+    const int vecs = min((begin + plane + N - 1) / N, origin + columns.tile_vecs) - first;
+#pragma unroll 1
+    for (int i = sharer; i < vecs * columns.thread_rows; i += sharers) {
+      const int row = i / vecs, vec = first + i - row * vecs;
+      const int second = vec * N < begin ? kMaxThreads : 0;
+      total.merge(slots[second + row * columns.lanes + vec - origin]);
+    }
   }
 
   __shared__ State block[kMaxTileChannels];
   const unsigned ranks = static_cast<unsigned>(partition.splits);
-  merge_rows(total, channels, slots, [&](int k, const State& whole) {
+  merge_states(total, channels, memory, [&](int k, const State& whole) {
     block[k] = whole;
     if (ranks == 1) finish(k, whole);
   });
@@ -92,7 +90,14 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     if (threadIdx.x < channels) {
       State whole = {};
 #pragma unroll 1
-      for (unsigned rank = 0; rank < ranks; ++rank) whole.merge(*map_shared(&block[threadIdx.x], rank));
+      for (unsigned rank = 0; rank < ranks; rank += kMaxCluster) {
+        State all[kMaxCluster];
+#pragma unroll
+        for (unsigned k = 0; k < kMaxCluster; ++k) {
+          all[k] = rank + k < ranks ? *map_shared(&block[threadIdx.x], rank + k) : State{};
+        }
+        whole.merge(merge_all(all));
+      }
       finish(threadIdx.x, whole);
     }
   }
@@ -108,17 +113,31 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   const WorkTile work = cluster_work_tile(partition);
   const int64_t first = work.tile * partition.columns.tile_channels;
 
-  __shared__ typename Op::Summary summaries[kMaxTileChannels];
-  merge_packed<State, N>(
-      partition, p.shape, work,
-      [&](int32_t pack, const WorkTile& mine, const ColumnPlace<N>& place, State(&state)[N]) {
+  if constexpr (!std::is_empty_v<typename Op::Centre>) {
+    const WorkTile begin = pack_of(partition, work, 0);
+    prefetch_rows<Op>(p, partition, begin, ColumnPlace<N>(partition, begin));
+  }
+  // One thread for each of the tile's channels.
+  __shared__ typename Op::Centre shared_centres[kMaxTileChannels];
+  __shared__ typename Op::Coefficients shared_coefficients[kMaxTileChannels];
+  typename Op::Known known = {};
+  if (threadIdx.x < partition.columns.tile_channels) {
+    known = Op::known(p, first + threadIdx.x);
+    shared_centres[threadIdx.x] = Op::centre(known);
+    if (work.split == 0) Op::for_each_operand(p, first + threadIdx.x, prefetch_l2);
+  }
+  if constexpr (!std::is_empty_v<typename Op::Centre>) __syncthreads();
+  merge_packed<Op>(
+      partition, p.shape, work, shared_memory<kPackedBytes<Op>>(),
+      [&](int32_t pack, const WorkTile& mine, const ColumnPlace<N>& place) {
         // Reducing fills shared memory on the way; the elementwise pass below finds there what it needs.
         const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
-        const Channels<N> channels(partition, p.shape, place.col);
-        reduce_columns<Op>(state, p, partition, mine, place, channels, shared_tile.fill(p));
+        typename Op::Centre centres[N] = {};
+        if (place.active) of_columns(centres, shared_centres, p.shape, place.col - first * p.shape.s);
+        return reduce_columns<Op>(p, partition, mine, place, centres, shared_tile.fill(p));
       },
       [&](int channel, const State& whole) {
-        summaries[channel] = Op::summary(p, whole);
+        shared_coefficients[channel] = Op::coefficients(p, known, Op::summary(p, whole));
         if (work.split == 0) Op::finish(p, first + channel, whole);
       });
 
@@ -127,12 +146,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     const WorkTile mine = pack_of(partition, work, pack);
     const ColumnPlace<N> place(partition, mine);
     if (!place.active) continue;
-    const Channels<N> channels(partition, p.shape, place.col);
-    typename Op::Summary summary[N];
-#pragma unroll
-    for (int e = 0; e < N; ++e) summary[e] = summaries[channels.at[e] - first];
     typename Op::Coefficients coefficients[N];
-    Op::coefficients(coefficients, p, channels, summary);
+    of_columns(coefficients, shared_coefficients, p.shape, place.col - first * p.shape.s);
     const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
     apply_columns<Op, false>(p, partition, mine, place, shared_tile.read(), coefficients);
   }

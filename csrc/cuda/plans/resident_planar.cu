@@ -22,14 +22,15 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   const WorkTile work = cluster_work_tile(partition);
   const SharedTile<Op> shared_tile(partition, 0, 1);
 
-  const auto mine = reduce_planar<Op, true>(p, partition, work, shared_tile.fill(p));
-  const auto whole = merge_cluster(mine, partition);
-  if (work.split == 0 && threadIdx.x == 0) Op::finish(p, work.tile, whole);
+  const typename Op::Known known = Op::known(p, work.tile);
+  const bool finishes = work.split == 0 && threadIdx.x == 0;
+  if (finishes) Op::for_each_operand(p, work.tile, prefetch_l2);
+  const auto mine = reduce_planar<Op, true>(p, partition, work, shared_tile.fill(p), Op::centre(known));
+  const auto whole = merge_cluster(mine, partition, shared_memory<kPlanarBytes<Op>>());
+  if (finishes) Op::finish(p, work.tile, whole);
 
-  const typename Op::Summary summary[1] = {Op::summary(p, whole)};
-  typename Op::Coefficients coefficients[1];
-  Op::coefficients(coefficients, p, Channels<1>(work.tile), summary);
-  apply_planar<Op>(p, partition, work, shared_tile.read(), coefficients[0]);
+  const typename Op::Coefficients coefficients = Op::coefficients(p, known, Op::summary(p, whole));
+  apply_planar<Op>(p, partition, work, shared_tile.read(), coefficients);
   Op::end(p, scratch, 0);
   leave_cluster(partition);
 }
