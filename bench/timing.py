@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import resource
 import statistics
@@ -184,10 +185,17 @@ class Cuda:
         for call in calls:
             alive.append(call())  # warm-up, out of the graph
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            for _ in range(rounds):
-                for call in calls:
-                    alive.append(call())
+        # What Python frees during a capture may be a graph, and ends it. Where a contender has raised, its traceback
+        # holds some.
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                for _ in range(rounds):
+                    for call in calls:
+                        alive.append(call())
+        finally:
+            gc.enable()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:

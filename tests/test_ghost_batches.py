@@ -427,7 +427,8 @@ def check_compiled(device, backend):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         for a, b in zip(layer.buffers(), compiled.buffers(), strict=True):
             torch.testing.assert_close(a, b)
-    assert len(graphs) == 3  # of the first size, of any, and, as torch distinguishes a dimension of 1, of one part
+    # Of the first size, of any, and, as torch distinguishes a dimension of 1, of one part. Torch 2.11 specialises more.
+    assert len(graphs) == 3 or (torch.__version__ < "2.12" and len(graphs) <= 5)
 
 
 def test_traced(device):
