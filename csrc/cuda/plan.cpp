@@ -467,7 +467,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
     }
   }
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
-  // Two launches that overlap take less time than a barrier of the whole grid: measured on an H200.
+  // Two launches that overlap take less time than a barrier of the whole grid: measured.
   const bool one_launch_pays = fits_caches && !plan.apply.pdl;
   if (shape.numel() > 0 && device.cooperative && !problem.general &&
       (requested == PlanKind::cooperative || (requested == PlanKind::automatic && one_launch_pays))) {

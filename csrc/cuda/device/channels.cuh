@@ -91,7 +91,10 @@ class ColumnShare {
     for (int w = 0; w < kWords; ++w) {
       const uint32_t* from = words_ + w * columns_ + place.vec_col * N;
 #pragma unroll
-      for (int e = 0; e < N; e += kStep) memcpy(&words[w][e], from + e, kStep * sizeof(uint32_t));
+      for (int e = 0; e < N; e += kStep) {
+        const Step step = *reinterpret_cast<const Step*>(from + e);
+        memcpy(&words[w][e], step.word, sizeof(step));
+      }
     }
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -103,7 +106,8 @@ class ColumnShare {
   }
 
  private:
-  static constexpr int kStep = N < 4 ? N : 4;  // words of a load
+  static constexpr int kStep = N < 4 ? N : 4;
+  struct alignas(kStep * sizeof(uint32_t)) Step { uint32_t word[kStep]; };  // what one instruction loads
 
   uint32_t* words_;
   int columns_;

@@ -8,21 +8,20 @@
 //   for_each_operand(p, channel, fetch)   the addresses of what is read of it afterwards, besides
 //   Centre, centre(known)                 what reducing takes of that
 //   PlanarReducer(centre)                 a thread's part of a channel: add(p, chunk, vecs), result()
-//   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs), over(begin, end) for the state of
-//                                         some; or, for merge_columns(), store(place, memory), merge(memory, e, lane,
-//                                         lanes)
-//   kTakesFirst                           whether that takes a vector of the block's first row
+//   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs); over(begin, end), the state of
+//   some;
+//                                         and for merge_columns(), store(place, memory), merge(memory, e, lane, lanes)
+//   kTakesFirst                           whether that takes `first`, a vector of the block's first row
 //   kPlanarReduceChunk<ALIGNED>, kColumnReduceChunk, kApplyChunk<COLUMNS>   vectors in flight
 //   add_tail(p, channel, state)           adds what the end of the tensor cuts from its last vector
 //   finish(p, channel, state)             writes what a channel's reduction gives
 //   Summary, summary(p, state)            what the elementwise pass needs of it
 //   load_summary(p, channel)              the same, as finish() wrote it
 //   load_summary_of_pass(p, channel, saves)   the same for an elementwise pass on its own
-//   Coefficients, coefficients(p, known, summary)
+//   Coefficients, coefficients(p, known, summary)   what it is made with
 //   apply(p, chunk, vecs, coefficients_at)   the elementwise pass on a chunk
 //   after_reduction(p), end(p, scratch, counter)   once in each block: between the passes of two_pass and cooperative,
-//   and
-//                                         at the end of a resident kernel
+//                                         and at the end of a resident kernel
 #pragma once
 
 #include <type_traits>
@@ -72,24 +71,6 @@ __device__ __forceinline__ void prefetch_operands(const typename Op::Params& p, 
   Op::for_each_operand(p, ColumnChannel(partition, p.shape, col).channel, prefetch_l2);
 }
 
-// The first vectors that a thread will reduce, which can be on the way while it waits for the centres of its columns.
-template <class Op>
-__device__ __forceinline__ void prefetch_rows(const typename Op::Params& p, const Partition& partition,
-                                              const WorkTile& work, const ColumnPlace<Op::N>& place) {
-  using T = typename Op::T;
-  if (!place.active) return;
-  const int64_t begin = work.split * partition.steps_per_split;
-  const int64_t past = min(begin + partition.steps_per_split, partition.steps);
-  int64_t row = begin + place.row;
-#pragma unroll 1
-  for (int k = 0; k < Op::kColumnReduceChunk && row < past; ++k, row += partition.columns.thread_rows) {
-    const int64_t at = row * partition.columns.cols + place.col;
-    if (at >= p.shape.numel()) break;
-#pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) prefetch_l2(static_cast<const T*>(Op::input(p, i)) + at);
-  }
-}
-
 // The centres of a thread's columns; through `memory`, see ColumnShare.
 template <class Op>
 __device__ __forceinline__ void share_centres(typename Op::Centre (&centres)[Op::N], const typename Op::Params& p,
@@ -97,7 +78,6 @@ __device__ __forceinline__ void share_centres(typename Op::Centre (&centres)[Op:
                                               const ColumnPlace<Op::N>& place, void* memory) {
   static_assert(ColumnShare<Op::N, typename Op::Coefficients>::kBytes <= kColumnBytes<Op>);
   if constexpr (!std::is_empty_v<typename Op::Centre>) {
-    prefetch_rows<Op>(p, partition, work, place);
     const ColumnShare<Op::N, typename Op::Centre> share(memory, partition);
     __syncthreads();  // all have what was shared before
     share.fill(partition, p.shape, work, [&](const ColumnChannel& at) { return Op::centre(Op::known(p, at.channel)); });

@@ -113,10 +113,6 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   const WorkTile work = cluster_work_tile(partition);
   const int64_t first = work.tile * partition.columns.tile_channels;
 
-  if constexpr (!std::is_empty_v<typename Op::Centre>) {
-    const WorkTile begin = pack_of(partition, work, 0);
-    prefetch_rows<Op>(p, partition, begin, ColumnPlace<N>(partition, begin));
-  }
   // One thread for each of the tile's channels.
   __shared__ typename Op::Centre shared_centres[kMaxTileChannels];
   __shared__ typename Op::Coefficients shared_coefficients[kMaxTileChannels];
