@@ -348,16 +348,15 @@ def exempt(kernel: str, architecture: str) -> bool:
 
 @each_compilation
 def test_hot_loops_move_16_bytes_at_a_time(source, architecture):
-    """The loop with the most 16-byte loads is the one that walks the tensor: it has at least four
-    loads in flight, and nothing narrower in it but the bytes of a sign mask."""
+    """The first loop with several 16-byte loads is the one that walks the tensor: it has at least four
+    in flight, and nothing narrower in it but the bytes of a sign mask."""
     for kernel, found in loops(source, architecture).items():
         if exempt(kernel, architecture):
             continue
         # Of the loops that merge what blocks left in memory, none streams.
         walking = [loop for loop in found if loop.streamed or not kernel.startswith("resident")]
-        hot = max(walking, key=lambda loop: loop.loads[16], default=None)
-        assert hot is not None, kernel
-        assert hot.loads[16] >= 4, (kernel, hot)
+        hot = next((loop for loop in walking if loop.loads[16] >= 4), None)
+        assert hot is not None, (kernel, walking)
         assert set(hot.loads) <= {16, 1}, (kernel, hot)
         assert set(hot.stores) <= {16, 1}, (kernel, hot)
         assert hot.atomics == 0, (kernel, hot)
@@ -447,10 +446,14 @@ def test_resident_blocks_fit_as_the_plan_counts_on():
         assert shared_by
         for kernel, shared in shared_by.items():
             _, direction, dtype, variant = kernel.split()
-            size = {"forward": 16, "backward": 8}[direction] * (2 if dtype == "double" else 1)
+            numbers, width = {"forward": 4, "backward": 2}[direction], 8 if dtype == "double" else 4
             masked = variant in ("add_relu", "mask", "general")
             vec = 8 if masked else {"double": 2, "float": 4}.get(dtype, 8)
-            merge = size * (8 if plan == "planar" else 128 * vec)
+            merge = {
+                "planar": 256 * numbers,
+                "packed": 2 * 256 * numbers,
+                "interleaved": 2 * 256 * vec + (256 + 16 * vec if direction == "forward" else 0),
+            }[plan] * width
             assert shared <= merge + 1024, (kernel, architecture)
 
 
@@ -462,12 +465,12 @@ def without_asking() -> int:
 @each_compilation
 def test_shared_memory_that_is_not_asked_for_is_at_most_48_kb(source, architecture):
     """device.cpp asks for what exceeds its constant; passes without dynamic shared memory do not come to it, unless
-    they reduce, and none of the others may have any at all."""
+    they reduce or share coefficients, and none of the others may have any at all."""
     assert without_asking() <= 48 * 1024
     kernels = static_shared(source, architecture)
     assert kernels
     for kernel, shared in kernels.items():
-        assert shared <= (0 if kernel.startswith("apply") else without_asking()), kernel
+        assert shared <= (0 if kernel.startswith("apply_planar") else without_asking()), kernel
 
 
 @pytest.mark.parametrize("plan", ["planar", "packed"])
