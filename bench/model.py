@@ -140,8 +140,8 @@ def allocated(one: Trainee, x: Tensor) -> tuple[int, int]:
     return kept, peak
 
 
-#: Parts of the names of operators that normalize or apply an activation, forward and backward.
-NORMALIZATION = ("batch_norm", "relu", "hardtanh", "threshold_backward")
+#: Parts of the names of operators, or of kernels on a GPU, that normalize or apply an activation, forward and backward.
+NORMALIZATION = ("batch_norm", "bnext::cuda", "relu", "hardtanh", "threshold", "clamp")
 
 
 def share(one: Trainee, x: Tensor) -> float | None:
