@@ -132,33 +132,37 @@ cudaError_t query_code(DeviceProperties* properties) {
   return cudaSuccess;
 }
 
+// Bytes a microsecond, as far as a copy gets: nine tenths of twice the clock in kHz times the width in bits. A guess
+// where the driver does not say, which only makes plans worse.
+int64_t query_bandwidth(int device) {
+  int clock = 0, bits = 0;
+  if (cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
+    cudaGetLastError();
+    clock = 0;
+  }
+  const int64_t peak = int64_t{2} * clock * bits / 8 / 1000;
+  return peak > 0 ? peak * 9 / 10 : 1000000;
+}
+
 }  // namespace
 
 cudaError_t query_device(int device, DeviceProperties* properties) {
-  int major = 0, minor = 0, multiprocessors = 0, shared_all = 0, shared = 0, l2 = 0, cooperative = 0, clusters = 0,
-      clock = 0, bits = 0;
+  int major = 0, minor = 0, multiprocessors = 0, shared_all = 0, shared = 0, l2 = 0, cooperative = 0, clusters = 0;
   struct {
     int* value;
     cudaDeviceAttr attribute;
   } const queries[] = {
-      {&major, cudaDevAttrComputeCapabilityMajor},
-      {&minor, cudaDevAttrComputeCapabilityMinor},
-      {&multiprocessors, cudaDevAttrMultiProcessorCount},
-      {&shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-      {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-      {&l2, cudaDevAttrL2CacheSize},
-      {&cooperative, cudaDevAttrCooperativeLaunch},
-      {&clusters, cudaDevAttrClusterLaunch},
-      {&clock, cudaDevAttrMemoryClockRate},
-      {&bits, cudaDevAttrGlobalMemoryBusWidth},
+      {&major, cudaDevAttrComputeCapabilityMajor},        {&minor, cudaDevAttrComputeCapabilityMinor},
+      {&multiprocessors, cudaDevAttrMultiProcessorCount}, {&shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}, {&l2, cudaDevAttrL2CacheSize},
+      {&cooperative, cudaDevAttrCooperativeLaunch},       {&clusters, cudaDevAttrClusterLaunch},
   };
   for (const auto& query : queries) {
     cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, device);
     if (error != cudaSuccess) return error;
   }
-  // Of kHz, twice in a cycle, and bits; a copy gets nine tenths of that. Without either, a guess.
-  const int64_t peak = int64_t{2} * clock * bits / 8 / 1000, bandwidth = peak > 0 ? peak * 9 / 10 : 1000000;
-  *properties = {10 * major + minor, multiprocessors, shared_all, shared, l2, bandwidth, {},
+  *properties = {10 * major + minor, multiprocessors, shared_all, shared, l2, query_bandwidth(device), {},
                  cooperative != 0,   clusters != 0};
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
