@@ -172,6 +172,7 @@ struct Problem {
   bool masked;                // the elementwise pass reads or writes a mask
   bool reduce_masked;         // the reduction reads it
   int64_t tensors;            // that the reduction reads
+  int64_t beside;             // that the elementwise pass alone reads
   int64_t state_bytes;        // of a partial result
   int64_t coefficient_bytes;  // of a channel, in the elementwise pass
 
@@ -243,6 +244,7 @@ struct TimeModel {
   double two_pass = 10.0;     // two launches, and the merge in between
   double covered = 2.8;       // vectors that cover planes, in the first of them
   double block_rate = 40000;  // bytes a microsecond that one block reads and writes
+  double beside = 1.6;        // what blocks that are alone read only then, as they have little in flight
 };
 constexpr TimeModel kTimes;
 
@@ -280,15 +282,18 @@ double resident_time(const Problem& problem, const Partition& partition, const D
   } else {
     rate *= share_of_rows(partition.tile_width() * size_of(problem.dtype));
   }
-  const double moving = std::max(tile * static_cast<double>(together) / rate,
-                                 tile / static_cast<double>(partition.splits) / kTimes.block_rate);
+  const double beside = tile * static_cast<double>(problem.beside) / static_cast<double>(problem.tensors + 1) *
+                        (per_sm > 1 ? 1 : kTimes.beside);
+  const double moving = std::max((tile + beside) * static_cast<double>(together) / rate,
+                                 (tile + beside) / static_cast<double>(partition.splits) / kTimes.block_rate);
   return static_cast<double>(ceil_div(partition.tiles, std::max<int64_t>(1, together))) * (moving + more);
 }
 
 double two_pass_time(const Problem& problem, const DeviceProperties& device) {
   // The second pass finds half an L2 cache full, in half the time.
   const double again = std::min(static_cast<double>(problem.bytes()), static_cast<double>(device.l2_bytes) / 2);
-  const double all = static_cast<double>(problem.bytes()) * static_cast<double>(2 * problem.tensors + 1) /
+  const double all = static_cast<double>(problem.bytes()) *
+                     static_cast<double>(2 * problem.tensors + 1 + problem.beside) /
                      static_cast<double>(problem.tensors);
   const bool covers = problem.shape.layout == Layout::planar && problem.shape.s % problem.vec() != 0;
   return (all - again / 2) / (0.95 * static_cast<double>(device.bandwidth)) + kTimes.two_pass +
@@ -514,9 +519,9 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
   // The kernels of relu behind a residual, and of all other activations, write a byte of mask for every 8 elements, if
   // it is wanted.
   const bool general = is_general(p.activation), masked = general || (p.residual && p.activation != Activation::none);
-  Plan plan =
-      make_plan({p.shape, p.dtype, general, masked, false, 1, 4 * acc_size_of(p.dtype), 3 * acc_size_of(p.dtype)},
-                device, options, refusal);
+  Plan plan = make_plan({p.shape, p.dtype, general, masked, false, 1, p.residual ? 1 : 0, 4 * acc_size_of(p.dtype),
+                         3 * acc_size_of(p.dtype)},
+                        device, options, refusal);
   // One more, where a resident kernel has to know when all have read num_batches_tracked.
   if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident) ++plan.counters;
   return plan;
@@ -528,8 +533,9 @@ Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& dev
   const bool masked = general || derivative_of(p) == Derivative::mask;
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
-  return make_plan({p.shape, p.dtype, general, masked, masked, 2, 2 * acc_size_of(p.dtype), 7 * acc_size_of(p.dtype)},
-                   device, allowed, refusal);
+  return make_plan(
+      {p.shape, p.dtype, general, masked, masked, 2, 0, 2 * acc_size_of(p.dtype), 7 * acc_size_of(p.dtype)}, device,
+      allowed, refusal);
 }
 
 }  // namespace bnext::cuda
