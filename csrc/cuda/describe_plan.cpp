@@ -1,3 +1,5 @@
+#include <cstdio>
+
 #include "plan.h"
 
 namespace bnext::cuda {
@@ -37,6 +39,12 @@ std::string describe(const Plan& plan) {
           ", and of " + grid(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
   }
   if (plan.partial_bytes > 0) out += "; partial results of " + std::to_string(plan.partial_bytes) + " bytes";
+  if (plan.resident_us > 0) {
+    char times[80];
+    std::snprintf(times, sizeof(times), "; predicted: resident %.1f us, two_pass %.1f us", plan.resident_us,
+                  plan.two_pass_us);
+    out += times;
+  }
   return out;
 }
 

@@ -446,13 +446,15 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   return "it does not fit " + capacity + "; " + other;
 }
 
-// Whether a resident pass takes less time than two passes. One of blocks that exchange nothing does, if there are
-// enough.
-bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device) {
-  if (resident.clustered || resident.cooperative()) {
-    return resident_time(problem, resident, device) < two_pass_time(problem, device);
+// Sets what the automatic plan goes by, and returns whether it takes this resident pass: if that takes less time, or is
+// one of blocks that exchange nothing, and there are enough of them.
+bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device, Plan& plan) {
+  if (!resident.clustered && !resident.cooperative()) {
+    return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
   }
-  return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
+  plan.resident_us = resident_time(problem, resident, device);
+  plan.two_pass_us = two_pass_time(problem, device);
+  return plan.resident_us < plan.two_pass_us;
 }
 
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
@@ -466,7 +468,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   const PlanKind requested = options.plan.kind;
   if (shape.numel() > 0 && (requested == PlanKind::automatic || requested == PlanKind::resident)) {
     const Partition resident = resident_partition(problem, device, options);
-    if (resident.resident_bytes > 0 && (requested == PlanKind::resident || pays(problem, resident, device))) {
+    if (resident.resident_bytes > 0 && (pays(problem, resident, device, plan) || requested == PlanKind::resident)) {
       plan.kind = PlanKind::resident;
       plan.resident = resident;
     }
