@@ -13,8 +13,8 @@ constexpr int64_t kSmallTileBytes = 64 * 1024;
 // is not should take one launch.
 constexpr int64_t kSmallBytes = 2 * 1024 * 1024;
 
-// A column tile is kMaxTileVecs vectors wide: 256-byte rows. In a resident pass it is 64 bytes: still whole sectors,
-// and more tiles out of few channels.
+// A column tile is kMaxTileVecs vectors wide: 256-byte rows. In a resident pass it may be as narrow as 64 bytes: still
+// whole sectors, and more tiles out of few channels, of which more rows fit the device.
 constexpr int64_t kNarrowBytes = 64;
 
 // So many bytes of partial results make a share of their merge: one for each thread of a block, where they are largest.
