@@ -43,7 +43,7 @@ SECTIONS = {
     ),
     "b": Section(
         "how many clusters are on the device at a time, and which multiprocessors shared clusters, that is, a GPC",
-        "kLargeClustersPay, and the waves that clusters of each size take",
+        "the waves that clusters of each size take",
         {
             "cluster": "blocks of a cluster",
             "blocks_per_sm": "that shared memory leaves room for: 1 or 2",

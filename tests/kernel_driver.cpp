@@ -482,6 +482,8 @@ class Run {
     const cudaError_t error = cuda::query_device(0, &found);
     if (error != cudaSuccess) throw Failure(say("query_device returned: %s", cudaGetErrorString(error)));
     if (c.shared) found.shared_per_block = found.shared_per_multiprocessor = c.shared;
+    // A driver that refuses may well have said that there is room for so many.
+    if (c.largest < 16 || c.planned_cc) found.clusters_together = {66, 33, 16, 8};
     if (c.clusters >= 0 && found.clusters) found.clusters_together.back() = c.clusters;
     if (c.planned_cc) {
       found.compute_capability = c.planned_cc;

@@ -325,11 +325,11 @@ def test_refused_clusters_become_fewer_blocks_or_two_pass(s):
 
 
 def test_refused_clusters_of_16_leave_those_of_8():
-    large = {"layout": "planar", "n": 10, "c": 2, "s": 512, "sms": 132, "shared": 4 * 1024, "plan": "resident"}
+    large = {"layout": "planar", "n": 10, "c": 2, "s": 512, "sms": 132, "shared": 8 * 1024, "plan": "resident"}
     large |= {"op": "forward", "clusters": 99}
     assert ran([line(**large)])[0].startswith("resident/16/")
     assert ran([line(**large, largest=8)])[0].endswith("refused:clusters_of_16")
-    assert ran([line(**large | {"shared": 7 * 1024}, largest=8)])[0].startswith("resident/8/")
+    assert ran([line(**large | {"shared": 10 * 1024}, largest=8)])[0].startswith("resident/8/")
 
 
 def test_devices_are_queried_prepared_and_remembered():

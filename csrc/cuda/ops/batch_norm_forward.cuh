@@ -29,6 +29,10 @@ __device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
 // The merge of several states at once (see device/reduce.cuh): first their mean, then what they vary about it, both
 // weighted by their counts. One division and two short sums, where merging one by one takes a division each, and each
 // waits for the one before.
+//
+// Weights are rounded, those of equal counts all to the same side, so that they do not sum to 1. What they weigh is
+// therefore what variances differ by from their plain average: otherwise each of a dozen merges would make all of them
+// that much smaller or larger.
 template <int COUNT, class A>
 __device__ __forceinline__ Welford<A> merge_all(const Welford<A> (&states)[COUNT]) {
   Welford<A> whole = {};
@@ -44,10 +48,12 @@ __device__ __forceinline__ Welford<A> merge_all(const Welford<A> (&states)[COUNT
     offset[i] = states[i].count > A(0) ? (states[i].shift - whole.shift) + states[i].offset : A(0);
   }
   whole.offset = pairwise_sum<COUNT>([&](int i) { return weight[i] * offset[i]; });
-  whole.var = pairwise_sum<COUNT>([&](int i) {
-    const A d = offset[i] - whole.offset;
-    return weight[i] * (states[i].var + d * d);
-  });
+  constexpr A kEach = A(1) / A(COUNT);
+  const A average = kEach * pairwise_sum<COUNT>([&](int i) { return states[i].var; });
+  whole.var = average + pairwise_sum<COUNT>([&](int i) {
+                const A d = offset[i] - whole.offset;
+                return weight[i] * ((states[i].var - average) + d * d);
+              });
   return whole;
 }
 
@@ -244,10 +250,12 @@ struct BatchNormForward {
 #pragma unroll
       for (int k = 0; k < kWarps; ++k) weight[k] *= inverse;
       whole.offset = pairwise_sum<kWarps>([&](int k) { return weight[k] * part[k].offset; });
-      whole.var = pairwise_sum<kWarps>([&](int k) {
-        const A d = part[k].offset - whole.offset;
-        return weight[k] * (part[k].var + d * d);
-      });
+      constexpr A kEach = A(1) / A(kWarps);
+      const A average = kEach * pairwise_sum<kWarps>([&](int k) { return part[k].var; });
+      whole.var = average + pairwise_sum<kWarps>([&](int k) {
+                    const A d = part[k].offset - whole.offset;
+                    return weight[k] * ((part[k].var - average) + d * d);
+                  });
       whole.recentre();
       return whole;
     }
