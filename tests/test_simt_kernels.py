@@ -315,7 +315,7 @@ def test_refused_cooperative_launches_become_two_pass(case):
 
 @pytest.mark.parametrize("s", [512, 49])
 def test_refused_clusters_become_fewer_blocks_or_two_pass(s):
-    cooperative = {**CLUSTERS, "s": s}
+    cooperative = {**CLUSTERS, "s": s, "clusters": 0}
     assert not any("refused" in plan for plan in ran(both_directions(**cooperative)))
     for plan in ran(both_directions(**cooperative, largest=1)):
         assert re.match(r"(resident|packed)/1\b|two_pass", plan) and plan.endswith("refused:clusters"), plan

@@ -14,8 +14,8 @@
 
 namespace bnext {
 
-// 1 / v of a count, for the weights of a merge. To half a unit in the last place, or hardly more: weights that are all off
-// to the same side, by two units, would make a mean or a variance that much smaller at each of a dozen merges.
+// 1 / v of a count, for the weights of a merge. To half a unit in the last place, or hardly more: weights that are all
+// off to the same side, by two units, would make a mean or a variance that much smaller at each of a dozen merges.
 template <class A>
 BNEXT_HD A reciprocal(A v) {
 #if defined(__CUDA_ARCH__)
