@@ -188,6 +188,7 @@ class Cuda:
         # What Python frees during a capture may be a graph, and ends it. Where a contender has raised, its traceback
         # holds some.
         gc.collect()
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
@@ -195,7 +196,8 @@ class Cuda:
                     for call in calls:
                         alive.append(call())
         finally:
-            gc.enable()
+            if was_enabled:
+                gc.enable()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:

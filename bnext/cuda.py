@@ -15,7 +15,7 @@ __all__ = ["GPUS", "describe_plan", "force_plan", "plans", "refused_launches", "
 
 #: What plans look at of a device: ten times its compute capability, multiprocessors, bytes of shared memory of
 #: one, of a block, and of L2, bytes a microsecond of a copy, and how many clusters of 2, 4, 8 and 16 blocks run
-#: together, which only a device itself knows (an H100's were asked, a B200's are guesses).
+#: together, which only a device itself knows (an H200 was asked for an H100's, a B200's are guesses).
 GPUS = {
     "H100": (90, 132, 233472, 232448, 52428800, 3017000, 66, 30, 15, 7),
     "B200": (100, 148, 233472, 232448, 132644864, 7200000, 74, 34, 16, 0),

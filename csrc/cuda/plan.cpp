@@ -233,8 +233,8 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
   return partition;
 }
 
-// How long plans take, in microseconds beyond what their bytes do: fitted to what an H100 took for ResNet-50's layers
-// in bfloat16 (docs/performance.md says how well).
+// How long plans take, in microseconds beyond what their bytes do, after what an H100 took for ResNet-50's layers in
+// bfloat16 (docs/performance.md says how good the choice is).
 struct TimeModel {
   double pair = 3.1;          // a wave of clusters, two blocks to a multiprocessor: one loads while the other exchanges
   double alone = 5.3;         // of blocks that are alone there
@@ -300,25 +300,33 @@ double two_pass_time(const Problem& problem, const DeviceProperties& device) {
          (covers ? kTimes.covered : 0);
 }
 
-// With clusters of the size that takes the least time; or the one that is asked for. resident_bytes is 0 where nothing
-// fits.
-Partition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
+// A resident pass, if its resident_bytes are above 0, and its time, if there was another to compare it with.
+struct TimedPartition {
+  Partition partition = {};
+  double us = 0;
+
+  bool exists() const { return partition.resident_bytes > 0; }
+};
+
+// Keeps the faster of two passes, the first of equals.
+void keep_faster(TimedPartition& best, const Problem& problem, const Partition& other, const DeviceProperties& device) {
+  const double us = resident_time(problem, other, device);
+  if (!best.exists() || us < best.us) best = {other, us};
+}
+
+// With clusters of the size that takes the least time; or the one that is asked for.
+TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
   const int32_t vec = problem.vec();
   const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
-  Partition best = {};
+  TimedPartition best;
   if (base.tiles == 0) return best;
   const bool has_clusters = device.compute_capability >= 90 && device.clusters;
-  double least = 0;
   for (int32_t cluster = 1; cluster <= kLargeCluster; cluster *= 2) {
     if (wanted > 0 && cluster != wanted) continue;
     if (cluster > base.steps || (cluster > 1 && (!has_clusters || clusters_together(device, cluster, 1) == 0)))
       continue;
     const Partition partition = clustered(base, cluster, problem.vec_bytes());
-    if (blocks_together(problem, partition, device) == 0) continue;
-    const double time = resident_time(problem, partition, device);
-    if (best.resident_bytes > 0 && time >= least) continue;
-    best = partition;
-    least = time;
+    if (blocks_together(problem, partition, device) > 0) keep_faster(best, problem, partition, device);
   }
   return best;
 }
@@ -345,8 +353,8 @@ Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_
 
 // One block to a tile where that is small; else all blocks that the device holds at a time, in pairs on a
 // multiprocessor or one by one, and tiles as wide, as takes the least time.
-Partition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
-                           const PlanOptions& options) {
+TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
+                                const PlanOptions& options) {
   const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
   const auto narrow = static_cast<int32_t>(std::max<int64_t>(1, kNarrowBytes / row_bytes));
   Partition partition = columns(problem.shape, problem.vec(), problem.shape.c, 1, narrow, /*merges=*/true);
@@ -362,22 +370,17 @@ Partition resident_columns(const Problem& problem, int32_t max_per_sm, const Dev
     set_splits(partition, 1, partition.columns.thread_rows);
     partition.resident_bytes =
         partition.steps_per_split / partition.columns.thread_rows * partition.threads * vec_bytes;
-    if (partition.resident_bytes + reserved <= device.shared_per_block) return partition;
+    if (partition.resident_bytes + reserved <= device.shared_per_block) return {partition};
   }
   if (!device.cooperative) return {};
-  Partition best = {};
-  double least = 0;
+  TimedPartition best;
   for (int32_t tile_vecs = kMaxTileVecs; tile_vecs >= narrow; tile_vecs /= 2) {
     if (wanted.tile_vecs == 0) set_tile_vecs(partition, ceil_div(vecs, ceil_div(vecs, tile_vecs)), /*merges=*/true);
     for (int32_t per_sm = max_per_sm; per_sm >= 1; --per_sm) {
       const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
       const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
       const Partition grouped = in_groups(partition, slots, capacity, vec_bytes, wanted);
-      if (grouped.resident_bytes == 0) continue;
-      const double time = resident_time(problem, grouped, device);
-      if (best.resident_bytes > 0 && time >= least) continue;
-      best = grouped;
-      least = time;
+      if (grouped.resident_bytes > 0) keep_faster(best, problem, grouped, device);
     }
     if (wanted.tile_vecs > 0) break;
   }
@@ -398,16 +401,14 @@ void set_cooperative(Plan& plan, const DeviceProperties& device, const PlanOptio
                          std::max<int64_t>(1, device.multiprocessors - options.sm_margin));
 }
 
-Partition resident_partition(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+TimedPartition resident_partition(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
   const PlanChoice& wanted = options.plan;
   if (problem.general && problem.dtype == DType::f64) return {};  // not compiled: see Op::kResident
   if (problem.shape.layout == Layout::planar) {
-    return wanted.interleaved_details() ? Partition{} : resident_planar(problem, device, wanted.cluster);
+    return wanted.interleaved_details() ? TimedPartition{} : resident_planar(problem, device, wanted.cluster);
   }
-  return wanted.cluster
-             ? Partition{}
-             : resident_columns(problem, resident_blocks_per_sm(size_of(problem.dtype), problem.general, true), device,
-                                options);
+  const int32_t max_per_sm = resident_blocks_per_sm(size_of(problem.dtype), problem.general, true);
+  return wanted.cluster ? TimedPartition{} : resident_columns(problem, max_per_sm, device, options);
 }
 
 // The wish that gives this pass.
@@ -418,8 +419,8 @@ PlanChoice choice_of(const Partition& resident) {
     choice.cluster = static_cast<uint8_t>(resident.splits);
   } else {
     choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
-    if (resident.splits > 1 ||
-        resident.groups < resident.tiles) {  // else a block to a tile, of which there may be many
+    // Else a block to a tile, of which there may be many.
+    if (resident.splits > 1 || resident.groups < resident.tiles) {
       choice.groups = static_cast<uint16_t>(resident.groups);
       choice.splits = static_cast<uint16_t>(resident.splits);
     }
@@ -440,21 +441,17 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   if (!wanted.details()) return "its channels do not fit " + capacity + ", or make no whole vecs of 16 bytes";
   PlanOptions open = options;
   open.plan = {PlanKind::resident};
-  const Partition allowed = resident_partition(problem, device, open);
+  const TimedPartition allowed = resident_partition(problem, device, open);
   const std::string other =
-      allowed.resident_bytes > 0 ? "'" + to_string(choice_of(allowed)) + "' does" : "nor does any other 'resident'";
+      allowed.exists() ? "'" + to_string(choice_of(allowed.partition)) + "' does" : "nor does any other 'resident'";
   return "it does not fit " + capacity + "; " + other;
 }
 
-// Sets what the automatic plan goes by, and returns whether it takes this resident pass: if that takes less time, or is
-// one of blocks that exchange nothing, and there are enough of them.
-bool pays(const Problem& problem, const Partition& resident, const DeviceProperties& device, Plan& plan) {
-  if (!resident.clustered && !resident.cooperative()) {
-    return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
-  }
-  plan.resident_us = resident_time(problem, resident, device);
-  plan.two_pass_us = two_pass_time(problem, device);
-  return plan.resident_us < plan.two_pass_us;
+// Whether the automatic plan takes this resident pass: if that takes less time, or is one of blocks that exchange
+// nothing, for which `plan` has no times, and there are enough of them.
+bool pays(const Problem& problem, const Partition& resident, const Plan& plan, const DeviceProperties& device) {
+  if (plan.resident_us > 0) return plan.resident_us < plan.two_pass_us;
+  return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
 }
 
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
@@ -467,10 +464,14 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
 
   const PlanKind requested = options.plan.kind;
   if (shape.numel() > 0 && (requested == PlanKind::automatic || requested == PlanKind::resident)) {
-    const Partition resident = resident_partition(problem, device, options);
-    if (resident.resident_bytes > 0 && (pays(problem, resident, device, plan) || requested == PlanKind::resident)) {
+    const TimedPartition resident = resident_partition(problem, device, options);
+    if (resident.partition.clustered || resident.partition.cooperative()) {
+      plan.resident_us = resident.us;
+      plan.two_pass_us = two_pass_time(problem, device);
+    }
+    if (resident.exists() && (requested == PlanKind::resident || pays(problem, resident.partition, plan, device))) {
       plan.kind = PlanKind::resident;
-      plan.resident = resident;
+      plan.resident = resident.partition;
     }
   }
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
@@ -521,9 +522,16 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
   // The kernels of relu behind a residual, and of all other activations, write a byte of mask for every 8 elements, if
   // it is wanted.
   const bool general = is_general(p.activation), masked = general || (p.residual && p.activation != Activation::none);
-  Plan plan = make_plan({p.shape, p.dtype, general, masked, false, 1, p.residual ? 1 : 0, 4 * acc_size_of(p.dtype),
-                         3 * acc_size_of(p.dtype)},
-                        device, options, refusal);
+  Problem problem = {};
+  problem.shape = p.shape;
+  problem.dtype = p.dtype;
+  problem.general = general;
+  problem.masked = masked;
+  problem.tensors = 1;
+  problem.beside = p.residual ? 1 : 0;
+  problem.state_bytes = 4 * acc_size_of(p.dtype);
+  problem.coefficient_bytes = 3 * acc_size_of(p.dtype);
+  Plan plan = make_plan(problem, device, options, refusal);
   // One more, where a resident kernel has to know when all have read num_batches_tracked.
   if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident) ++plan.counters;
   return plan;
@@ -532,12 +540,17 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
 Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                    std::string* refusal) {
   const bool general = derivative_of(p) == Derivative::general;
-  const bool masked = general || derivative_of(p) == Derivative::mask;
+  Problem problem = {};
+  problem.shape = p.shape;
+  problem.dtype = p.dtype;
+  problem.general = general;
+  problem.masked = problem.reduce_masked = general || derivative_of(p) == Derivative::mask;
+  problem.tensors = 2;
+  problem.state_bytes = 2 * acc_size_of(p.dtype);
+  problem.coefficient_bytes = 7 * acc_size_of(p.dtype);
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
-  return make_plan(
-      {p.shape, p.dtype, general, masked, masked, 2, 0, 2 * acc_size_of(p.dtype), 7 * acc_size_of(p.dtype)}, device,
-      allowed, refusal);
+  return make_plan(problem, device, allowed, refusal);
 }
 
 }  // namespace bnext::cuda

@@ -133,9 +133,8 @@ struct Plan {
   Partition apply;        // and normalize, backward_input
   int64_t blocks;         // of the kind `cooperative`
   int64_t partial_bytes;  // scratch that the kind needs
-  double
-      resident_us;  // predicted times of the two between which the automatic plan chooses by them; 0 where it does not
-  double two_pass_us;
+  // Predicted times, where the automatic plan chooses by them; else 0.
+  double resident_us, two_pass_us;
   int64_t counters;  // 32-bit counters likewise; the last is the barrier's of `cooperative`, or counts blocks that have
                      // read num_batches_tracked
 };

@@ -6,6 +6,7 @@
 #include "../../core/epilogue.h"
 #include "../device/channels.cuh"
 #include "../device/loaders.cuh"
+#include "../device/pairwise_sum.cuh"
 #include "../launch.h"
 
 namespace bnext::cuda {
@@ -23,27 +24,14 @@ struct alignas(2 * sizeof(A)) Sums {
     dy += g;
     dy_xmu = std::fma(g, xmu, dy_xmu);
   }
-  __device__ __forceinline__ void merge(const Sums& other) {
-    dy += other.dy;
-    dy_xmu += other.dy_xmu;
-  }
+  __device__ __forceinline__ void merge(const Sums& other) { *this = *this + other; }
+  __device__ __forceinline__ Sums operator+(const Sums& other) const { return {dy + other.dy, dy_xmu + other.dy_xmu}; }
 };
 
-// The merge of several sums at once: see device/reduce.cuh. In halves, so that the order is fixed, and the chain of
-// dependent additions short.
-template <int COUNT, int BEGIN = 0, class A, int ALL>
-__device__ __forceinline__ Sums<A> merge_range(const Sums<A> (&sums)[ALL]) {
-  if constexpr (COUNT == 1) {
-    return sums[BEGIN];
-  } else {
-    Sums<A> low = merge_range<COUNT / 2, BEGIN>(sums);
-    low.merge(merge_range<COUNT / 2, BEGIN + COUNT / 2>(sums));
-    return low;
-  }
-}
+// The merge of several sums at once: see device/reduce.cuh.
 template <int COUNT, class A>
 __device__ __forceinline__ Sums<A> merge_all(const Sums<A> (&sums)[COUNT]) {
-  return merge_range<COUNT>(sums);
+  return pairwise_sum<COUNT>([&](int i) { return sums[i]; });
 }
 
 template <class Element, Derivative DERIVATIVE, int VEC = kVec<Element, masks(DERIVATIVE)>>
@@ -69,8 +57,7 @@ struct BatchNormBackward {
             load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
   }
   // All of it is read before.
-  template <class Fetch>
-  __device__ __forceinline__ static void for_each_operand(const BatchNormBackwardParams&, int64_t, const Fetch&) {}
+  __device__ __forceinline__ static void prefetch(const BatchNormBackwardParams&, int64_t) {}
 
   // ---- reduction
 
@@ -144,7 +131,7 @@ struct BatchNormBackward {
 #pragma unroll
       for (int e = 0; e < N; ++e) static_cast<State*>(memory)[e * kMaxThreads + threadIdx.x] = sums[e];
     }
-    __device__ __forceinline__ static State merge(const void* memory, int e, int lane, int) {
+    __device__ __forceinline__ static State merge(void* memory, int e, int lane, int) {
       constexpr int kWarps = kMaxThreads / kWarp;
       State some[kWarps];
 #pragma unroll

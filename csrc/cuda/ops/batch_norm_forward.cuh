@@ -10,50 +10,50 @@
 #include "../device/barrier.cuh"
 #include "../device/channels.cuh"
 #include "../device/loaders.cuh"
+#include "../device/pairwise_sum.cuh"
 #include "../launch.h"
 
 namespace bnext {
 
-// f(begin) + ... + f(begin + COUNT - 1) in halves: rounding errors and dependent additions grow with log2(COUNT), and
-// so do the registers that it takes.
-template <int COUNT, class F>
-__device__ __forceinline__ auto pairwise_sum(const F& f, int begin = 0) {
-  if constexpr (COUNT == 1) {
-    return f(begin);
-  } else {
-    auto low = pairwise_sum<COUNT / 2>(f, begin);
-    return low + pairwise_sum<COUNT / 2>(f, begin + COUNT / 2);
-  }
-}
-
-// The merge of several states at once (see device/reduce.cuh): first their mean, then what they vary about it, both
-// weighted by their counts. One division and two short sums, where merging one by one takes a division each, and each
-// waits for the one before.
+// Sets all of `whole` but its shift to the merge of sets of so many numbers each: first their mean, then what they vary
+// about it, both weighted by their counts. `offset` is to the shift of `whole`, and 0 of empty sets. One division and
+// two short sums, where merging one by one takes a division each, and each waits for the one before.
 //
 // Weights are rounded, those of equal counts all to the same side, so that they do not sum to 1. What they weigh is
 // therefore what variances differ by from their plain average: otherwise each of a dozen merges would make all of them
 // that much smaller or larger.
 template <int COUNT, class A>
+__device__ __forceinline__ void set_to_merge(Welford<A>& whole, const A (&count)[COUNT], const A (&offset)[COUNT],
+                                             const A (&var)[COUNT]) {
+  whole.count = cuda::pairwise_sum<COUNT>([&](int i) { return count[i]; });
+  const A inverse = reciprocal(max(whole.count, A(1)));
+  A weight[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) weight[i] = count[i] * inverse;
+  whole.offset = cuda::pairwise_sum<COUNT>([&](int i) { return weight[i] * offset[i]; });
+  constexpr A kEach = A(1) / A(COUNT);
+  const A average = kEach * cuda::pairwise_sum<COUNT>([&](int i) { return var[i]; });
+  whole.var = average + cuda::pairwise_sum<COUNT>([&](int i) {
+                const A d = offset[i] - whole.offset;
+                return weight[i] * ((var[i] - average) + d * d);
+              });
+}
+
+// The merge of several states at once: see device/reduce.cuh.
+template <int COUNT, class A>
 __device__ __forceinline__ Welford<A> merge_all(const Welford<A> (&states)[COUNT]) {
   Welford<A> whole = {};
-  whole.count = pairwise_sum<COUNT>([&](int i) { return states[i].count; });
-  // That of the first that is not empty, found from behind.
+  // The shift is that of the first that is not empty, found from behind.
 #pragma unroll
   for (int i = COUNT - 1; i >= 0; --i) whole.shift = states[i].count > A(0) ? states[i].shift : whole.shift;
-  const A inverse = reciprocal(max(whole.count, A(1)));
-  A weight[COUNT], offset[COUNT];
+  A count[COUNT], offset[COUNT], var[COUNT];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    weight[i] = states[i].count * inverse;
-    offset[i] = states[i].count > A(0) ? (states[i].shift - whole.shift) + states[i].offset : A(0);
+    count[i] = states[i].count;
+    offset[i] = count[i] > A(0) ? (states[i].shift - whole.shift) + states[i].offset : A(0);
+    var[i] = states[i].var;
   }
-  whole.offset = pairwise_sum<COUNT>([&](int i) { return weight[i] * offset[i]; });
-  constexpr A kEach = A(1) / A(COUNT);
-  const A average = kEach * pairwise_sum<COUNT>([&](int i) { return states[i].var; });
-  whole.var = average + pairwise_sum<COUNT>([&](int i) {
-                const A d = offset[i] - whole.offset;
-                return weight[i] * ((states[i].var - average) + d * d);
-              });
+  set_to_merge(whole, count, offset, var);
   return whole;
 }
 
@@ -99,14 +99,12 @@ struct BatchNormForward {
             load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
   }
 
-  // Calls fetch(address) for what will be read of a channel once it is reduced.
-  template <class Fetch>
-  __device__ __forceinline__ static void for_each_operand(const BatchNormForwardParams& p, int64_t channel,
-                                                          const Fetch& fetch) {
-    fetch(parameter_at<T>(p.weight, p.weight_dtype, channel));
-    fetch(parameter_at<T>(p.bias, p.weight_dtype, channel));
-    fetch(parameter_at<T>(p.running_mean, p.running_dtype, channel));
-    fetch(parameter_at<T>(p.running_var, p.running_dtype, channel));
+  // Fetches into the L2 cache what will be read of a channel once it is reduced.
+  __device__ __forceinline__ static void prefetch(const BatchNormForwardParams& p, int64_t channel) {
+    prefetch_l2(parameter_at<T>(p.weight, p.weight_dtype, channel));
+    prefetch_l2(parameter_at<T>(p.bias, p.weight_dtype, channel));
+    prefetch_l2(parameter_at<T>(p.running_mean, p.running_dtype, channel));
+    prefetch_l2(parameter_at<T>(p.running_var, p.running_dtype, channel));
   }
 
   // ---- reduction
@@ -231,31 +229,21 @@ struct BatchNormForward {
       }
     }
 
-    // As merge_all() of states with one shift.
-    __device__ __forceinline__ static State merge(const void* memory, int e, int lane, int lanes) {
-      const Memory from(const_cast<void*>(memory));
+    __device__ __forceinline__ static State merge(void* memory, int e, int lane, int lanes) {
+      const Memory from(memory);
       constexpr int kWarps = kMaxThreads / kWarp;
-      Part part[kWarps];
-      A weight[kWarps];
+      A counts[kWarps], offsets[kWarps], vars[kWarps];
 #pragma unroll
       for (int k = 0; k < kWarps; ++k) {
         const bool is = k * kWarp < blockDim.x;
-        part[k] = is ? from.parts[e * kMaxThreads + k * kWarp + lane] : Part{};
-        weight[k] = is ? from.counts[k * kWarp + lane] : A(0);
+        const Part part = is ? from.parts[e * kMaxThreads + k * kWarp + lane] : Part{};
+        counts[k] = is ? from.counts[k * kWarp + lane] : A(0);
+        offsets[k] = part.offset;
+        vars[k] = part.var;
       }
       State whole = {};
-      whole.count = pairwise_sum<kWarps>([&](int k) { return weight[k]; });
       whole.shift = from.shifts[e * kMaxTileVecs + lane % lanes];
-      const A inverse = reciprocal(max(whole.count, A(1)));
-#pragma unroll
-      for (int k = 0; k < kWarps; ++k) weight[k] *= inverse;
-      whole.offset = pairwise_sum<kWarps>([&](int k) { return weight[k] * part[k].offset; });
-      constexpr A kEach = A(1) / A(kWarps);
-      const A average = kEach * pairwise_sum<kWarps>([&](int k) { return part[k].var; });
-      whole.var = average + pairwise_sum<kWarps>([&](int k) {
-                    const A d = part[k].offset - whole.offset;
-                    return weight[k] * ((part[k].var - average) + d * d);
-                  });
+      set_to_merge(whole, counts, offsets, vars);
       whole.recentre();
       return whole;
     }

@@ -5,12 +5,12 @@
 //   kResident                             whether the plan `resident` is compiled for it
 //   State                                 a channel's partial result: empty when zero-initialised, merge(const State&)
 //   Known, known(p, channel)              what is known of a channel before it is reduced
-//   for_each_operand(p, channel, fetch)   the addresses of what is read of it afterwards, besides
+//   prefetch(p, channel)                  fetches what is read of it afterwards, besides, into the L2 cache
 //   Centre, centre(known)                 what reducing takes of that
 //   PlanarReducer(centre)                 a thread's part of a channel: add(p, chunk, vecs), result()
 //   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs); over(begin, end), the state of
-//   some;
-//                                         and for merge_columns(), store(place, memory), merge(memory, e, lane, lanes)
+//                                         some; and for merge_columns(), store(place, memory), merge(memory, e, lane,
+//                                         lanes)
 //   kTakesFirst                           whether that takes `first`, a vector of the block's first row
 //   kPlanarReduceChunk<ALIGNED>, kColumnReduceChunk, kApplyChunk<COLUMNS>   vectors in flight
 //   add_tail(p, channel, state)           adds what the end of the tensor cuts from its last vector
@@ -68,7 +68,7 @@ __device__ __forceinline__ void prefetch_operands(const typename Op::Params& p, 
                                                   const WorkTile& work) {
   const int64_t width = partition.tile_width(), col = work.tile * width + threadIdx.x;
   if (threadIdx.x >= width || col >= partition.columns.cols) return;
-  Op::for_each_operand(p, ColumnChannel(partition, p.shape, col).channel, prefetch_l2);
+  Op::prefetch(p, ColumnChannel(partition, p.shape, col).channel);
 }
 
 // The centres of a thread's columns; through `memory`, see ColumnShare.

@@ -19,7 +19,7 @@ __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
   const typename Op::Centre centre = Op::centre(Op::known(p, work.tile));
-  if (work.split == 0 && threadIdx.x == 0) Op::for_each_operand(p, work.tile, prefetch_l2);
+  if (work.split == 0 && threadIdx.x == 0) Op::prefetch(p, work.tile);
   const State mine = reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p), centre);
   void* const memory = shared_memory<kPlanarBytes<Op>>();
   merge_blocks<1, State>(

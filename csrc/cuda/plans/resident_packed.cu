@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   if (threadIdx.x < partition.columns.tile_channels) {
     known = Op::known(p, first + threadIdx.x);
     shared_centres[threadIdx.x] = Op::centre(known);
-    if (work.split == 0) Op::for_each_operand(p, first + threadIdx.x, prefetch_l2);
+    if (work.split == 0) Op::prefetch(p, first + threadIdx.x);
   }
   if constexpr (!std::is_empty_v<typename Op::Centre>) __syncthreads();
   merge_packed<Op>(

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
 
   const typename Op::Known known = Op::known(p, work.tile);
   const bool finishes = work.split == 0 && threadIdx.x == 0;
-  if (finishes) Op::for_each_operand(p, work.tile, prefetch_l2);
+  if (finishes) Op::prefetch(p, work.tile);
   const auto mine = reduce_planar<Op, true>(p, partition, work, shared_tile.fill(p), Op::centre(known));
   const auto whole = merge_cluster(mine, partition, shared_memory<kPlanarBytes<Op>>());
   if (finishes) Op::finish(p, work.tile, whole);
