@@ -74,6 +74,7 @@ int main(int argc, char** argv) {
       p.dtype = type;
       p.activation = masked ? Activation::relu : Activation::none;
       p.mask = masked ? &present : nullptr;
+      p.dresidual = masked ? &present : nullptr;
       p.dx = p.dweight = &present;
       plan = plan_backward(p, device, options, &refusal);
     }

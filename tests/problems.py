@@ -117,6 +117,7 @@ class Tolerance:
         x, mean, invstd = in_float64(x), channel(mean), channel(invstd)
         self.scale = invstd if weight is None else invstd * channel(weight).abs()
         self.w = self.scale / invstd
+        self.size = x.abs().mean(self.axes)
         self.reach = ((x - mean).abs() + self.mean(x.abs())) * invstd
 
     def rounded(self, exact, dtype):
@@ -144,8 +145,11 @@ class Tolerance:
     def dbias(self, exact, dy):
         return self.u * in_float64(dy).abs().sum(self.axes) + self.rounded(exact, self.parameter_dtype)
 
-    def running(self, exact, before, batch):
-        size = in_float64(before).abs() + in_float64(batch).abs()
+    def running_mean(self, exact, before):
+        return self.u * (in_float64(before).abs() + self.size) + self.rounded(exact, self.parameter_dtype)
+
+    def running_var(self, exact, before, batch):
+        size = in_float64(before).abs() + in_float64(batch).abs().flatten()
         return self.u * size + self.rounded(exact, self.parameter_dtype)
 
     def mean(self, t):

@@ -23,6 +23,7 @@ DIVERGENCE = "simt: divergence: "
 EXITED = "simt: exited thread: "
 MASK = "simt: wrong mask: "
 DEADLOCK = "simt: deadlock: "
+COPY = "simt: copy: "
 POISON = "AddressSanitizer: use-after-poison"
 RESULT = "wrong result"
 
@@ -52,6 +53,13 @@ MISTAKES = {
     "shuffle_too_narrow": all_modes(MASK),
     "shuffle_exited": all_modes(EXITED),
     "warp_exchange": {"race": UNORDERED},
+    # asynchronous copies
+    "copies_no_wait": {"plain": RESULT, "sanitize": RESULT, "race": UNWRITTEN},
+    "copies_short_wait": {"plain": RESULT, "sanitize": RESULT, "race": UNWRITTEN},
+    "copies_no_barrier": {"race": UNORDERED},
+    "copies_reused": {"plain": RESULT, "sanitize": RESULT, "race": UNORDERED},
+    "copies_twice": all_modes(COPY),
+    "copies_left": all_modes(COPY),
     # global memory
     "read_bound": {"sanitize": POISON, "race": BOUNDS},
     "write_bound": {"plain": BOUNDS, "sanitize": POISON, "race": BOUNDS},
@@ -133,6 +141,7 @@ TRAPS = {
     "old_code_syncs_a_cluster": "calls cluster_sync at .*, a barrier of its cluster",
     "old_code_maps_shared": "maps shared memory of its cluster",
     "old_code_waits": "waits for the kernel that its launch overlaps",
+    "old_code_copies": "copies while it goes on",
 }
 
 
@@ -140,7 +149,9 @@ TRAPS = {
 @pytest.mark.parametrize("kernel", TRAPS)
 def test_code_for_an_older_architecture_traps(kernel, mode):
     status, output = run(mode, "wrong", kernel)
-    assert status != 0 and re.search(f"simt: trap: .* {TRAPS[kernel]}, but its code is for .* 8.0", output), output
+    assert status != 0 and re.search(f"simt: trap: .* {TRAPS[kernel]}, but its code is for .* (8.0|7.5)", output), (
+        output
+    )
 
 
 def test_the_device_knows_nothing_of_bnext():

@@ -62,6 +62,9 @@ TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
 # two in packs.
 PLANES = [(10, 2, 512), (40, 8, 49), (13, 8, 9), (5, 8, 225), (3, 8, 289), (3, 8, 1225)]
 
+# Blocks of a cluster.
+CLUSTER_SIZES = (1, 2, 4, 8, 16)
+
 # float64 that keeps 12 to 28 KB beside 33 KB of static shared memory, forward with a residual and relu.
 BESIDE_STATIC = {
     "planar": [(4, 32, 49), (4, 16, 81), (4, 64, 196)],
@@ -151,6 +154,10 @@ def cases(op):
             for shared, shape in [(size, shape) for size in (4, 5, 6, 7, 14, 22, 26, 44) for shape in PLANES]:
                 fixed = {"plan": "resident", "shared": shared * 1024, "sms": 132, "clusters": 99, "cc": 0}
                 out.append(case(rng, op, dtype, "planar", shape, dx=True, dweight=True, **fixed))
+        # Clusters of each size, which need not be what the plan takes.
+        for dtype, cluster in itertools.product(DTYPES, CLUSTER_SIZES):
+            fixed = {"plan": f"resident:cluster={cluster}", "shared": 0, "sms": 132, "clusters": 99, "cc": 0}
+            out.append(case(rng, op, dtype, "planar", (16, 3, 128), dx=True, dweight=True, **fixed))
     else:
         out += [case(rng, op, *where, rng.choice(LARGE)) for where in grid for _ in range(2)]
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
@@ -220,8 +227,7 @@ def plans_that_ran(printed):
                 assert any(blocks > 1 for blocks, _ in resident) and "packed/1" in plans
             else:
                 assert any(blocks > 1 and rounds > 1 for blocks, rounds in resident)
-    clusters = (1, 2, 4, 8, 16)
-    expected = {f"packed/{blocks}" for blocks in clusters} | {f"resident/{blocks}/1" for blocks in clusters}
+    expected = {f"packed/{blocks}" for blocks in CLUSTER_SIZES} | {f"resident/{blocks}/1" for blocks in CLUSTER_SIZES}
     assert {plan for *_, plan in ran} >= expected
 
 

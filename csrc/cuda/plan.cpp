@@ -172,7 +172,7 @@ struct Problem {
   bool masked;                // the elementwise pass reads or writes a mask
   bool reduce_masked;         // the reduction reads it
   int64_t tensors;            // that the reduction reads
-  int64_t beside;             // that the elementwise pass alone reads
+  int64_t beside;             // that the elementwise pass alone reads, or writes beside its output
   int64_t state_bytes;        // of a partial result
   int64_t coefficient_bytes;  // of a channel, in the elementwise pass
 
@@ -236,20 +236,26 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
 // How long plans take, in microseconds beyond what their bytes do, after what an H100 took for ResNet-50's layers in
 // bfloat16 (docs/performance.md says how good the choice is).
 struct TimeModel {
-  double pair = 3.1;          // a wave of clusters, two blocks to a multiprocessor: one loads while the other exchanges
-  double alone = 5.3;         // of blocks that are alone there
-  double rank = 0.12;         // each block of a cluster
-  double packed = 0.5;        // packed planes
+  double start = 1.2;         // a pass of clusters, once
+  double pair = 3.1;          // a wave of them, two blocks to a multiprocessor: one loads while the other exchanges
+  double alone = 4.0;         // of blocks that are alone there
+  double cluster = 1.6;       // of clusters of more than one block, which wait for each other
+  double rank = 0.06;         // and for each block
+  double packed = 1.1;        // of packed planes
   double grid = 9.0;          // a round of groups, which exchange through memory
-  double two_pass = 10.0;     // two launches, and the merge in between
-  double covered = 2.8;       // vectors that cover planes, in the first of them
-  double block_rate = 40000;  // bytes a microsecond that one block reads and writes
-  double beside = 1.6;        // what blocks that are alone read only then, as they have little in flight
+  double alone_inputs = 0.6;  // of blocks that are alone, for each input but the first
+  double one_group = 1.0;     // of groups, where there is but one of two blocks to a multiprocessor
+  double two_pass = 8.0;      // two launches, and the merge in between
+  double covered = 2.0;       // vectors that cover planes, in the first of them
+  double columns = 1.2;       // interleaved layouts, whose merge is longer
+  double block_rate = 44500;  // bytes a microsecond that one block reads and writes
+  double beside = 1.2;        // what blocks that are alone move only then, as they have little in flight; of clusters
+  double grid_beside = 1.6;   // and of groups
 };
 constexpr TimeModel kTimes;
 
 // How much of the memory's bandwidth rows of so many bytes get.
-double share_of_rows(int64_t bytes) { return bytes >= 256 ? 1.0 : bytes >= 128 ? 0.97 : 0.8; }
+double share_of_rows(int64_t bytes) { return bytes >= 256 ? 1.0 : bytes >= 128 ? 0.99 : 0.85; }
 
 // Blocks of a resident pass that find room on a multiprocessor, at most two of them; 0 where one does not.
 int32_t blocks_together(const Problem& problem, const Partition& partition, const DeviceProperties& device) {
@@ -275,18 +281,28 @@ double resident_time(const Problem& problem, const Partition& partition, const D
   // Of a wave, in and out; or of one of its blocks, where there are few.
   const double tile = static_cast<double>(problem.bytes()) / static_cast<double>(partition.tiles) *
                       static_cast<double>(problem.tensors + 1) / static_cast<double>(problem.tensors);
-  double rate = static_cast<double>(device.bandwidth), more = kTimes.grid;
+  double rate = static_cast<double>(device.bandwidth), more = kTimes.grid, once = 0, slower = kTimes.grid_beside;
   if (partition.clustered) {
+    once = kTimes.start;
+    slower = kTimes.beside;
     more = (per_sm > 1 ? kTimes.pair : kTimes.alone) + kTimes.rank * static_cast<double>(partition.splits) +
-           (partition.by_columns ? kTimes.packed : 0);
+           (partition.splits > 1 ? kTimes.cluster : 0) + (partition.by_columns ? kTimes.packed : 0);
   } else {
+    // Two blocks of a multiprocessor had better not wait at the same time.
+    once = partition.groups < per_sm && partition.splits > 1 ? kTimes.one_group : 0;
+    if (per_sm == 1) more += kTimes.alone_inputs * static_cast<double>(problem.tensors - 1);
     rate *= share_of_rows(partition.tile_width() * size_of(problem.dtype));
   }
-  const double beside = tile * static_cast<double>(problem.beside) / static_cast<double>(problem.tensors + 1) *
-                        (per_sm > 1 ? 1 : kTimes.beside);
-  const double moving = std::max((tile + beside) * static_cast<double>(together) / rate,
-                                 (tile + beside) / static_cast<double>(partition.splits) / kTimes.block_rate);
-  return static_cast<double>(ceil_div(partition.tiles, std::max<int64_t>(1, together))) * (moving + more);
+  const double beside =
+      tile * static_cast<double>(problem.beside) / static_cast<double>(problem.tensors + 1) * (per_sm > 1 ? 1 : slower);
+  // Of so many tiles, in waves or rounds.
+  const auto moving = [&](int64_t tiles) {
+    return std::max((tile + beside) * static_cast<double>(tiles) / rate,
+                    (tile + beside) / static_cast<double>(partition.splits) / kTimes.block_rate);
+  };
+  const int64_t waves = ceil_div(partition.tiles, std::max<int64_t>(1, together));
+  return once + static_cast<double>(waves) * more + static_cast<double>(waves - 1) * moving(together) +
+         moving(partition.tiles - (waves - 1) * together);
 }
 
 double two_pass_time(const Problem& problem, const DeviceProperties& device) {
@@ -295,9 +311,10 @@ double two_pass_time(const Problem& problem, const DeviceProperties& device) {
   const double all = static_cast<double>(problem.bytes()) *
                      static_cast<double>(2 * problem.tensors + 1 + problem.beside) /
                      static_cast<double>(problem.tensors);
-  const bool covers = problem.shape.layout == Layout::planar && problem.shape.s % problem.vec() != 0;
+  const bool is_planar = problem.shape.layout == Layout::planar;
+  const bool covers = is_planar && problem.shape.s % problem.vec() != 0;
   return (all - again / 2) / (0.95 * static_cast<double>(device.bandwidth)) + kTimes.two_pass +
-         (covers ? kTimes.covered : 0);
+         (covers ? kTimes.covered : 0) + (is_planar ? 0 : kTimes.columns);
 }
 
 // A resident pass, if its resident_bytes are above 0, and its time, if there was another to compare it with.
@@ -314,6 +331,18 @@ void keep_faster(TimedPartition& best, const Problem& problem, const Partition& 
   if (!best.exists() || us < best.us) best = {other, us};
 }
 
+// Of pairs of blocks to a multiprocessor that take several waves, the second of the first wave wait for as long as it
+// takes the first to load what they keep.
+void set_turns(Partition& partition, const Problem& problem, const DeviceProperties& device) {
+  if (partition.resident_bytes == 0 || blocks_together(problem, partition, device) < 2) return;
+  const int64_t together = clusters_together(device, partition.splits, 2);
+  if (partition.tiles <= together) return;
+  partition.late_begin = static_cast<uint32_t>(together / 2);
+  partition.late_end = static_cast<uint32_t>(together);
+  partition.late_ns = static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors /
+                                            std::max<int64_t>(1, device.bandwidth));
+}
+
 // With clusters of the size that takes the least time; or the one that is asked for.
 TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
   const int32_t vec = problem.vec();
@@ -328,6 +357,7 @@ TimedPartition resident_planar(const Problem& problem, const DeviceProperties& d
     const Partition partition = clustered(base, cluster, problem.vec_bytes());
     if (blocks_together(problem, partition, device) > 0) keep_faster(best, problem, partition, device);
   }
+  set_turns(best.partition, problem, device);
   return best;
 }
 
@@ -546,6 +576,7 @@ Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& dev
   problem.general = general;
   problem.masked = problem.reduce_masked = general || derivative_of(p) == Derivative::mask;
   problem.tensors = 2;
+  problem.beside = problem.masked && p.dresidual ? 1 : 0;
   problem.state_bytes = 2 * acc_size_of(p.dtype);
   problem.coefficient_bytes = 7 * acc_size_of(p.dtype);
   PlanOptions allowed = options;

@@ -89,9 +89,10 @@ struct Partition {
   int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
   int64_t resident_bytes;   // dynamic shared memory: a block's share of a tile, in a resident pass
   int64_t l2_steps;         // of a split, its last: what the L2 cache should keep for the pass that follows
-  bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
-  bool pdl;                 // the launch may begin while the kernel before, of the same plan, is running
-  bool starts_next;         // the next launch does so: only the caller of both knows that
+  uint32_t late_begin, late_end, late_ns;  // clusters that begin later, see wait_for_turn()
+  bool clustered;                          // the blocks of a tile are a cluster, and exchange through its shared memory
+  bool pdl;                                // the launch may begin while the kernel before, of the same plan, is running
+  bool starts_next;                        // the next launch does so: only the caller of both knows that
 
   // Columns of a matrix row that belong to one channel, in a reduction; 1 where a tile is one channel.
   int32_t repeat;

@@ -29,7 +29,7 @@ COMMON = "-std=c++17 -g1 -fno-strict-aliasing -ffp-contract=off -fno-pie -pthrea
 # kernel.cpp follows relocations, which calls within a section do without.
 COMMON += " -ffunction-sections"
 LINK = "-no-pie -pthread -Wl,--emit-relocs"
-RUNTIME = ("context", "kernel", "memory", "rendezvous", "report", "runtime", "schedule")
+RUNTIME = ("context", "copies", "kernel", "memory", "rendezvous", "report", "runtime", "schedule")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 RACE = "-fsanitize=thread,alignment,bounds -fno-sanitize-recover=all"
 

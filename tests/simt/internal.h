@@ -67,6 +67,15 @@ struct Launch {
 
 struct Block;
 
+// A copy to shared memory that the thread has not waited for.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  unsigned group;
+  const void* pc;
+};
+
 struct Thread {
   enum class State { ready, at_barrier, in_warp_call, asleep, exited };
 
@@ -79,6 +88,8 @@ struct Thread {
   const void* pc;
   unsigned mask, source;  // of a warp's call
   uint64_t brings, gets;
+  std::vector<Copy> copies;  // under way, of groups up to `copy_groups`, which is not complete
+  unsigned copy_groups;
   bool may_access;  // memory: in a launch that overlaps the one before, once it has waited
   ThreadClocks clocks;
 };
@@ -157,6 +168,10 @@ std::string describe_code(const void* pc);
 // Reports on stderr, naming the current thread and the kernel, and ends the process.
 [[noreturn]] void fail(const char* kind, const std::string& message);
 
+// copies.cpp
+// Ends the process if the current thread, which exits, has copies under way.
+void check_copies();
+
 namespace race {
 
 #if defined(SIMT_RACE)
@@ -175,6 +190,9 @@ void begin_launch(const std::vector<Block*>& resident);
 void begin_block(Block&);
 void sync_blocks(const std::vector<Block*>&);  // a barrier of all their threads
 void sync_lanes(Thread& lane0, unsigned mask);
+// Memory whose content is lost until it is written.
+void lost(const void* p, size_t bytes, const void* pc);
+void copied(const Copy&);
 void fence(Scope);
 
 }  // namespace race

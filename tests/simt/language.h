@@ -109,6 +109,15 @@ unsigned cluster_rank();
 // The same variable in the shared memory of that block of the cluster (mapa).
 void* map_shared(const void* address, unsigned rank);
 
+// Compute capability of the code, which on a device is a constant of the compiler (__CUDA_ARCH__).
+int code_capability();
+// A copy to shared memory while the thread goes on (cp.async), from 8.0 of the code. What it is to replace is lost at
+// once; it reads and writes when it has to, which is in the thread's wait for its group. Every group is waited for.
+void copy_async(void* shared, const void* global, size_t bytes);
+void commit_copies();
+// Until all but the last `most` groups are there.
+void wait_for_copies(unsigned most);
+
 enum class Shuffle { index, up, down, exclusive };
 
 // The lane that this lane reads from: lanes are taken in groups of `width`, and a lane whose source

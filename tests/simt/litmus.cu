@@ -316,14 +316,43 @@ __global__ void early_access_kernel(const float* x, float* y) {
 }
 
 // Clusters and overlapping launches that the device has, and that the code was not compiled for.
-enum class OldCode { no, syncs, maps, waits };
+enum class OldCode { no, syncs, maps, waits, copies };
 
 template <OldCode WHAT>
 __global__ void old_code_kernel(const float* x, float* y) {
   if (WHAT == OldCode::syncs) cluster_sync();
   if (WHAT == OldCode::maps) x = map_shared(x, 0);
   if (WHAT == OldCode::waits) simt::wait_on_dependent_grids();
+  __shared__ float s[kThreads];
+  if (WHAT == OldCode::copies) simt::copy_async(&s[threadIdx.x], x, sizeof(float));
   y[threadIdx.x] = x[kThreads - 1 - threadIdx.x];
+}
+
+// ---- Asynchronous copies -------------------------------------------------------------------------
+
+enum class Copies { right, no_wait, short_wait, no_barrier, reused, twice, left };
+
+// Copies x into `s`, each thread an element, and others behind it.
+template <Copies WHAT>
+__global__ void copies_kernel(const float* x, float* y) {
+  __shared__ float s[kThreads], behind[kThreads];
+  const int t = threadIdx.x;
+  auto copy = [&](float* to, int from) {
+    simt::copy_async(to, &x[from], sizeof(float));
+    simt::commit_copies();
+  };
+  copy(&s[t], t);
+  copy(WHAT == Copies::twice ? &s[t] : &behind[t], 0);
+  if (WHAT == Copies::short_wait) simt::wait_for_copies(2);
+  else if (WHAT != Copies::no_wait) simt::wait_for_copies(1);
+  if (WHAT == Copies::no_wait || WHAT == Copies::short_wait) {  // the thread's own
+    y[kThreads - 1 - t] = s[t];
+  } else {
+    if (WHAT == Copies::reused && t == 5) copy(&s[t], 0);
+    if (WHAT != Copies::no_barrier) __syncthreads();
+    y[t] = s[kThreads - 1 - t];
+  }
+  if (WHAT != Copies::left) simt::wait_for_copies(0);
 }
 
 // ---- The intrinsics, one by one ------------------------------------------------------------------
@@ -433,7 +462,7 @@ template <OldCode WHAT>
 bool old_code() {
   Array<float> x(kThreads, "x"), y(kThreads, "y");
   x.fill([](int i) { return 1.0f + i; });
-  simt::device().code_capability = 80;
+  simt::device().code_capability = WHAT == OldCode::copies ? 75 : 80;
   const cudaLaunchAttribute attribute = WHAT == OldCode::waits ? overlapping() : clusters_of(1);
   const bool good = started(launch_with({attribute}, old_code_kernel<WHAT>, dim3(1), dim3(kThreads), 0, x.p, y.p));
   simt::reset_devices();
@@ -478,6 +507,12 @@ struct Litmus { std::function<bool()> right, wrong; };
       [] { return reverses(shuffle_kernel<Mask::right>); }, [] { return reverses(shuffle_kernel<Mask::mask>); } \
     }                                                                                                           \
   }
+#define COPIES_LITMUS(mistake)                                                                                       \
+  {                                                                                                                  \
+    "copies_" #mistake, {                                                                                            \
+      [] { return reverses(copies_kernel<Copies::right>); }, [] { return reverses(copies_kernel<Copies::mistake>); } \
+    }                                                                                                                \
+  }
 #define FENCE_LITMUS(kernel, fences, together)                                       \
   {                                                                                  \
     #kernel "_" #fences, {                                                           \
@@ -518,6 +553,13 @@ const std::map<std::string, Litmus> tests = {
     {"old_code_syncs_a_cluster", {old_code<OldCode::no>, old_code<OldCode::syncs>}},
     {"old_code_maps_shared", {old_code<OldCode::no>, old_code<OldCode::maps>}},
     {"old_code_waits", {old_code<OldCode::no>, old_code<OldCode::waits>}},
+    {"old_code_copies", {old_code<OldCode::no>, old_code<OldCode::copies>}},
+    COPIES_LITMUS(no_wait),
+    COPIES_LITMUS(short_wait),
+    COPIES_LITMUS(no_barrier),
+    COPIES_LITMUS(reused),
+    COPIES_LITMUS(twice),
+    COPIES_LITMUS(left),
     {"last_block_late_acquire", {[] { return reverses_through(last_block_kernel<Fences::late_acquire>, false); }, {}}},
     {"groups", {[] { return reverses(groups_kernel); }, {}}},
     {"intrinsics", {intrinsics, {}}},

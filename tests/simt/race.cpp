@@ -449,6 +449,21 @@ void sync_lanes(Thread& lane0, unsigned mask) {
   }
 }
 
+void lost(const void* p, size_t bytes, const void* pc) {
+  // As a write, after all reads of what was there.
+  const Access a = {static_cast<const char*>(p), bytes, false, true,
+                    static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc))};
+  check(a);
+  const Shadow found = find_shadow(a);
+  for (size_t i = 0; found.bytes && i < bytes; ++i) found.bytes[i].writer.pc = kUnwritten;
+}
+
+void copied(const Copy& copy) {
+  const auto pc = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(copy.pc));
+  check({static_cast<const char*>(copy.from), copy.bytes, true, false, pc});
+  check({static_cast<const char*>(copy.to), copy.bytes, false, true, pc});
+}
+
 void fence(Scope scope) {
   Thread& self = *current;
   auto acquire = [&](std::vector<Seen>& seen) {

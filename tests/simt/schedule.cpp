@@ -194,6 +194,7 @@ static void thread_main() {
   launched->bound.invoke(launched->bound.data);
   Thread& self = *current;
   Slot& slot = slot_of(self);
+  check_copies();
   self.pc = nullptr;
   auto leaves = [&](const Thread& waiting) { fail("exited thread", "exits, but " + waits(waiting)); };
   if (slot.barrier.arrived > 0) leaves(*slot.barrier.first);

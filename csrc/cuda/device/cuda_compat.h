@@ -122,6 +122,45 @@ __device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, [[mayb
 #endif
 }
 
+// Whether the code may call copy_async().
+#if defined(BNEXT_SIMT) || __CUDA_ARCH__ >= 800
+constexpr bool kHasAsyncCopies = true;
+#else
+constexpr bool kHasAsyncCopies = false;
+#endif
+
+// Copies 16 bytes from global to shared memory, past the L1 cache, while the thread goes on: they are there, for this
+// thread, after the wait_for_copies() that their group takes. (Without a hint to the L2 cache: of copies with one,
+// ptxas 13.0 makes code that an H100 calls an illegal instruction.)
+__device__ __forceinline__ void copy_async(uint4* shared, const uint4* global) {
+#if defined(BNEXT_SIMT)
+  if (simt::code_capability() >= 80) simt::copy_async(shared, global, sizeof(uint4));
+  else *shared = *global;
+#elif __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#endif
+}
+
+// Makes a group of the thread's copies since the last call.
+__device__ __forceinline__ void commit_copies() {
+#if defined(BNEXT_SIMT)
+  if (simt::code_capability() >= 80) simt::commit_copies();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until no more than the last MOST of the thread's groups are under way.
+template <int MOST>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(BNEXT_SIMT)
+  if (simt::code_capability() >= 80) simt::wait_for_copies(MOST);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(MOST) : "memory");
+#endif
+}
+
 // Brings what lies there into the L2 cache, for a load to come; nothing where the pointer is null.
 __device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* p) {
 #if !defined(BNEXT_SIMT)

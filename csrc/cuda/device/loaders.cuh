@@ -64,33 +64,6 @@ struct FromGlobal {
   }
 };
 
-// Loads from global memory, and leaves a copy in the thread's next slots of shared memory.
-template <class T, int N>
-struct GlobalToShared {
-  FromGlobal<T, N, Reuse::last> global;
-  Vec<T, N>* slot;
-
-  template <int COUNT, bool WHOLE>
-  __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>& chunk, Vec<T, N> (&vecs)[COUNT]) {
-    global.load(chunk, vecs);
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k, slot += blockDim.x) *slot = vecs[k];
-  }
-};
-
-// Reads the copies back. A thread meets its vectors in the same order in every pass over a tile, and reads only what
-// it wrote itself: there is nothing to synchronise.
-template <class T, int N>
-struct FromShared {
-  const Vec<T, N>* slot;
-
-  template <int COUNT, bool WHOLE>
-  __device__ __forceinline__ void load(const Chunk<COUNT, WHOLE>&, Vec<T, N> (&vecs)[COUNT]) {
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k, slot += blockDim.x) vecs[k] = *slot;
-  }
-};
-
 // The loaders of an operation's INPUTS tensors, one chunk of each at a time.
 template <class Loader, int INPUTS>
 struct Loaders {
@@ -109,41 +82,5 @@ __device__ __forceinline__ auto from_global(const typename Op::Params& p) {
   if constexpr (Op::kInputs == 1) return Loaders<Loader, 1>{{Loader(Op::input(p, 0), p.shape)}};
   else return Loaders<Loader, 2>{{Loader(Op::input(p, 0), p.shape), Loader(Op::input(p, 1), p.shape)}};
 }
-
-// A block's copies of one tile of the operation's inputs, in shared memory.
-template <class Op>
-class SharedTile {
- public:
-  // Tile `index` of the `tiles` that the block's dynamic shared memory is divided into.
-  __device__ __forceinline__ SharedTile(const Partition& partition, int32_t index, int32_t tiles)
-      : input_bytes_(static_cast<int32_t>(partition.resident_bytes) / tiles / Op::kInputs),
-        first_(dynamic_shared() + index * Op::kInputs * input_bytes_) {}
-
-  // Loads from global memory into the tile.
-  __device__ __forceinline__ auto fill(const typename Op::Params& p) const {
-    using Loader = GlobalToShared<T, N>;
-    using Global = FromGlobal<T, N, Reuse::last>;
-    if constexpr (Op::kInputs == 1) return Loaders<Loader, 1>{{{Global(Op::input(p, 0), p.shape), slots(0)}}};
-    else
-      return Loaders<Loader, 2>{
-          {{Global(Op::input(p, 0), p.shape), slots(0)}, {Global(Op::input(p, 1), p.shape), slots(1)}}};
-  }
-  __device__ __forceinline__ auto read() const {
-    using Loader = FromShared<T, N>;
-    if constexpr (Op::kInputs == 1) return Loaders<Loader, 1>{{{slots(0)}}};
-    else return Loaders<Loader, 2>{{{slots(0)}, {slots(1)}}};
-  }
-
- private:
-  using T = typename Op::T;
-  static constexpr int N = Op::N;
-
-  __device__ __forceinline__ Vec<T, N>* slots(int32_t input) const {
-    return reinterpret_cast<Vec<T, N>*>(first_ + input * input_bytes_) + threadIdx.x;
-  }
-
-  int32_t input_bytes_;
-  unsigned char* first_;
-};
 
 }  // namespace bnext::cuda

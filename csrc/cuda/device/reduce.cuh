@@ -17,6 +17,9 @@ namespace bnext::cuda {
 // States that a thread merges at a time. Their loads are all in flight before the first is needed.
 template <class State>
 constexpr int kBatch = sizeof(State) > 16 ? 4 : 8;
+// Of partial results in memory, in a resident block: more of those that merge by additions alone.
+template <class State>
+constexpr int kPartialBatch = sizeof(State) <= 8 ? 16 : kBatch<State>;
 
 // The merge of states `begin`, begin + step, ... below `end` of an array with `stride` between neighbours.
 template <int BATCH, class State>
@@ -98,11 +101,11 @@ struct Partials {
   __device__ __forceinline__ State* of_tile(int64_t tile) const { return data + tile * splits * width; }
 
   // Merges channels [first, past), as many at a time as the block has threads for, each one's partial results shared
-  // out among the rows of threads; then calls finish(channel, state) in one thread for each. Channel c has columns c,
-  // c + channels, ..., `repeat` of them.
+  // out among the rows of threads; then calls finish(channel, state, operands) in one thread for each, for which
+  // finish.operands(channel) is loaded meanwhile. Channel c has columns c, c + channels, ..., `repeat` of them.
   template <int BATCH, class Finish>
   __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat, void* memory,
-                                        Finish&& finish) const {
+                                        const Finish& finish) const {
     int shift = 0;  // of threads to a row
     while ((1 << shift) < past - first && (1 << shift) < kWarp) ++shift;
     const int lanes = 1 << shift, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
@@ -111,7 +114,9 @@ struct Partials {
     for (int64_t base = first; base < past; base += lanes) {
       const int64_t channel = base + lane;
       State total = {};
+      decltype(finish.operands(channel)) operands = {};
       if (channel < past) {
+        if (row == 0) operands = finish.operands(channel);
 #pragma unroll 1
         for (int r = 0; r < repeat; ++r) {
           // Columns have numbers of more than 32 bits, their vectors of 32.
@@ -124,7 +129,7 @@ struct Partials {
         }
       }
       merge_states(total, lanes, memory, [&](int i, const State& whole) {
-        if (base + i < past) finish(base + i, whole);
+        if (base + i < past) finish(base + i, whole, operands);  // i is the thread's lane
       });
     }
   }
@@ -132,12 +137,13 @@ struct Partials {
 
 // Merges what the blocks of a tile hold. merge_block(each) merges what the block's threads do, WIDTH columns of the
 // tile each, and calls each(column, state) in one thread for each column. arrive() returns which share of the merge of
-// the blocks is this block's, or -1; the blocks that share the channels have one each. There, finish(channel, state) is
-// called exactly once for each channel. Control flow is uniform within a block. Returns whether this block had a share.
+// the blocks is this block's, or -1; the blocks that share the channels have one each. There, finish(channel, state,
+// finish.operands(channel)) is called exactly once for each channel. Control flow is uniform within a block. Returns
+// whether this block had a share.
 template <int WIDTH, class State, int BATCH, class MergeBlock, class Arrive, class Finish>
 __device__ __forceinline__ bool merge_blocks(int64_t channels, const Partition& partition, const Scratch& scratch,
                                              const WorkTile& work, void* memory, int shares, MergeBlock&& merge_block,
-                                             Arrive&& arrive, Finish&& finish) {
+                                             Arrive&& arrive, const Finish& finish) {
   const bool alone = partition.splits == 1 && partition.repeat == 1;
   const Partials<WIDTH, State> partials(partition, scratch);
   const int width = partials.width;
@@ -146,7 +152,7 @@ __device__ __forceinline__ bool merge_blocks(int64_t channels, const Partition& 
   merge_block([&](int column, const State& merged) {
     if (column >= width) return;
     if (!alone) mine[column] = merged;
-    else if (begin + column < channels) finish(begin + column, merged);
+    else if (begin + column < channels) finish(begin + column, merged, finish.operands(begin + column));
   });
   if (alone) return true;
   const int share = arrive();
@@ -164,7 +170,7 @@ __device__ __forceinline__ bool merge_blocks(int64_t channels, const Partition& 
 template <int WIDTH, class State, class MergeBlock, class Finish>
 __device__ __forceinline__ void merge_blocks(int64_t channels, const Partition& partition, const Scratch& scratch,
                                              const WorkTile& work, void* memory, MergeBlock&& merge_block,
-                                             Finish&& finish) {
+                                             const Finish& finish) {
   const bool by_tile = partition.repeat == 1;
   const auto blocks = static_cast<uint32_t>(by_tile ? partition.splits : partition.blocks());
   constexpr int kMost = WIDTH > 1 && sizeof(State) <= 16 ? 16 : kBatch<State>;

@@ -1,5 +1,5 @@
 // How a block goes through its work tile (see Partition in plan.h): in chunks of several vectors, whose loads are all
-// in flight at once.
+// in flight at once. A walk gives one vector after the other: next(chunk, k).
 #pragma once
 
 #include "loaders.cuh"
@@ -36,80 +36,100 @@ __device__ __forceinline__ void for_work_tiles(const Partition& partition, Body&
   for (uint32_t block = blockIdx.x; block < blocks; block += gridDim.x) body(WorkTile(partition, block));
 }
 
-// Calls body(Chunk) on `left` vectors, which next(chunk, k) puts into a chunk: CHUNK at a time, then what remains in
-// smaller and smaller chunks, since one by one each would wait for its loads. The last `keep_in_l2` are to stay
-// in the L2 cache.
-template <int CHUNK, bool WHOLE, bool REST = false, class Next, class Body>
-__device__ __forceinline__ void for_each_chunk(int32_t left, int32_t keep_in_l2, Next& next, Body& body) {
-  auto once = [&] {
-    Chunk<CHUNK, WHOLE> chunk;
-    chunk.keep_in_l2 = left <= keep_in_l2;
+// Goes on by so many of a walk's vectors, in one chunk.
+template <class Walk, int COUNT, bool WHOLE>
+__device__ __forceinline__ void take(Walk& walk, Chunk<COUNT, WHOLE>& chunk) {
+  chunk.keep_in_l2 = walk.left <= walk.keep_in_l2;
 #pragma unroll
-    for (int k = 0; k < CHUNK; ++k) next(chunk, k);
+  for (int k = 0; k < COUNT; ++k) walk.next(chunk, k);
+  walk.left -= COUNT;
+}
+
+// Calls body(Chunk) on what is left of a walk: CHUNK vectors at a time, then what remains in smaller and smaller
+// chunks, since one by one each would wait for its loads.
+template <int CHUNK, bool REST = false, class Walk, class Body>
+__device__ __forceinline__ void for_each_chunk(Walk& walk, Body&& body) {
+  auto once = [&] {
+    Chunk<CHUNK, Walk::kWhole> chunk;
+    take(walk, chunk);
     body(chunk);
-    left -= CHUNK;
   };
   if constexpr (REST) {
-    if (left >= CHUNK) once();
+    if (walk.left >= CHUNK) once();
   } else {
-    while (left >= CHUNK) once();
+    while (walk.left >= CHUNK) once();
   }
-  if constexpr (CHUNK > 1) for_each_chunk<CHUNK / 2, WHOLE, true>(left, keep_in_l2, next, body);
+  if constexpr (CHUNK > 1) for_each_chunk<CHUNK / 2, true>(walk, body);
 }
 
-// Calls body(Chunk) on the thread's vectors of one channel.
-template <int N, bool ALIGNED, int CHUNK, class Body>
-__device__ __forceinline__ void iterate_planar(const Partition& partition, const Shape& shape, const WorkTile& work,
-                                               Body&& body) {
-  const int64_t begin = work.split * partition.steps_per_split;
-  const int32_t steps = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
-  // How many vectors are this thread's: the strides of the block, of which the last may not reach it.
-  const int32_t threads = blockDim.x;
-  int32_t left = (steps - static_cast<int32_t>(threadIdx.x) + threads - 1) / threads;
-  if (left <= 0) return;
+// The thread's vectors of one channel.
+template <int N, bool ALIGNED>
+class PlanarWalk {
+ public:
+  static constexpr bool kWhole = ALIGNED;
+  int32_t left;        // vectors
+  int32_t keep_in_l2;  // so many of the last
 
-  // The first of them: image n, vector j of the plane.
-  const int32_t plane_vecs = static_cast<int32_t>(partition.planar.plane_vecs);
-  // Of vectors that cover planes there may be more than the tensor has.
-  int64_t n = ALIGNED ? static_cast<uint32_t>(begin) / static_cast<uint32_t>(plane_vecs) : begin / plane_vecs;
-  int32_t j = static_cast<int32_t>(begin - n * plane_vecs);
-  const uint32_t ahead = static_cast<uint32_t>(j) + threadIdx.x;
-  const uint32_t planes = ahead / static_cast<uint32_t>(plane_vecs);
-  n += planes;
-  j = static_cast<int32_t>(ahead - planes * static_cast<uint32_t>(plane_vecs));
+  __device__ __forceinline__ PlanarWalk(const Partition& partition, const Shape& shape, const WorkTile& work)
+      : keep_in_l2(static_cast<int32_t>(partition.l2_steps) / static_cast<int32_t>(blockDim.x)),
+        shape_(shape),
+        planar_(partition.planar) {
+    const int64_t begin = work.split * partition.steps_per_split;
+    const int32_t steps = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
+    // How many vectors are this thread's: the strides of the block, of which the last may not reach it.
+    const int32_t threads = blockDim.x;
+    left = max((steps - static_cast<int32_t>(threadIdx.x) + threads - 1) / threads, 0);
+    if (left == 0) return;
 
-  const int64_t image = shape.c * shape.s;
-  int64_t plane = n * image + work.tile * shape.s;  // element offset of the plane
-  // And an aligned vector of it; a stride, within a plane and on to the next.
-  uint32_t vec = static_cast<uint32_t>(plane / N) + j;
-  const uint32_t stride =
-      static_cast<uint32_t>(partition.planar.stride_planes * (image / N)) + partition.planar.stride_vecs;
-  const uint32_t stride_on = stride + static_cast<uint32_t>((image - shape.s) / N);
+    // The first of them: image n, vector j of the plane.
+    const int32_t plane_vecs = static_cast<int32_t>(partition.planar.plane_vecs);
+    // Of vectors that cover planes there may be more than the tensor has.
+    int64_t n = ALIGNED ? static_cast<uint32_t>(begin) / static_cast<uint32_t>(plane_vecs) : begin / plane_vecs;
+    j_ = static_cast<int32_t>(begin - n * plane_vecs);
+    const uint32_t ahead = static_cast<uint32_t>(j_) + threadIdx.x;
+    const uint32_t planes = ahead / static_cast<uint32_t>(plane_vecs);
+    n += planes;
+    j_ = static_cast<int32_t>(ahead - planes * static_cast<uint32_t>(plane_vecs));
 
-  // Additions alone: a division for each vector would be most of the loop's instructions.
-  auto next = [&](auto& chunk, int k) {
+    image_ = shape.c * shape.s;
+    plane_ = n * image_ + work.tile * shape.s;
+    vec_ = static_cast<uint32_t>(plane_ / N) + j_;
+    stride_ = static_cast<uint32_t>(partition.planar.stride_planes * (image_ / N)) + partition.planar.stride_vecs;
+    stride_on_ = stride_ + static_cast<uint32_t>((image_ - shape.s) / N);
+  }
+
+  // Additions alone: a division for each vector would be most of a loop's instructions.
+  template <int COUNT>
+  __device__ __forceinline__ void next(Chunk<COUNT, ALIGNED>& chunk, int k) {
+    const int32_t plane_vecs = static_cast<int32_t>(planar_.plane_vecs);
     if constexpr (ALIGNED) {
-      chunk.vec[k] = vec;
-      j += partition.planar.stride_vecs;
-      const bool on = j >= plane_vecs;
-      if (on) j -= plane_vecs;
-      vec += on ? stride_on : stride;
+      chunk.vec[k] = vec_;
+      j_ += planar_.stride_vecs;
+      const bool on = j_ >= plane_vecs;
+      if (on) j_ -= plane_vecs;
+      vec_ += on ? stride_on_ : stride_;
     } else {
-      const int64_t covering = (plane & -int64_t{N}) + int64_t{j} * N;
+      const int64_t covering = (plane_ & -int64_t{N}) + int64_t{j_} * N;
       chunk.vec[k] = static_cast<uint32_t>(covering / N);
-      chunk.lo[k] = static_cast<int32_t>(max(plane - covering, int64_t{0}));
-      chunk.hi[k] = static_cast<int32_t>(min(plane + shape.s - covering, int64_t{N}));
-      plane += partition.planar.stride_planes * image;
-      j += partition.planar.stride_vecs;
-      if (j >= plane_vecs) {
-        j -= plane_vecs;
-        plane += image;
+      chunk.lo[k] = static_cast<int32_t>(max(plane_ - covering, int64_t{0}));
+      chunk.hi[k] = static_cast<int32_t>(min(plane_ + shape_.s - covering, int64_t{N}));
+      plane_ += planar_.stride_planes * image_;
+      j_ += planar_.stride_vecs;
+      if (j_ >= plane_vecs) {
+        j_ -= plane_vecs;
+        plane_ += image_;
       }
     }
-  };
+  }
 
-  for_each_chunk<CHUNK, ALIGNED>(left, static_cast<int32_t>(partition.l2_steps) / threads, next, body);
-}
+ private:
+  const Shape& shape_;
+  const Partition::Planar& planar_;
+  int64_t image_ = 0, plane_ = 0;  // element offset of the plane
+  int32_t j_ = 0;
+  uint32_t vec_ = 0;                     // an aligned vector of it
+  uint32_t stride_ = 0, stride_on_ = 0;  // within a plane, and on to the next
+};
 
 // A thread's place in a column tile.
 template <int N>
@@ -127,37 +147,52 @@ struct ColumnPlace {
   }
 };
 
-// Calls body(Chunk) on the thread's whole vectors of its columns; then, with PARTIAL, on the vector that
-// the end of the tensor cuts short, if it is the thread's.
-template <int N, int CHUNK, bool PARTIAL, class Body>
-__device__ __forceinline__ void iterate_columns(const Partition& partition, int64_t numel, const WorkTile& work,
-                                                const ColumnPlace<N>& place, Body&& body) {
-  if (!place.active) return;
-  const int64_t begin = work.split * partition.steps_per_split;
-  int32_t rows = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
-  const int64_t last = (partition.steps - 1) * partition.columns.cols + place.col;  // in the row that may be short
-  const bool short_vec = begin + rows == partition.steps && last + N > numel;
-  if (short_vec) --rows;  // it is not whole, and comes last, or not at all
+// The thread's whole vectors of its columns; none where it has no column.
+template <int N>
+class ColumnWalk {
+ public:
+  static constexpr bool kWhole = true;
+  int32_t left;        // vectors
+  int32_t keep_in_l2;  // so many of the last
 
-  int32_t left = (rows - place.row + partition.columns.thread_rows - 1) / partition.columns.thread_rows;
-  uint32_t vec = static_cast<uint32_t>(((begin + place.row) * partition.columns.cols + place.col) / N);
-  const uint32_t stride = static_cast<uint32_t>(partition.columns.thread_rows * (partition.columns.cols / N));
-  auto next = [&](auto& chunk, int k) {
-    chunk.vec[k] = vec;
-    vec += stride;
-  };
-  for_each_chunk<CHUNK, true>(left, static_cast<int32_t>(partition.l2_steps) / partition.columns.thread_rows, next,
-                              body);
-  if constexpr (PARTIAL) {
-    if (short_vec && rows % partition.columns.thread_rows == place.row && last < numel) {
-      Chunk<1, false> chunk;
-      chunk.keep_in_l2 = true;
-      chunk.vec[0] = static_cast<uint32_t>(last / N);
-      chunk.lo[0] = 0;
-      chunk.hi[0] = static_cast<int32_t>(numel - last);
-      body(chunk);
-    }
+  __device__ __forceinline__ ColumnWalk(const Partition& partition, int64_t numel, const WorkTile& work,
+                                        const ColumnPlace<N>& place)
+      : keep_in_l2(static_cast<int32_t>(partition.l2_steps) / partition.columns.thread_rows) {
+    const auto& columns = partition.columns;
+    const int64_t begin = work.split * partition.steps_per_split;
+    rows_ = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
+    last_ = (partition.steps - 1) * columns.cols + place.col;  // in the row that may be short
+    cut_ = place.active && begin + rows_ == partition.steps && last_ + N > numel;
+    if (cut_) --rows_;  // it is not whole, and comes last, or not at all
+    left = place.active ? (rows_ - place.row + columns.thread_rows - 1) / columns.thread_rows : 0;
+    vec_ = static_cast<uint32_t>(((begin + place.row) * columns.cols + place.col) / N);
+    stride_ = static_cast<uint32_t>(columns.thread_rows * (columns.cols / N));
   }
-}
+
+  template <int COUNT>
+  __device__ __forceinline__ void next(Chunk<COUNT, true>& chunk, int k) {
+    chunk.vec[k] = vec_;
+    vec_ += stride_;
+  }
+
+  // Calls body(Chunk) on the vector that the end of the tensor cuts short, if it is the thread's.
+  template <class Body>
+  __device__ __forceinline__ void cut(const Partition& partition, int64_t numel, const ColumnPlace<N>& place,
+                                      Body&& body) const {
+    if (!cut_ || rows_ % partition.columns.thread_rows != place.row || last_ >= numel) return;
+    Chunk<1, false> chunk;
+    chunk.keep_in_l2 = true;
+    chunk.vec[0] = static_cast<uint32_t>(last_ / N);
+    chunk.lo[0] = 0;
+    chunk.hi[0] = static_cast<int32_t>(numel - last_);
+    body(chunk);
+  }
+
+ private:
+  int32_t rows_;
+  bool cut_;
+  int64_t last_;
+  uint32_t vec_, stride_;
+};
 
 }  // namespace bnext::cuda

@@ -56,7 +56,12 @@ struct BatchNormBackward {
             load_parameter<T>(p.weight, p.weight_dtype, channel, A(1)),
             load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
   }
-  // All of it is read before.
+  // What else finishing a channel takes. The reduction reads it before whoever finishes, so that it need not be
+  // fetched.
+  struct Operands { A invstd; };
+  __device__ __forceinline__ static Operands operands(const BatchNormBackwardParams& p, int64_t channel) {
+    return {static_cast<const A*>(p.invstd)[channel]};
+  }
   __device__ __forceinline__ static void prefetch(const BatchNormBackwardParams&, int64_t) {}
 
   // ---- reduction
@@ -75,6 +80,27 @@ struct BatchNormBackward {
   static constexpr int kPlanarReduceChunk = vecs_in<T, N>(ALIGNED && !kGeneral ? 64 : 32);
   static constexpr int kColumnReduceChunk = vecs_in<T, N>(kGeneral ? 16 : 32);
 
+  // What the derivative takes besides x: the mask, which has a byte a vector of 8 (plans see to it that masked vectors
+  // are such), or else the residual.
+  template <int COUNT>
+  struct Beside {
+    uint32_t bits[COUNT];
+    Vec<T, N> added[COUNT];
+  };
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ static Beside<COUNT> beside_reduction(const BatchNormBackwardParams& p,
+                                                                   const Chunk<COUNT, WHOLE>& chunk) {
+    Beside<COUNT> beside;
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      const bool is = masked(p) && (WHOLE || int64_t{chunk.vec[k]} * N < p.shape.numel());
+      beside.bits[k] = is ? p.mask[chunk.vec[k]] : 0;
+    }
+    // By the cache: the second pass reads the residual again, which no plan keeps.
+    if (adds(p)) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, beside.added);
+    return beside;
+  }
+
   // One thread's part of a channel: up to 4 independent sums, for short chains of dependent additions.
   struct PlanarReducer {
     static constexpr int kSums = N < 4 ? N : 4;
@@ -85,9 +111,9 @@ struct BatchNormBackward {
 
     template <int COUNT, bool WHOLE>
     __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                        const Vec<T, N> (&vecs)[2][COUNT]) {
+                                        const Vec<T, N> (&vecs)[2][COUNT], const Beside<COUNT>& beside) {
       for_each_gradient(
-          p, chunk, vecs, [&](int) { return affine; },
+          p, chunk, vecs, beside, [&](int) { return affine; },
           [&](int k, const A(&dy)[N], const A(&x)[N]) {
 #pragma unroll
             for (int e = 0; e < N; ++e) {
@@ -117,9 +143,9 @@ struct BatchNormBackward {
 
     template <int COUNT>
     __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, true>& chunk,
-                                        const Vec<T, N> (&vecs)[2][COUNT]) {
+                                        const Vec<T, N> (&vecs)[2][COUNT], const Beside<COUNT>& beside) {
       for_each_gradient(
-          p, chunk, vecs, [&](int e) { return affine[e]; },
+          p, chunk, vecs, beside, [&](int e) { return affine[e]; },
           [&](int, const A(&dy)[N], const A(&x)[N]) {
 #pragma unroll
             for (int e = 0; e < N; ++e) sums[e].add(dy[e], x[e] - affine[e].mean);
@@ -178,10 +204,11 @@ struct BatchNormBackward {
   }
 
   // Writes a channel's sums, and the gradients of its parameters.
-  __device__ __forceinline__ static void finish(const BatchNormBackwardParams& p, int64_t channel, const State& whole) {
+  __device__ __forceinline__ static void finish(const BatchNormBackwardParams& p, int64_t channel, const State& whole,
+                                                const Operands& operands) {
     static_cast<A*>(p.sum_dy)[channel] = whole.dy;
     static_cast<A*>(p.sum_dy_xmu)[channel] = whole.dy_xmu;
-    store_parameter<T>(p.dweight, p.weight_dtype, channel, whole.dy_xmu * static_cast<const A*>(p.invstd)[channel]);
+    store_parameter<T>(p.dweight, p.weight_dtype, channel, whole.dy_xmu * operands.invstd);
     store_parameter<T>(p.dbias, p.weight_dtype, channel, whole.dy);
   }
 
@@ -232,12 +259,19 @@ struct BatchNormBackward {
                                                    : COLUMNS || kGeneral ? 32
                                                                          : 64);
 
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ static Beside<COUNT> beside_elementwise(const BatchNormBackwardParams& p,
+                                                                     const Chunk<COUNT, WHOLE>& chunk) {
+    return beside_reduction(p, chunk);
+  }
+
   // at(e) is the coefficients of element e of a vector.
   template <int COUNT, bool WHOLE, class CoefficientsAt>
   __device__ __forceinline__ static void apply(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                               const Vec<T, N> (&vecs)[2][COUNT], const CoefficientsAt& at) {
+                                               const Vec<T, N> (&vecs)[2][COUNT], const Beside<COUNT>& beside,
+                                               const CoefficientsAt& at) {
     for_each_gradient(
-        p, chunk, vecs, [&](int e) { return at(e).affine; },
+        p, chunk, vecs, beside, [&](int e) { return at(e).affine; },
         [&](int k, const A(&dy)[N], const A(&x)[N]) {
           // Without an activation dresidual is dy itself, and with relu alone there is no residual.
           if (masks(DERIVATIVE) && p.dresidual) {
@@ -257,32 +291,28 @@ struct BatchNormBackward {
   }
 
  private:
+  __device__ __forceinline__ static bool masked(const BatchNormBackwardParams& p) {
+    return DERIVATIVE == Derivative::mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
+  }
+  __device__ __forceinline__ static bool adds(const BatchNormBackwardParams& p) {
+    return kGeneral && !masked(p) && p.residual != nullptr;
+  }
+
   // Calls body(k, dy', x) for each vector of a chunk.
   template <int COUNT, bool WHOLE, class AffineAt, class Body>
   __device__ __forceinline__ static void for_each_gradient(const BatchNormBackwardParams& p,
                                                            const Chunk<COUNT, WHOLE>& chunk,
-                                                           const Vec<T, N> (&vecs)[2][COUNT], const AffineAt& affine_at,
+                                                           const Vec<T, N> (&vecs)[2][COUNT],
+                                                           const Beside<COUNT>& beside, const AffineAt& affine_at,
                                                            Body&& body) {
-    // What the derivative takes besides x, all loads in flight together. The mask has a byte a vector of 8; plans see
-    // to it that masked vectors are such.
-    const bool masked = DERIVATIVE == Derivative::mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
-    const bool adds = kGeneral && !masked && p.residual != nullptr;
-    uint32_t bits[COUNT];
-    Vec<T, N> added[COUNT];
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
-      bits[k] = masked && (WHOLE || int64_t{chunk.vec[k]} * N < p.shape.numel()) ? p.mask[chunk.vec[k]] : 0;
-    }
-    // By the cache: the second pass reads the residual again, which no plan keeps.
-    if (adds) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, added);
-
+    const auto& bits = beside.bits;
     const bool active =
         DERIVATIVE == Derivative::run_time ? p.activation != Activation::none : DERIVATIVE != Derivative::none;
     // Of the whole chunk before anything else, so that the code of an activation is there once and not for each vector.
     A derivative[COUNT][N];
     if constexpr (kGeneral) {
       const A param = static_cast<A>(p.activation_param);
-      if (masked) {
+      if (masked(p)) {
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
 #pragma unroll
@@ -295,7 +325,7 @@ struct BatchNormBackward {
 #pragma unroll
           for (int e = 0; e < N; ++e) {
             derivative[k][e] = affine_at(e)(derivative[k][e]);
-            if (adds) derivative[k][e] += added[k][e];
+            if (adds(p)) derivative[k][e] += beside.added[k][e];
           }
         }
         // The branch is uniform over the grid, and there is nothing but arithmetic in each of its arms.
@@ -319,10 +349,10 @@ struct BatchNormBackward {
         if constexpr (kGeneral) {
           dy[e] = through(dy[e], derivative[k][e]);
         } else {
-          // relu's derivative is 0 or 1, which makes the product a selection: one instruction less. `masked` is a
+          // relu's derivative is 0 or 1, which makes the product a selection: one instruction less. masked() is a
           // constant but in run_time, whose kernels have one instance of the code for all.
           A derivative;
-          if (masked) derivative = bits[k] >> (e % 8) & 1 ? A(1) : A(0);
+          if (masked(p)) derivative = bits[k] >> (e % 8) & 1 ? A(1) : A(0);
           else derivative = Relu::grad(affine_at(e)(x[e]), A(0));
           dy[e] = derivative == A(1) ? dy[e] : A(0);
         }

@@ -99,7 +99,12 @@ struct BatchNormForward {
             load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
   }
 
-  // Fetches into the L2 cache what will be read of a channel once it is reduced.
+  // What else finishing a channel takes; and how it is fetched into the L2 cache, for whoever will.
+  struct Operands { A running_mean, running_var; };
+  __device__ __forceinline__ static Operands operands(const BatchNormForwardParams& p, int64_t channel) {
+    return {load_parameter<T>(p.running_mean, p.running_dtype, channel, A(0)),
+            load_parameter<T>(p.running_var, p.running_dtype, channel, A(1))};
+  }
   __device__ __forceinline__ static void prefetch(const BatchNormForwardParams& p, int64_t channel) {
     prefetch_l2(parameter_at<T>(p.weight, p.weight_dtype, channel));
     prefetch_l2(parameter_at<T>(p.bias, p.weight_dtype, channel));
@@ -112,6 +117,12 @@ struct BatchNormForward {
   using State = Welford<A>;
 
   // Statistics need nothing but x.
+  struct Nothing {};
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ static Nothing beside_reduction(const BatchNormForwardParams&,
+                                                             const Chunk<COUNT, WHOLE>&) {
+    return {};
+  }
   struct Centre {};
   __device__ __forceinline__ static Centre centre(const Known&) { return {}; }
 
@@ -134,7 +145,7 @@ struct BatchNormForward {
     // Takes the chunk's mean, then its squared deviations from that, from registers: two sums that do not cancel.
     template <int COUNT, bool WHOLE>
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, WHOLE>& chunk,
-                                        const Vec<T, N> (&vecs)[1][COUNT]) {
+                                        const Vec<T, N> (&vecs)[1][COUNT], const Nothing&) {
       A value[COUNT][N];
       int n = 0;
 #pragma unroll
@@ -187,7 +198,7 @@ struct BatchNormForward {
 
     template <int COUNT>
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, true>&,
-                                        const Vec<T, N> (&vecs)[1][COUNT]) {
+                                        const Vec<T, N> (&vecs)[1][COUNT], const Nothing&) {
       const Vec<T, N>(&x)[COUNT] = vecs[0];
       const A total = count + A(COUNT);
       const A f = A(COUNT) * reciprocal(total);
@@ -278,7 +289,8 @@ struct BatchNormForward {
   }
 
   // Writes a channel's statistics, and updates its running ones.
-  __device__ __forceinline__ static void finish(const BatchNormForwardParams& p, int64_t channel, const State& whole) {
+  __device__ __forceinline__ static void finish(const BatchNormForwardParams& p, int64_t channel, const State& whole,
+                                                const Operands& operands) {
     const A mean = whole.mean();
     if (p.mean) static_cast<A*>(p.mean)[channel] = mean;
     if (p.var) static_cast<A*>(p.var)[channel] = whole.var;
@@ -287,10 +299,8 @@ struct BatchNormForward {
     if (!p.running_mean) return;
     // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
-    const A running_mean = load_parameter<T>(p.running_mean, p.running_dtype, channel, A(0));
-    const A running_var = load_parameter<T>(p.running_var, p.running_dtype, channel, A(1));
-    store_parameter<T>(p.running_mean, p.running_dtype, channel, update.mean(running_mean, mean));
-    store_parameter<T>(p.running_var, p.running_dtype, channel, update.var(running_var, whole.var));
+    store_parameter<T>(p.running_mean, p.running_dtype, channel, update.mean(operands.running_mean, mean));
+    store_parameter<T>(p.running_var, p.running_dtype, channel, update.var(operands.running_var, whole.var));
   }
 
   // Adds one to num_batches_tracked, where it is given: by the first block of a pass that begins when every block of
@@ -346,21 +356,27 @@ struct BatchNormForward {
   template <bool COLUMNS>
   static constexpr int kApplyChunk = vecs_in<T, N>(kGeneral ? 32 : 64);
 
+  // The residual.
+  template <int COUNT> struct Added { Vec<T, N> vecs[COUNT]; };
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ static Added<COUNT> beside_elementwise(const BatchNormForwardParams& p,
+                                                                    const Chunk<COUNT, WHOLE>& chunk) {
+    Added<COUNT> added;
+    if (adds(p)) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added.vecs);
+    return added;
+  }
+
   // affine_at(e) is the affine step of element e of a vector.
   template <int COUNT, bool WHOLE, class AffineAt>
   __device__ __forceinline__ static void apply(const BatchNormForwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                               const Vec<T, N> (&vecs)[1][COUNT], const AffineAt& affine_at) {
-    const bool adds = EPILOGUE >= Epilogue::general ? p.residual != nullptr
-                                                    : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
-    // Issued before the first element is computed, so that these loads overlap those of x.
-    Vec<T, N> added[COUNT];
-    if (adds) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added);
+                                               const Vec<T, N> (&vecs)[1][COUNT], const Added<COUNT>& added,
+                                               const AffineAt& affine_at) {
     const auto argument = [&](int k, const Vec<T, N>& x, A(&z)[N]) {
       widen_vec<T, N>(x, z);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         z[e] = affine_at(e)(z[e]);
-        if (adds) z[e] += added[k][e];
+        if (adds(p)) z[e] += added.vecs[k][e];
       }
     };
     const auto store = [&](int k, const A(&y)[N], uint32_t bits) {
@@ -393,6 +409,11 @@ struct BatchNormForward {
 
  private:
   static constexpr bool kMasks = masks(EPILOGUE) && N == 8;
+
+  __device__ __forceinline__ static bool adds(const BatchNormForwardParams& p) {
+    return EPILOGUE >= Epilogue::general ? p.residual != nullptr
+                                         : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
+  }
 
   // From z to the activation's value. Returns the bits that say where its derivative is 1.
   template <class Act, int COUNT, bool WHOLE>

@@ -5,29 +5,33 @@
 //   kResident                             whether the plan `resident` is compiled for it
 //   State                                 a channel's partial result: empty when zero-initialised, merge(const State&)
 //   Known, known(p, channel)              what is known of a channel before it is reduced
-//   prefetch(p, channel)                  fetches what is read of it afterwards, besides, into the L2 cache
+//   Operands, operands(p, channel)        what finishing it takes besides
+//   prefetch(p, channel)                  fetches that into the L2 cache
 //   Centre, centre(known)                 what reducing takes of that
-//   PlanarReducer(centre)                 a thread's part of a channel: add(p, chunk, vecs), result()
-//   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs); over(begin, end), the state of
-//                                         some; and for merge_columns(), store(place, memory), merge(memory, e, lane,
-//                                         lanes)
+//   beside_reduction(p, chunk), beside_elementwise(p, chunk)   loads what a pass takes of a chunk beside its inputs
+//   PlanarReducer(centre)                 a thread's part of a channel: add(p, chunk, vecs, beside), result()
+//   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs, beside); over(begin, end), the
+//                                         state of some; and for merge_columns(), store(place, memory), merge(memory,
+//                                         e, lane, lanes)
 //   kTakesFirst                           whether that takes `first`, a vector of the block's first row
 //   kPlanarReduceChunk<ALIGNED>, kColumnReduceChunk, kApplyChunk<COLUMNS>   vectors in flight
 //   add_tail(p, channel, state)           adds what the end of the tensor cuts from its last vector
-//   finish(p, channel, state)             writes what a channel's reduction gives
+//   finish(p, channel, state, operands)   writes what a channel's reduction gives
 //   Summary, summary(p, state)            what the elementwise pass needs of it
 //   load_summary(p, channel)              the same, as finish() wrote it
 //   load_summary_of_pass(p, channel, saves)   the same for an elementwise pass on its own
 //   Coefficients, coefficients(p, known, summary)   what it is made with
-//   apply(p, chunk, vecs, coefficients_at)   the elementwise pass on a chunk
+//   apply(p, chunk, vecs, beside, coefficients_at)   the elementwise pass on a chunk
 //   after_reduction(p), end(p, scratch, counter)   once in each block: between the passes of two_pass and cooperative,
 //                                         and at the end of a resident kernel
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../device/channels.cuh"
 #include "../device/reduce.cuh"
+#include "../device/shared_tile.cuh"
 
 namespace bnext::cuda {
 
@@ -47,20 +51,39 @@ constexpr int64_t kPackedBytes = packed_merge_bytes(kNumbers<Op>, sizeof(typenam
 template <class Op>
 constexpr int64_t kColumnBytes = column_merge_bytes(Op::N, kNumbers<Op>, sizeof(typename Op::A));
 
+// Vectors of a chunk of a resident pass, which is the same in the reduction and in the elementwise pass. COPIES: more
+// is on the way than the chunk.
+template <class Op, bool COLUMNS, bool COPIES>
+constexpr int kResidentChunk =
+    Op::kGeneral || COPIES ? std::min(COLUMNS ? Op::kColumnReduceChunk : Op::template kPlanarReduceChunk<true>,
+                                      Op::template kApplyChunk<COLUMNS>)
+                           : (COLUMNS ? Op::kColumnReduceChunk : Op::template kPlanarReduceChunk<true>);
+
 // What the thread reduces of the block's part of one channel.
-template <class Op, bool ALIGNED, class Source>
-__device__ __forceinline__ typename Op::State reduce_planar(const typename Op::Params& p, const Partition& partition,
-                                                            const WorkTile& work, Source&& source,
+template <class Op, int CHUNK, class Walk, class Source>
+__device__ __forceinline__ typename Op::State reduce_planar(const typename Op::Params& p, Walk walk, Source&& source,
                                                             const typename Op::Centre& centre) {
   typename Op::PlanarReducer reducer(centre);
-  iterate_planar<Op::N, ALIGNED, Op::template kPlanarReduceChunk<ALIGNED>>(
-      partition, p.shape, work, [&](const auto& chunk) {
-        Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
-        source.load(chunk, vecs);
-        reducer.add(p, chunk, vecs);
-      });
+  for_each_chunk<CHUNK>(walk, [&](const auto& chunk) {
+    const auto beside = Op::beside_reduction(p, chunk);
+    Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
+    source.load(chunk, vecs);
+    reducer.add(p, chunk, vecs, beside);
+  });
   return reducer.result();
 }
+
+// How a channel is finished: see merge_blocks().
+template <class Op>
+struct FinishChannel {
+  const typename Op::Params& p;
+
+  __device__ __forceinline__ typename Op::Operands operands(int64_t channel) const { return Op::operands(p, channel); }
+  __device__ __forceinline__ void operator()(int64_t channel, const typename Op::State& whole,
+                                             const typename Op::Operands& operands) const {
+    Op::finish(p, channel, whole, operands);
+  }
+};
 
 // What the tile's channels will be finished with, while their columns are on the way.
 template <class Op>
@@ -85,27 +108,31 @@ __device__ __forceinline__ void share_centres(typename Op::Centre (&centres)[Op:
   }
 }
 
-// What the thread reduces of the block's part of a tile of columns; nothing where it has no column.
-template <class Op, class Source>
-__device__ __forceinline__ typename Op::ColumnReducer reduce_columns(const typename Op::Params& p,
-                                                                     const Partition& partition, const WorkTile& work,
-                                                                     const ColumnPlace<Op::N>& place,
-                                                                     const typename Op::Centre (&centres)[Op::N],
-                                                                     Source&& source) {
+// The vector of the thread's columns in the block's first row, for operations that take it, unless that row is not
+// whole: then it is the tensor's last.
+template <class Op>
+__device__ __forceinline__ Vec<typename Op::T, Op::N> first_of_columns(const typename Op::Params& p,
+                                                                       const Partition& partition, const WorkTile& work,
+                                                                       const ColumnPlace<Op::N>& place) {
   using T = typename Op::T;
-  // Of the block's first row, unless it is not whole: then it is the tensor's last.
-  Vec<T, Op::N> first = {};
   const int64_t begin = work.split * partition.steps_per_split * partition.columns.cols + place.col;
-  if (Op::kTakesFirst && place.active && begin + Op::N <= p.shape.numel()) {
-    first = load_vec<Reuse::last, T, Op::N>(static_cast<const T*>(Op::input(p, 0)) + begin, true);
-  }
+  if (!Op::kTakesFirst || !place.active || begin + Op::N > p.shape.numel()) return {};
+  return load_vec<Reuse::last, T, Op::N>(static_cast<const T*>(Op::input(p, 0)) + begin, true);
+}
+
+// What the thread reduces of the block's part of a tile of columns; nothing where it has no column.
+template <class Op, int CHUNK, class Walk, class Source>
+__device__ __forceinline__ typename Op::ColumnReducer reduce_columns(const typename Op::Params& p, Walk walk,
+                                                                     Source&& source,
+                                                                     const typename Op::Centre (&centres)[Op::N],
+                                                                     const Vec<typename Op::T, Op::N>& first) {
   typename Op::ColumnReducer reducer(centres, first);
-  iterate_columns<Op::N, Op::kColumnReduceChunk, false>(partition, p.shape.numel(), work, place,
-                                                        [&](const auto& chunk) {
-                                                          Vec<T, Op::N> vecs[Op::kInputs][chunk.count];
-                                                          source.load(chunk, vecs);
-                                                          reducer.add(p, chunk, vecs);
-                                                        });
+  for_each_chunk<CHUNK>(walk, [&](const auto& chunk) {
+    const auto beside = Op::beside_reduction(p, chunk);
+    Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
+    source.load(chunk, vecs);
+    reducer.add(p, chunk, vecs, beside);
+  });
   return reducer;
 }
 
@@ -119,29 +146,40 @@ __device__ __forceinline__ void merge_columns(const typename Op::ColumnReducer& 
       [&](int e, int lane) { return Op::ColumnReducer::merge(memory, e, lane, lanes); }, each);
 }
 
-// The elementwise pass over the block's part of one channel.
-template <class Op, class Source>
-__device__ __forceinline__ void apply_planar(const typename Op::Params& p, const Partition& partition,
-                                             const WorkTile& work, Source&& source,
-                                             const typename Op::Coefficients& coefficients) {
-  iterate_planar<Op::N, true, Op::template kApplyChunk<false>>(partition, p.shape, work, [&](const auto& chunk) {
-    Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
+// The elementwise pass over the chunks of a walk; at(e) is the coefficients of element e of a vector.
+template <class Op, class Source, class CoefficientsAt>
+struct Elementwise {
+  const typename Op::Params& p;
+  Source source;
+  CoefficientsAt at;
+
+  template <int COUNT, bool WHOLE>
+  __device__ __forceinline__ void operator()(const Chunk<COUNT, WHOLE>& chunk) {
+    const auto beside = Op::beside_elementwise(p, chunk);
+    Vec<typename Op::T, Op::N> vecs[Op::kInputs][COUNT];
     source.load(chunk, vecs);
-    Op::apply(p, chunk, vecs, [&](int) { return coefficients; });
-  });
+    Op::apply(p, chunk, vecs, beside, at);
+  }
+};
+
+// Of the block's part of one channel.
+template <class Op, int CHUNK, class Walk, class Source>
+__device__ __forceinline__ void apply_planar(const typename Op::Params& p, Walk walk, Source&& source,
+                                             const typename Op::Coefficients& coefficients) {
+  const auto at = [&](int) { return coefficients; };
+  for_each_chunk<CHUNK>(walk, Elementwise<Op, std::decay_t<Source>, decltype(at)>{p, source, at});
 }
 
-// The elementwise pass over the block's part of a tile of columns. PARTIAL: the last row may end within a vector.
-template <class Op, bool PARTIAL, class Source>
+// Of the block's part of a tile of columns. PARTIAL: the last row may end within a vector.
+template <class Op, bool PARTIAL, int CHUNK, class Source>
 __device__ __forceinline__ void apply_columns(const typename Op::Params& p, const Partition& partition,
                                               const WorkTile& work, const ColumnPlace<Op::N>& place, Source&& source,
                                               const typename Op::Coefficients (&coefficients)[Op::N]) {
-  iterate_columns<Op::N, Op::template kApplyChunk<true>, PARTIAL>(
-      partition, p.shape.numel(), work, place, [&](const auto& chunk) {
-        Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
-        source.load(chunk, vecs);
-        Op::apply(p, chunk, vecs, [&](int e) { return coefficients[e]; });
-      });
+  const auto at = [&](int e) { return coefficients[e]; };
+  Elementwise<Op, std::decay_t<Source>, decltype(at)> elementwise{p, source, at};
+  ColumnWalk<Op::N> walk(partition, p.shape.numel(), work, place);
+  for_each_chunk<CHUNK>(walk, elementwise);
+  if constexpr (PARTIAL) walk.cut(partition, p.shape.numel(), place, elementwise);
 }
 
 }  // namespace bnext::cuda

@@ -20,12 +20,23 @@ __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p,
   using State = typename Op::State;
   const typename Op::Centre centre = Op::centre(Op::known(p, work.tile));
   if (work.split == 0 && threadIdx.x == 0) Op::prefetch(p, work.tile);
-  const State mine = reduce_planar<Op, ALIGNED>(p, partition, work, from_global<Op, Reuse::again>(p), centre);
+  const State mine = reduce_planar<Op, Op::template kPlanarReduceChunk<ALIGNED>>(
+      p, PlanarWalk<Op::N, ALIGNED>(partition, p.shape, work), from_global<Op, Reuse::again>(p), centre);
   void* const memory = shared_memory<kPlanarBytes<Op>>();
   merge_blocks<1, State>(
       p.shape.c, partition, scratch, work, memory, [&](const auto& each) { merge_states(mine, 1, memory, each); },
-      [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
+      FinishChannel<Op>{p});
 }
+
+// Adds what the end of the tensor cut from its last vector, before it finishes a channel.
+template <class Op>
+struct FinishChannelWithTail : FinishChannel<Op> {
+  __device__ __forceinline__ void operator()(int64_t channel, typename Op::State whole,
+                                             const typename Op::Operands& operands) const {
+    Op::add_tail(this->p, channel, whole);
+    Op::finish(this->p, channel, whole, operands);
+  }
+};
 
 // Of interleaved layouts. The end of the tensor may cut its last vector short, which the block that finishes a channel
 // adds by itself: a test in the hot loop would cost every vector.
@@ -38,14 +49,13 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
   if (work.split == 0) prefetch_operands<Op>(p, partition, work);
   typename Op::Centre centres[Op::N] = {};
   share_centres<Op>(centres, p, partition, work, place, memory);
-  const auto mine = reduce_columns<Op>(p, partition, work, place, centres, from_global<Op, Reuse::again>(p));
+  const auto mine = reduce_columns<Op, Op::kColumnReduceChunk>(
+      p, ColumnWalk<Op::N>(partition, p.shape.numel(), work, place), from_global<Op, Reuse::again>(p), centres,
+      first_of_columns<Op>(p, partition, work, place));
   merge_blocks<Op::N, State>(
       p.shape.c, partition, scratch, work, memory,
       [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.lanes, memory, each); },
-      [&](int64_t channel, State whole) {
-        Op::add_tail(p, channel, whole);
-        Op::finish(p, channel, whole);
-      });
+      FinishChannelWithTail<Op>{p});
 }
 
 // Only a pass on its own may find running statistics instead of the batch's.
@@ -62,8 +72,9 @@ template <class Op, bool OF_PASS>
 __device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
   const bool saves = work.split == 0 && threadIdx.x == 0;
-  apply_planar<Op>(p, partition, work, from_global<Op, Reuse::last>(p),
-                   load_coefficients<Op, OF_PASS>(p, work.tile, saves));
+  apply_planar<Op, Op::template kApplyChunk<false>>(p, PlanarWalk<Op::N, true>(partition, p.shape, work),
+                                                    from_global<Op, Reuse::last>(p),
+                                                    load_coefficients<Op, OF_PASS>(p, work.tile, saves));
 }
 
 template <class Op, bool OF_PASS>
@@ -80,7 +91,8 @@ __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, 
   if (!place.active) return;
   typename Op::Coefficients coefficients[Op::N];
   share.get(coefficients, place);
-  apply_columns<Op, true>(p, partition, work, place, from_global<Op, Reuse::last>(p), coefficients);
+  apply_columns<Op, true, Op::template kApplyChunk<true>>(p, partition, work, place, from_global<Op, Reuse::last>(p),
+                                                          coefficients);
 }
 
 }  // namespace bnext::cuda

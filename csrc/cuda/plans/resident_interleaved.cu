@@ -17,10 +17,10 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
     resident_interleaved_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                                 const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
-  constexpr int N = Op::N;
+  constexpr int N = Op::N, kChunk = kResidentChunk<Op, true, false>;
   using State = typename Op::State;
   void* const memory = shared_memory<kColumnBytes<Op>>();
-  const SharedTile<Op> shared_tile(partition, 0, 1);
+  const SharedTile<Op, kChunk> shared_tile(partition);
   // A group's blocks are adjacent: the two on a multiprocessor, which start one after the other, are mostly of
   // different groups, and do not wait at the same time.
   const uint32_t splits = static_cast<uint32_t>(partition.splits), group = blockIdx.x / splits;
@@ -33,11 +33,13 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     if (work.split == 0) prefetch_operands<Op>(p, partition, work);
     typename Op::Centre centres[N] = {};
     share_centres<Op>(centres, p, partition, work, place, memory);
-    const auto mine = reduce_columns<Op>(p, partition, work, place, centres, shared_tile.fill(p));
-    const bool merged = merge_blocks<N, State, kBatch<State>>(
+    const auto first = first_of_columns<Op>(p, partition, work, place);
+    const ColumnWalk<N> walk(partition, p.shape.numel(), work, place);
+    const auto mine = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres, first);
+    const bool merged = merge_blocks<N, State, kPartialBatch<State>>(
         p.shape.c, partition, scratch, work, memory, partition.merge_shares,
         [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.lanes, memory, each); },
-        [&] { return barrier.arrive(); }, [&](int64_t channel, const State& whole) { Op::finish(p, channel, whole); });
+        [&] { return barrier.arrive(); }, FinishChannel<Op>{p});
     if (merged) barrier.release();
     barrier.wait();
 
@@ -48,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     if (!place.active) continue;
     typename Op::Coefficients coefficients[N];
     share.get(coefficients, place);
-    apply_columns<Op, false>(p, partition, work, place, shared_tile.read(), coefficients);
+    apply_columns<Op, false, kChunk>(p, partition, work, place, shared_tile.kept(), coefficients);
   }
   Op::end(p, scratch, partition.splits > 1 ? partition.tiles : 0);
 }

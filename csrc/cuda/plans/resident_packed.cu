@@ -108,8 +108,9 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
     resident_packed_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                            const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
-  constexpr int N = Op::N;
+  constexpr int N = Op::N, kChunk = kResidentChunk<Op, true, false>;
   using State = typename Op::State;
+  wait_for_turn(partition);
   const WorkTile work = cluster_work_tile(partition);
   const int64_t first = work.tile * partition.columns.tile_channels;
 
@@ -117,24 +118,26 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   __shared__ typename Op::Centre shared_centres[kMaxTileChannels];
   __shared__ typename Op::Coefficients shared_coefficients[kMaxTileChannels];
   typename Op::Known known = {};
+  typename Op::Operands operands = {};
   if (threadIdx.x < partition.columns.tile_channels) {
     known = Op::known(p, first + threadIdx.x);
     shared_centres[threadIdx.x] = Op::centre(known);
-    if (work.split == 0) Op::prefetch(p, first + threadIdx.x);
+    if (work.split == 0) operands = Op::operands(p, first + threadIdx.x);
   }
   if constexpr (!std::is_empty_v<typename Op::Centre>) __syncthreads();
   merge_packed<Op>(
       partition, p.shape, work, shared_memory<kPackedBytes<Op>>(),
       [&](int32_t pack, const WorkTile& mine, const ColumnPlace<N>& place) {
-        // Reducing fills shared memory on the way; the elementwise pass below finds there what it needs.
-        const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
+        const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
+        const ColumnWalk<N> walk(partition, p.shape.numel(), mine, place);
         typename Op::Centre centres[N] = {};
         if (place.active) of_columns(centres, shared_centres, p.shape, place.col - first * p.shape.s);
-        return reduce_columns<Op>(p, partition, mine, place, centres, shared_tile.fill(p));
+        return reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres,
+                                          first_of_columns<Op>(p, partition, mine, place));
       },
       [&](int channel, const State& whole) {
         shared_coefficients[channel] = Op::coefficients(p, known, Op::summary(p, whole));
-        if (work.split == 0) Op::finish(p, first + channel, whole);
+        if (work.split == 0) Op::finish(p, first + channel, whole, operands);
       });
 
 #pragma unroll 1
@@ -144,8 +147,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     if (!place.active) continue;
     typename Op::Coefficients coefficients[N];
     of_columns(coefficients, shared_coefficients, p.shape, place.col - first * p.shape.s);
-    const SharedTile<Op> shared_tile(partition, pack, partition.columns.packs);
-    apply_columns<Op, false>(p, partition, mine, place, shared_tile.read(), coefficients);
+    const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
+    apply_columns<Op, false, kChunk>(p, partition, mine, place, shared_tile.kept(), coefficients);
   }
   Op::end(p, scratch, 0);
   leave_cluster(partition);

@@ -19,18 +19,21 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, false))
     resident_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                            const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
+  // Of one input. Registers have enough of two under way: copies took an H100 longer.
+  constexpr bool kCopies = kHasAsyncCopies && Op::kInputs == 1;
+  constexpr int kChunk = kResidentChunk<Op, false, kCopies>;
+  wait_for_turn(partition);
   const WorkTile work = cluster_work_tile(partition);
-  const SharedTile<Op> shared_tile(partition, 0, 1);
+  const PlanarWalk<Op::N, true> walk(partition, p.shape, work);
+  const SharedTile<Op, kChunk> shared_tile(partition);
 
   const typename Op::Known known = Op::known(p, work.tile);
   const bool finishes = work.split == 0 && threadIdx.x == 0;
-  if (finishes) Op::prefetch(p, work.tile);
-  const auto mine = reduce_planar<Op, true>(p, partition, work, shared_tile.fill(p), Op::centre(known));
+  const typename Op::Operands operands = finishes ? Op::operands(p, work.tile) : typename Op::Operands{};
+  const auto mine = reduce_planar<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), Op::centre(known));
   const auto whole = merge_cluster(mine, partition, shared_memory<kPlanarBytes<Op>>());
-  if (finishes) Op::finish(p, work.tile, whole);
-
-  const typename Op::Coefficients coefficients = Op::coefficients(p, known, Op::summary(p, whole));
-  apply_planar<Op>(p, partition, work, shared_tile.read(), coefficients);
+  if (finishes) Op::finish(p, work.tile, whole, operands);
+  apply_planar<Op, kChunk>(p, walk, shared_tile.kept(), Op::coefficients(p, known, Op::summary(p, whole)));
   Op::end(p, scratch, 0);
   leave_cluster(partition);
 }

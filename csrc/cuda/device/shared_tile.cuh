@@ -1,0 +1,165 @@
+// What a resident block keeps of its inputs in shared memory, and how it gets there.
+#pragma once
+
+#include "tile_iterator.cuh"
+
+namespace bnext::cuda {
+
+// A block's copies of its part of a tile of the operation's inputs. Passes over the part go through the same chunks, of
+// CHUNK vectors: a thread meets its vectors in the same order in all of them, and reads only what it copied itself, so
+// that there is nothing to synchronise but the thread with its own copies.
+template <class Op, int CHUNK>
+class SharedTile {
+  using T = typename Op::T;
+  static constexpr int N = Op::N;
+  using Slot = Vec<T, N>;
+  template <int COUNT> using Vecs = Vec<T, N>[Op::kInputs][COUNT];
+
+ public:
+  // Part `index` of the `parts` that the block's dynamic shared memory is divided into.
+  __device__ __forceinline__ SharedTile(const Partition& partition, uint32_t index = 0, uint32_t parts = 1)
+      : input_bytes_(static_cast<uint32_t>(partition.resident_bytes) / (parts * Op::kInputs)),
+        stride_(blockDim.x * sizeof(Slot)),
+        slots_(dynamic_shared() + index * Op::kInputs * input_bytes_ + threadIdx.x * sizeof(Slot)) {}
+
+  // Loads a walk's chunks into registers, and stores them.
+  class Storing {
+   public:
+    __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
+
+    template <int COUNT>
+    __device__ __forceinline__ void load(const Chunk<COUNT, true>& chunk, Vecs<COUNT>& vecs) {
+#pragma unroll
+      for (int i = 0; i < Op::kInputs; ++i) {
+        FromGlobal<T, N, Reuse::last>(Op::input(p_, i), p_.shape).load(chunk, vecs[i]);
+      }
+      tile_.store(to_, vecs);
+      to_ += COUNT * tile_.stride_;
+    }
+
+   private:
+    const typename Op::Params& p_;
+    const SharedTile& tile_;
+    uint32_t to_ = 0;
+  };
+
+  // Copies a walk's chunks, some chunks ahead, and loads them when they are there: more is under way than registers
+  // would hold. (Not the whole part at once: requests then come from everywhere, and DRAM takes longer.)
+  template <class Walk>
+  class Copying {
+   public:
+    __device__ __forceinline__ Copying(const typename Op::Params& p, const SharedTile& tile, const Walk& walk)
+        : p_(p), tile_(tile), ahead_(walk) {
+      for (int i = 0; i < kAhead; ++i) copy();
+    }
+
+    template <int COUNT>
+    __device__ __forceinline__ void load(const Chunk<COUNT, true>&, Vecs<COUNT>& vecs) {
+      copy();
+      wait_for_copies<kAhead>();
+      tile_.load(from_, vecs);
+      from_ += COUNT * tile_.stride_;
+    }
+
+   private:
+    // Chunks that copies are ahead: so many bytes of a thread under way.
+    static constexpr int kBytes = 192, kChunkBytes = CHUNK * Op::kInputs * sizeof(Slot);
+    static constexpr int kAhead = kBytes / kChunkBytes > 2 ? kBytes / kChunkBytes : 2;
+
+    // The next chunk as a group of its own; or what is left of the walk, even if that is nothing: `kAhead` groups are
+    // then always behind that of the chunk that is loaded.
+    __device__ __forceinline__ void copy() {
+      if (ahead_.left >= CHUNK) {
+        copy_chunk<CHUNK>();
+      } else {
+#pragma unroll
+        for (int k = 1; k < CHUNK; ++k) {
+          if (ahead_.left > 0) copy_chunk<1>();
+        }
+      }
+      commit_copies();
+    }
+
+    template <int COUNT>
+    __device__ __forceinline__ void copy_chunk() {
+      Chunk<COUNT, true> chunk;
+      take(ahead_, chunk);
+      tile_.copy(p_, to_, chunk);
+      to_ += COUNT * tile_.stride_;
+    }
+
+    const typename Op::Params& p_;
+    const SharedTile& tile_;
+    Walk ahead_;
+    uint32_t to_ = 0, from_ = 0;
+  };
+
+  // Loads from global memory by way of the tile, where the chunks remain.
+  template <bool COPIES, class Walk>
+  __device__ __forceinline__ auto fill(const typename Op::Params& p, const Walk& walk) const {
+    if constexpr (COPIES) return Copying<Walk>(p, *this, walk);
+    else return Storing(p, *this);
+  }
+
+  // Loads chunks once more.
+  class Kept {
+   public:
+    __device__ __forceinline__ explicit Kept(const SharedTile& tile) : tile_(tile) {}
+
+    template <int COUNT>
+    __device__ __forceinline__ void load(const Chunk<COUNT, true>&, Vecs<COUNT>& vecs) {
+      tile_.load(from_, vecs);
+      from_ += COUNT * tile_.stride_;
+    }
+
+   private:
+    const SharedTile& tile_;
+    uint32_t from_ = 0;
+  };
+  __device__ __forceinline__ Kept kept() const { return Kept(*this); }
+
+ private:
+  // The slot of vector k of a chunk that begins `offset` bytes behind the thread's first slot.
+  __device__ __forceinline__ Slot* slot(int input, uint32_t offset, int k) const {
+    return reinterpret_cast<Slot*>(slots_ + input * input_bytes_ + offset + k * stride_);
+  }
+
+  template <int COUNT>
+  __device__ __forceinline__ void copy(const typename Op::Params& p, uint32_t offset,
+                                       const Chunk<COUNT, true>& chunk) const {
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) {
+      const T* const input = static_cast<const T*>(Op::input(p, i));
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) {
+        uint4* const to = reinterpret_cast<uint4*>(slot(i, offset, k));
+        const uint4* const from = reinterpret_cast<const uint4*>(vec_at<N>(input, chunk.vec[k]));
+#pragma unroll
+        for (int part = 0; part < Slot::words / 4; ++part) copy_async(to + part, from + part);
+      }
+    }
+  }
+
+  template <int COUNT>
+  __device__ __forceinline__ void store(uint32_t offset, const Vecs<COUNT>& vecs) const {
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) {
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) *slot(i, offset, k) = vecs[i][k];
+    }
+  }
+
+  template <int COUNT>
+  __device__ __forceinline__ void load(uint32_t offset, Vecs<COUNT>& vecs) const {
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) {
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) vecs[i][k] = *slot(i, offset, k);
+    }
+  }
+
+  uint32_t input_bytes_, stride_;  // of an input; from one slot of the thread to the next
+  unsigned char* slots_;           // the thread's first
+};
+
+}  // namespace bnext::cuda
