@@ -50,12 +50,13 @@ class SharedTile {
    public:
     __device__ __forceinline__ Copying(const typename Op::Params& p, const SharedTile& tile, const Walk& walk)
         : p_(p), tile_(tile), ahead_(walk) {
-      for (int i = 0; i < kAhead; ++i) copy();
+      begin();
     }
 
     template <int COUNT>
     __device__ __forceinline__ void load(const Chunk<COUNT, true>&, Vecs<COUNT>& vecs) {
-      copy();
+      if constexpr (COUNT == CHUNK) copy();
+      else commit_copies();  // nothing is left to copy
       wait_for_copies<kAhead>();
       tile_.load(from_, vecs);
       from_ += COUNT * tile_.stride_;
@@ -65,6 +66,11 @@ class SharedTile {
     // Chunks that copies are ahead: so many bytes of a thread under way.
     static constexpr int kBytes = 192, kChunkBytes = CHUNK * Op::kInputs * sizeof(Slot);
     static constexpr int kAhead = kBytes / kChunkBytes > 2 ? kBytes / kChunkBytes : 2;
+
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+      for (int i = 0; i < kAhead; ++i) copy();
+    }
 
     // The next chunk as a group of its own; or what is left of the walk, even if that is nothing: `kAhead` groups are
     // then always behind that of the chunk that is loaded.
