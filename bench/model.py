@@ -229,14 +229,45 @@ COLORS = {
 }
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def draw_one(rows: Sequence[dict[str, Any]], about: str, gib: float, path: Path) -> None:
+    """Of one network: on the left, images a second; on the right, how many images fit."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.42 * len(rows) + 1.2), sharey=True, layout="constrained")
+    speeds = [row["batch"] / row["seconds"] for row in rows]
+    sides = (("images a second", speeds), (f"images that fit into {gib:g} GiB", [row["fits"] for row in rows]))
+    for axis, (what, values) in zip(axes, sides, strict=True):
+        axis.barh(range(len(rows)), values, color=[COLORS[row["way"]] for row in rows], height=0.75)
+        for i, value in enumerate(values):
+            times = f"   {value / values[0]:.2f}x" if i > 0 else ""
+            axis.annotate(f" {value:.0f}{times}", (value, i), va="center", fontsize=9)
+        axis.set_yticks(range(len(rows)), [WAYS[row["way"]].label for row in rows])
+        axis.set_xticks([])
+        axis.set_xlim(0, 1.45 * max(values))
+        axis.tick_params(length=0)
+        axis.set_title(what, fontsize=10, loc="left")
+        for side in ("top", "right", "bottom", "left"):
+            axis.spines[side].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{rows[0]['network']}, training steps of {rows[0]['batch']} images ({about})", fontsize=11)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
     """Above, how many times as fast as the first way; below, how many images fit. A column for each network."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    environment, rows = result["environment"], result["rows"]
+    threads = f", {environment['cores']} threads" if environment["device"] == "cpu" else ""
+    about = f"{environment['hardware']}{threads}, {rows[0]['dtype']}, {rows[0]['layout']}"
     networks = list(dict.fromkeys(row["network"] for row in rows))
+    if len(networks) == 1:
+        draw_one(rows, about, environment["gib"], path)
+        return
     ways = list(dict.fromkeys(row["way"] for row in rows))
     shape = (2.0 * len(networks) + 0.6, 5.2)
     figure, axes = pyplot.subplots(2, len(networks), figsize=shape, squeeze=False, layout="constrained")
@@ -260,7 +291,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[way]) for way in ways]
     labels = [WAYS[way].label for way in ways]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(ways)), frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"Training steps: {about}; images in {environment['gib']:g} GiB", fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -292,7 +323,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG, for one dtype and layout")
+    parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="an earlier result, to plot")
     args = parser.parse_args(argv)
+    if args.source:
+        if not args.plot:
+            parser.error("argument --from: should come with --plot")
+        result = json.loads(args.source.read_text())
+        print(tables(result["rows"], result["environment"]["gib"]))
+        draw(result, args.plot)
+        return
     if args.batch < 2:
         parser.error(f"argument --batch: should be at least 2, not {args.batch}")
     if args.plot and len(args.dtype) * len(args.layout) > 1:
@@ -312,8 +351,7 @@ def main(argv: Sequence[str]) -> None:
                     args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(rows, args.gib))
     if args.plot:
-        about = f"{environment['hardware']}, {environment['cores']} threads, {args.dtype[0]}, {args.layout[0]}"
-        draw(rows, f"Training steps: {about}; images in {args.gib:g} GiB", args.plot)
+        draw(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -630,6 +630,30 @@ def test_training_steps_of_a_network(tmp_path, capsys):
     text = capsys.readouterr().out
     assert all(way.label in text for way in model.WAYS.values()) and "lenet, batch 64, float32, contiguous" in text
     assert (tmp_path / "m.png").stat().st_size > 10_000
+    model.main(["--from", str(tmp_path / "m.json"), "--plot", str(tmp_path / "again.png")])
+    assert capsys.readouterr().out == text
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "m.png").read_bytes()
+
+
+@pytest.mark.parametrize("networks", [["lenet"], ["lenet", "resnet18"]])
+def test_pictures_of_training_steps(networks, tmp_path):
+    """Of one network and of several, with all that is in a result."""
+    rows = [
+        {
+            "network": network,
+            "batch": 8,
+            "dtype": "float32",
+            "layout": "contiguous",
+            "way": way,
+            "seconds": 1.0,
+            "fits": 9,
+        }
+        for network in networks
+        for way in model.WAYS
+    ]
+    environment = {"hardware": "A machine", "device": "cpu", "cores": 2, "gib": 16}
+    model.draw({"rows": rows, "environment": environment}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_ways_run_what_they_say():
@@ -651,6 +675,7 @@ def test_ways_run_what_they_say():
         (["--ways", "magic"], "not 'magic'"),
         (["--batch", "1"], "at least 2, not 1"),
         (["--dtype", "float32,bfloat16", "--plot", "p.png"], "one --dtype"),
+        (["--from", "m.json"], "should come with --plot"),
     ],
 )
 def test_model_arguments_that_make_no_sense(argv, message, capsys):
