@@ -61,13 +61,13 @@ def test_force_plan_takes_details():
 @with_cuda
 def test_describe_plan_needs_no_gpu():
     describe = bnext.cuda.describe_plan
-    shape, bf16 = (32, 64, 56, 56), torch.bfloat16
+    shape, bf16 = (64, 64, 56, 56), torch.bfloat16
     assert describe(shape, bf16, gpu="H100").startswith("resident: 1 launch of 64 tiles, 2 blocks of 256 threads each")
     assert describe(shape, bf16, gpu="T4").startswith("two_pass: 2 launches, of 64 tiles, ")
-    assert "in clusters; 202752 bytes" in describe(shape, bf16, gpu="H100", backward=True)
+    assert "in clusters; 102400 bytes" in describe(shape, bf16, gpu="H100", backward=True)
     assert ", 8 blocks of" in describe(shape, bf16, gpu="H100", plan="resident:cluster=8")
     last = describe(shape, bf16, memory_format=torch.channels_last, gpu="H100", plan="resident")
-    assert last.startswith("resident: 1 launch of 1 tile, 262 blocks ")
+    assert last.startswith("resident: 1 launch of 1 tile, 131 blocks ")
     with bnext.cuda.force_plan("two_pass"):
         assert describe(shape, bf16, gpu="H100").startswith("two_pass")
     # A mask goes with the elementwise pass: vecs of 8 elements.
@@ -79,7 +79,7 @@ def test_describe_plan_needs_no_gpu():
 
 @with_cuda
 def test_describe_plan_goes_without_what_a_device_refuses():
-    x, h100 = torch.empty(32, 64, 56, 56, device="meta", dtype=torch.bfloat16), list(bnext.cuda.GPUS["H100"])
+    x, h100 = torch.empty(64, 64, 56, 56, device="meta", dtype=torch.bfloat16), list(bnext.cuda.GPUS["H100"])
 
     def describe(cooperative, clusters, plan=""):
         return extension().describe_plan(x, False, "none", False, [*h100, cooperative, clusters], plan)
