@@ -23,8 +23,7 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
       for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient.run(block); });
     });
   } else {
-    const std::vector<Sums> all = sums_of_all(operands, parallel);
-    for (int64_t ch = 0; ch < plan.channels; ch++) finish(ch, all[ch]);
+    sums_of_all(operands, parallel, finish);
     gradient.run_all(parallel);
   }
 }

@@ -21,34 +21,32 @@ Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece)
   for_each_block_of_strip(b.plan, channel, begin, end, [&](const SubMatrix& block, int64_t next) {
     Sums part;
     b.kernels.sums[static_cast<int>(b.derivative)](b.args, block, next, &part.dy, &part.dy_xmu);
-    total.dy += part.dy;
-    total.dy_xmu += part.dy_xmu;
+    total.add(part);
   });
   return total;
 }
 
 template <class A>
-std::vector<Sums> sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel) {
+void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
   const Plan& plan = b.plan;
-  std::vector<Sums> result(plan.channels);
   if (plan.pieces == 1) {
     for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
-      for (int64_t ch = first; ch < end; ch++) result[ch] = sums_of_strip(b, ch);
+      for (int64_t ch = first; ch < end; ch++) take(ch, sums_of_strip(b, ch));
     });
-    return result;
+    return;
   }
   std::vector<Sums> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces,
                 [&](int64_t task) { parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces); });
-  for (int64_t i = 0; i < plan.channels * plan.pieces; i++) {
-    result[i / plan.pieces].dy += parts[i].dy;
-    result[i / plan.pieces].dy_xmu += parts[i].dy_xmu;
-  }
-  return result;
+  for_each_channel(parallel, plan, plan.pieces, [&](int64_t ch) {
+    Sums whole = {};
+    for (int64_t i = 0; i < plan.pieces; i++) whole.add(parts[ch * plan.pieces + i]);
+    take(ch, whole);
+  });
 }
 
 template <class A>
-std::vector<Sums> sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel) {
+void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
   const Plan& plan = b.plan;
   const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
   std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
@@ -60,16 +58,16 @@ std::vector<Sums> sums_of_columns(const BackwardOperands<A>& b, const ParallelFo
     if (block.width > 0) kernel(b.args, block, &dy[at], &dy_xmu[at]);
   });
 
-  std::vector<Sums> result(plan.channels);
-  for (int64_t down = 0; down < splits; down++) {
-    const int64_t columns = down == plan.blocks_down ? plan.tail : plan.width;
-    for (int64_t j = 0; j < columns; j++) {
-      Sums& sums = result[j / plan.inner % plan.channels];
-      sums.dy += dy[down * plan.pitch + j];
-      sums.dy_xmu += dy_xmu[down * plan.pitch + j];
+  for_each_channel(parallel, plan, splits * (plan.width / plan.channels), [&](int64_t ch) {
+    Sums whole = {};
+    for (int64_t down = 0; down < splits; down++) {
+      const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
+      for_each_column(plan, ch, [&](int64_t j) {
+        if (j < columns) whole.add({dy[at + j], dy_xmu[at + j]});
+      });
     }
-  }
-  return result;
+    take(ch, whole);
+  });
 }
 
 }  // namespace
@@ -109,18 +107,19 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
 template <class A>
 Sums sums_of_strip(const BackwardOperands<A>& b, int64_t channel) {
   Sums total = {};
-  for (int64_t i = 0; i < b.plan.pieces; i++) {
-    const Sums part = sums_of_piece(b, channel, i);
-    total.dy += part.dy;
-    total.dy_xmu += part.dy_xmu;
-  }
+  for (int64_t i = 0; i < b.plan.pieces; i++) total.add(sums_of_piece(b, channel, i));
   return total;
 }
 
 template <class A>
-std::vector<Sums> sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel) {
-  if (b.plan.numel() == 0) return std::vector<Sums>(b.plan.channels);
-  return b.plan.by_column ? sums_of_columns(b, parallel) : sums_of_strips(b, parallel);
+void sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
+  if (b.plan.numel() == 0) {
+    for (int64_t ch = 0; ch < b.plan.channels; ch++) take(ch, {});
+  } else if (b.plan.by_column) {
+    sums_of_columns(b, parallel, take);
+  } else {
+    sums_of_strips(b, parallel, take);
+  }
 }
 
 template <class A>
@@ -136,8 +135,8 @@ template struct BackwardOperands<float>;
 template struct BackwardOperands<double>;
 template Sums sums_of_strip(const BackwardOperands<float>&, int64_t);
 template Sums sums_of_strip(const BackwardOperands<double>&, int64_t);
-template std::vector<Sums> sums_of_all(const BackwardOperands<float>&, const ParallelFor&);
-template std::vector<Sums> sums_of_all(const BackwardOperands<double>&, const ParallelFor&);
+template void sums_of_all(const BackwardOperands<float>&, const ParallelFor&, const TakeSums&);
+template void sums_of_all(const BackwardOperands<double>&, const ParallelFor&, const TakeSums&);
 template void store_sums<float>(const BatchNormBackwardParams&, int64_t, const Sums&);
 template void store_sums<double>(const BatchNormBackwardParams&, int64_t, const Sums&);
 
@@ -145,8 +144,8 @@ void backward_reduce(const BatchNormBackwardParams& p, const ParallelFor& parall
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    const std::vector<Sums> all = sums_of_all(BackwardOperands<A>(p, plan), parallel);
-    for (int64_t ch = 0; ch < p.shape.c; ch++) store_sums<A>(p, ch, all[ch]);
+    sums_of_all(BackwardOperands<A>(p, plan), parallel,
+                [&](int64_t ch, const Sums& sums) { store_sums<A>(p, ch, sums); });
   });
 }
 

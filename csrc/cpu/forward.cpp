@@ -38,8 +38,7 @@ void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
         for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { normalizer.run(block); });
       });
     } else {
-      const std::vector<Welford<double>> all = stats_of_all<A>(p, plan, parallel);
-      for (int64_t ch = 0; ch < plan.channels; ch++) finish(ch, all[ch]);
+      stats_of_all<A>(p, plan, parallel, finish);
       normalizer.run_all(parallel);
     }
   });

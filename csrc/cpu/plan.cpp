@@ -11,7 +11,7 @@ constexpr int64_t kShortestRun = 16;
 // Elements that are worth a task of their own: some microseconds of work.
 constexpr int64_t kGrain = 32768;
 // Tasks that a reduction is cut into where the shape has enough for it: enough to keep many cores
-// busy, few enough that merging their results in one place costs nothing.
+// busy, few enough that merging their results costs nothing.
 constexpr int64_t kTasks = 32;
 // Fewer channels than this do not keep many cores busy: their strips are cut.
 constexpr int64_t kEnoughChannels = 16;

@@ -36,6 +36,18 @@ void for_each_group(const ParallelFor& parallel, const Plan& plan, int64_t each,
                 [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
 }
 
+// Calls run(channel) for all channels, each of which is `steps` steps of work: in one task where that is little.
+template <class F>
+void for_each_channel(const ParallelFor& parallel, const Plan& plan, int64_t steps, F run) {
+  constexpr int64_t kSteps = 4096;  // some microseconds
+  const int64_t each = std::max<int64_t>(1, kSteps / std::max<int64_t>(1, steps));
+  const auto group = [&](int64_t first, int64_t end) {
+    for (int64_t ch = first; ch < end; ch++) run(ch);
+  };
+  if (plan.channels <= each) group(0, plan.channels);
+  else for_each_group(parallel, plan, each, group);
+}
+
 // The blocks of channels [first, end), as they lie in memory, last image first: what was read last is
 // what is still in cache.
 template <class F>
@@ -85,8 +97,9 @@ class PerChannel {
 
 // stats.cpp
 template <class A> Welford<double> stats_of_strip(const BatchNormForwardParams&, const Plan&, int64_t channel);
-template <class A> std::vector<Welford<double>> stats_of_all(const BatchNormForwardParams&, const Plan&,
-                                                             const ParallelFor&);
+// Calls take(channel, its statistics) for all channels, several at a time.
+using TakeStats = std::function<void(int64_t channel, const Welford<double>&)>;
+template <class A> void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
 
 // normalize.cpp
 template <class A>
@@ -108,7 +121,14 @@ class Normalizer {
   void (*kernel_)(const NormalizeArgs<A>&, const SubMatrix&);
 };
 
-struct Sums { double dy, dy_xmu; };
+struct Sums {
+  double dy, dy_xmu;
+
+  void add(const Sums& other) {
+    dy += other.dy;
+    dy_xmu += other.dy_xmu;
+  }
+};
 
 // What both halves of the backward read. backward_reduce.cpp
 template <class A>
@@ -124,7 +144,9 @@ struct BackwardOperands {
   const BackwardArgs<A> args;
 };
 template <class A> Sums sums_of_strip(const BackwardOperands<A>&, int64_t channel);
-template <class A> std::vector<Sums> sums_of_all(const BackwardOperands<A>&, const ParallelFor&);
+// Calls take(channel, its sums) for all channels, several at a time.
+using TakeSums = std::function<void(int64_t channel, const Sums&)>;
+template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFor&, const TakeSums&);
 // Rounds a channel's sums to A and stores them, and the parameters' gradients where they are wanted.
 template <class A> void store_sums(const BatchNormBackwardParams&, int64_t channel, const Sums&);
 

@@ -43,26 +43,28 @@ Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan
 }
 
 template <class A>
-std::vector<Welford<double>> stats_of_strips(const BatchNormForwardParams& p, const Plan& plan,
-                                             const ParallelFor& parallel) {
-  std::vector<Welford<double>> result(plan.channels);
+void stats_of_strips(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
+                     const TakeStats& take) {
   if (plan.pieces == 1) {
     for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
-      for (int64_t ch = first; ch < end; ch++) result[ch] = stats_of_strip<A>(p, plan, ch);
+      for (int64_t ch = first; ch < end; ch++) take(ch, stats_of_strip<A>(p, plan, ch));
     });
-    return result;
+    return;
   }
   std::vector<Welford<double>> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces, [&](int64_t task) {
     parts[task] = stats_of_piece<A>(p, plan, task / plan.pieces, task % plan.pieces);
   });
-  for (int64_t i = 0; i < plan.channels * plan.pieces; i++) result[i / plan.pieces].merge(parts[i]);
-  return result;
+  for_each_channel(parallel, plan, plan.pieces, [&](int64_t ch) {
+    Welford<double> whole = {};
+    for (int64_t i = 0; i < plan.pieces; i++) whole.merge(parts[ch * plan.pieces + i]);
+    take(ch, whole);
+  });
 }
 
 template <class A>
-std::vector<Welford<double>> stats_of_columns(const BatchNormForwardParams& p, const Plan& plan,
-                                              const ParallelFor& parallel) {
+void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
+                      const TakeStats& take) {
   const Kernels<A>& k = kernels<A>(p.dtype);
   const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
   std::vector<A> shift(splits * plan.pitch);
@@ -88,17 +90,15 @@ std::vector<Welford<double>> stats_of_columns(const BatchNormForwardParams& p, c
     return total;
   };
   const double count = static_cast<double>(plan.outer * plan.inner);
-  std::vector<Welford<double>> result(plan.channels);
-  for (int64_t ch = 0; ch < plan.channels; ch++) {
+  for_each_channel(parallel, plan, 2 * splits * (plan.width / plan.channels), [&](int64_t ch) {
     const double centre = shift[ch * plan.inner];
     const double mean = sum(ch, [&](int64_t i) { return (shift[i] - centre) + offset[i]; }) / count;
     const double m2 = sum(ch, [&](int64_t i) {
       const double d = ((shift[i] - centre) + offset[i]) - mean;
       return var[i] + d * d;
     });
-    result[ch] = {count, centre, mean, m2 / count};
-  }
-  return result;
+    take(ch, {count, centre, mean, m2 / count});
+  });
 }
 
 }  // namespace
@@ -111,31 +111,32 @@ Welford<double> stats_of_strip(const BatchNormForwardParams& p, const Plan& plan
 }
 
 template <class A>
-std::vector<Welford<double>> stats_of_all(const BatchNormForwardParams& p, const Plan& plan,
-                                          const ParallelFor& parallel) {
-  if (plan.numel() == 0) return std::vector<Welford<double>>(plan.channels);
-  return plan.by_column ? stats_of_columns<A>(p, plan, parallel) : stats_of_strips<A>(p, plan, parallel);
+void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
+                  const TakeStats& take) {
+  if (plan.numel() == 0) {
+    for (int64_t ch = 0; ch < plan.channels; ch++) take(ch, {});
+  } else if (plan.by_column) {
+    stats_of_columns<A>(p, plan, parallel, take);
+  } else {
+    stats_of_strips<A>(p, plan, parallel, take);
+  }
 }
 
 template Welford<double> stats_of_strip<float>(const BatchNormForwardParams&, const Plan&, int64_t);
 template Welford<double> stats_of_strip<double>(const BatchNormForwardParams&, const Plan&, int64_t);
-template std::vector<Welford<double>> stats_of_all<float>(const BatchNormForwardParams&, const Plan&,
-                                                          const ParallelFor&);
-template std::vector<Welford<double>> stats_of_all<double>(const BatchNormForwardParams&, const Plan&,
-                                                           const ParallelFor&);
+template void stats_of_all<float>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
+template void stats_of_all<double>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
 
 void stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
-    const std::vector<Welford<double>> all = stats_of_all<A>(p, make_plan(p.shape), parallel);
-    for (int64_t ch = 0; ch < p.shape.c; ch++) {
-      static_cast<A*>(p.mean)[ch] = static_cast<A>(all[ch].mean());
-      static_cast<A*>(p.var)[ch] = static_cast<A>(all[ch].var);
-      if (p.mean_rest != nullptr) {
-        const A mean = static_cast<A>(all[ch].mean());
-        static_cast<A*>(p.mean_rest)[ch] = static_cast<A>((all[ch].shift - mean) + all[ch].offset);
-      }
-    }
+    stats_of_all<A>(p, make_plan(p.shape), parallel, [&](int64_t ch, const Welford<double>& of_channel) {
+      const A mean = static_cast<A>(of_channel.mean());
+      static_cast<A*>(p.mean)[ch] = mean;
+      static_cast<A*>(p.var)[ch] = static_cast<A>(of_channel.var);
+      if (p.mean_rest == nullptr) return;
+      static_cast<A*>(p.mean_rest)[ch] = static_cast<A>((of_channel.shift - mean) + of_channel.offset);
+    });
   });
 }
 
