@@ -328,9 +328,9 @@ def main(argv: Sequence[str]) -> None:
     if args.source:
         if not args.plot:
             parser.error("argument --from: should come with --plot")
-        result = json.loads(args.source.read_text())
-        print(tables(result["rows"], result["environment"]["gib"]))
-        draw(result, args.plot)
+        earlier = json.loads(args.source.read_text())
+        print(tables(earlier["rows"], earlier["environment"]["gib"]))
+        draw(earlier, args.plot)
         return
     if args.batch < 2:
         parser.error(f"argument --batch: should be at least 2, not {args.batch}")
