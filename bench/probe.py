@@ -85,16 +85,6 @@ SECTIONS = {
             "us": "of one round, with its stores",
         },
     ),
-    "f": Section(
-        "how a block of 256 threads merges the states of its 64 rows by 8 columns by 4 lanes",
-        "whether threads merge through shuffles; the serial part of a round",
-        {
-            "through": "shared memory (as csrc), shuffles; both: how far their results differ, relative",
-            "blocks_per_sm": "1 or 2",
-            "cycles": "of one reduction, the median over blocks",
-            "largest_difference": "about 1e-6, or one of them is wrong",
-        },
-    ),
     "g": Section(
         "inside a cluster",
         "clusters against groups; the least share for which a larger cluster pays",

@@ -18,8 +18,8 @@ void print(const char* name, const Partition& p) {
             << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"l2_steps\":" << p.l2_steps
             << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next
             << ",\"tile_channels\":" << p.columns.tile_channels << ",\"packs\":" << p.columns.packs
-            << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.late_begin << "," << p.late_end << ","
-            << p.late_ns << "]" << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
+            << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.first_wave << "," << p.late_ns << "]"
+            << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
             << ",\"shared_bytes\":" << p.shared_bytes << ",\"resident_bytes\":" << p.resident_bytes
             << ",\"plane_vecs\":" << p.planar.plane_vecs << ",\"stride_planes\":" << p.planar.stride_planes
             << ",\"stride_vecs\":" << p.planar.stride_vecs << ",\"cols\":" << p.columns.cols

@@ -36,16 +36,13 @@ void for_each_group(const ParallelFor& parallel, const Plan& plan, int64_t each,
                 [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
 }
 
-// Calls run(channel) for all channels, each of which is `steps` steps of work: in one task where that is little.
+// Calls run(channel) for all channels, each of which is `steps` steps of work, with some microseconds to a task.
 template <class F>
 void for_each_channel(const ParallelFor& parallel, const Plan& plan, int64_t steps, F run) {
-  constexpr int64_t kSteps = 4096;  // some microseconds
-  const int64_t each = std::max<int64_t>(1, kSteps / std::max<int64_t>(1, steps));
-  const auto group = [&](int64_t first, int64_t end) {
+  constexpr int64_t kSteps = 4096;
+  for_each_group(parallel, plan, std::max<int64_t>(1, kSteps / steps), [&](int64_t first, int64_t end) {
     for (int64_t ch = first; ch < end; ch++) run(ch);
-  };
-  if (plan.channels <= each) group(0, plan.channels);
-  else for_each_group(parallel, plan, each, group);
+  });
 }
 
 // The blocks of channels [first, end), as they lie in memory, last image first: what was read last is

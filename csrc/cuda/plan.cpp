@@ -337,10 +337,9 @@ void set_turns(Partition& partition, const Problem& problem, const DevicePropert
   if (partition.resident_bytes == 0 || blocks_together(problem, partition, device) < 2) return;
   const int64_t together = clusters_together(device, partition.splits, 2);
   if (partition.tiles <= together) return;
-  partition.late_begin = static_cast<uint32_t>(together / 2);
-  partition.late_end = static_cast<uint32_t>(together);
-  partition.late_ns = static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors /
-                                            std::max<int64_t>(1, device.bandwidth));
+  partition.first_wave = static_cast<uint32_t>(together);
+  partition.late_ns =
+      static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors / device.bandwidth);
 }
 
 // With clusters of the size that takes the least time; or the one that is asked for.

@@ -81,18 +81,18 @@ struct Partition {
   int64_t vecs;  // of the tensor
   int32_t threads;
   int64_t tiles;
-  int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
-  int64_t splits;           // blocks that share a tile
-  int32_t merge_shares;     // blocks that share the merge of their partial results: see arrive_for_share()
-  int64_t steps;            // planar: vectors of a channel; columns: rows
-  int64_t steps_per_split;  // a multiple of what a block takes in one stride
-  int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
-  int64_t resident_bytes;   // dynamic shared memory: a block's share of a tile, in a resident pass
-  int64_t l2_steps;         // of a split, its last: what the L2 cache should keep for the pass that follows
-  uint32_t late_begin, late_end, late_ns;  // clusters that begin later, see wait_for_turn()
-  bool clustered;                          // the blocks of a tile are a cluster, and exchange through its shared memory
-  bool pdl;                                // the launch may begin while the kernel before, of the same plan, is running
-  bool starts_next;                        // the next launch does so: only the caller of both knows that
+  int64_t groups;                // tiles that there are blocks for; all of them, except in an interleaved resident pass
+  int64_t splits;                // blocks that share a tile
+  int32_t merge_shares;          // blocks that share the merge of their partial results: see arrive_for_share()
+  int64_t steps;                 // planar: vectors of a channel; columns: rows
+  int64_t steps_per_split;       // a multiple of what a block takes in one stride
+  int64_t shared_bytes;          // that the threads of a block merge their states in, or share coefficients of columns
+  int64_t resident_bytes;        // dynamic shared memory: a block's share of a tile, in a resident pass
+  int64_t l2_steps;              // of a split, its last: what the L2 cache should keep for the pass that follows
+  uint32_t first_wave, late_ns;  // clusters that begin together, and how much later their second half: wait_for_turn()
+  bool clustered;                // the blocks of a tile are a cluster, and exchange through its shared memory
+  bool pdl;                      // the launch may begin while the kernel before, of the same plan, is running
+  bool starts_next;              // the next launch does so: only the caller of both knows that
 
   // Columns of a matrix row that belong to one channel, in a reduction; 1 where a tile is one channel.
   int32_t repeat;

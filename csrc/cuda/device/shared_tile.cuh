@@ -1,6 +1,8 @@
 // What a resident block keeps of its inputs in shared memory, and how it gets there.
 #pragma once
 
+#include <utility>
+
 #include "tile_iterator.cuh"
 
 namespace bnext::cuda {
@@ -25,26 +27,24 @@ class SharedTile {
   // Loads a walk's chunks into registers, and stores them.
   class Storing {
    public:
-    __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
+    __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile)
+        : global_(from_global<Op, Reuse::last>(p)), tile_(tile) {}
 
     template <int COUNT>
     __device__ __forceinline__ void load(const Chunk<COUNT, true>& chunk, Vecs<COUNT>& vecs) {
-#pragma unroll
-      for (int i = 0; i < Op::kInputs; ++i) {
-        FromGlobal<T, N, Reuse::last>(Op::input(p_, i), p_.shape).load(chunk, vecs[i]);
-      }
+      global_.load(chunk, vecs);
       tile_.store(to_, vecs);
       to_ += COUNT * tile_.stride_;
     }
 
    private:
-    const typename Op::Params& p_;
+    decltype(from_global<Op, Reuse::last>(std::declval<const typename Op::Params&>())) global_;
     const SharedTile& tile_;
     uint32_t to_ = 0;
   };
 
   // Copies a walk's chunks, some chunks ahead, and loads them when they are there: more is under way than registers
-  // would hold. (Not the whole part at once: requests then come from everywhere, and DRAM takes longer.)
+  // would hold. (The whole part at once took an H100 no less.)
   template <class Walk>
   class Copying {
    public:

@@ -54,10 +54,10 @@ constexpr int64_t kColumnBytes = column_merge_bytes(Op::N, kNumbers<Op>, sizeof(
 // Vectors of a chunk of a resident pass, which is the same in the reduction and in the elementwise pass. COPIES: more
 // is on the way than the chunk.
 template <class Op, bool COLUMNS, bool COPIES>
-constexpr int kResidentChunk =
-    Op::kGeneral || COPIES ? std::min(COLUMNS ? Op::kColumnReduceChunk : Op::template kPlanarReduceChunk<true>,
-                                      Op::template kApplyChunk<COLUMNS>)
-                           : (COLUMNS ? Op::kColumnReduceChunk : Op::template kPlanarReduceChunk<true>);
+constexpr int resident_chunk() {
+  constexpr int reduced = COLUMNS ? Op::kColumnReduceChunk : Op::template kPlanarReduceChunk<true>;
+  return Op::kGeneral || COPIES ? std::min(reduced, Op::template kApplyChunk<COLUMNS>) : reduced;
+}
 
 // What the thread reduces of the block's part of one channel.
 template <class Op, int CHUNK, class Walk, class Source>

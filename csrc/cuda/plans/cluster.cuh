@@ -13,10 +13,9 @@ __device__ __forceinline__ WorkTile cluster_work_tile(const Partition& partition
 
 // The clusters that come to multiprocessors where others have begun wait for a while, so that later on one of the two
 // loads while the other stores or exchanges.
-__device__ __forceinline__ void wait_for_turn(const Partition& partition) {
+__device__ __forceinline__ void wait_for_turn(const Partition& partition, const WorkTile& work) {
   if (partition.late_ns == 0) return;
-  const uint32_t cluster = blockIdx.x / static_cast<uint32_t>(partition.splits);
-  if (cluster >= partition.late_begin && cluster < partition.late_end) __nanosleep(partition.late_ns);
+  if (work.tile >= partition.first_wave / 2 && work.tile < partition.first_wave) __nanosleep(partition.late_ns);
 }
 
 // The merge of what all threads of the cluster hold of one channel; in every thread. Every block merges all ranks by

@@ -17,7 +17,7 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
     resident_interleaved_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                                 const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
-  constexpr int N = Op::N, kChunk = kResidentChunk<Op, true, false>;
+  constexpr int N = Op::N, kChunk = resident_chunk<Op, true, false>();
   using State = typename Op::State;
   void* const memory = shared_memory<kColumnBytes<Op>>();
   const SharedTile<Op, kChunk> shared_tile(partition);

@@ -108,10 +108,10 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
     resident_packed_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                            const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
-  constexpr int N = Op::N, kChunk = kResidentChunk<Op, true, false>;
+  constexpr int N = Op::N, kChunk = resident_chunk<Op, true, false>();
   using State = typename Op::State;
-  wait_for_turn(partition);
   const WorkTile work = cluster_work_tile(partition);
+  wait_for_turn(partition, work);
   const int64_t first = work.tile * partition.columns.tile_channels;
 
   // One thread for each of the tile's channels.
