@@ -10,7 +10,7 @@ namespace {
 
 // z[i] becomes f(struct of the activation, z[i]), for n numbers and the rest of their last vector.
 template <class A, class F>
-void for_each_vector(Activation activation, A* z, int64_t n, F f) {
+void replace_each(Activation activation, A* z, int64_t n, F f) {
   with_activation(activation, [&](auto type) {
     for (int64_t j = 0; j < n; j += Vec<A>::lanes) store(z + j, Full{}, f(type, load(z + j, Full{})));
   });
@@ -19,19 +19,19 @@ void for_each_vector(Activation activation, A* z, int64_t n, F f) {
 template <class A>
 [[gnu::noinline, gnu::flatten]] void values(Activation activation, A param, A* z, int64_t n) {
   const Vec<A> p(param);
-  for_each_vector(activation, z, n, [&](auto type, const Vec<A>& v) { return decltype(type)::value(v, p); });
+  replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return decltype(type)::value(v, p); });
 }
 
 template <class A>
 [[gnu::noinline, gnu::flatten]] void derivatives(Activation activation, A param, A* z, int64_t n) {
   const Vec<A> p(param);
-  for_each_vector(activation, z, n, [&](auto type, const Vec<A>& v) { return decltype(type)::grad(v, p); });
+  replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return decltype(type)::grad(v, p); });
 }
 
 // 1 where a mask has a bit, 0 elsewhere.
 template <class A>
 [[gnu::noinline, gnu::flatten]] void kept_bits(Activation activation, A* z, int64_t n) {
-  for_each_vector(activation, z, n, [&](auto type, const Vec<A>& v) { return kept_bit<decltype(type)>(v); });
+  replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return kept_bit<decltype(type)>(v); });
 }
 
 }  // namespace

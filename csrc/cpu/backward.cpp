@@ -12,14 +12,14 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
   const bool keeps_dz = kept_of(p.activation) == Kept::residual && size_of(p.dtype) == acc_size_of(p.dtype);
   const BackwardOperands<A> operands(p, plan, keeps_dz);
   InputGradient<A> gradient(operands);
-  const auto finish = [&](int64_t ch, const Sums& sums) {
-    store_sums<A>(p, ch, sums);
-    gradient.set(ch);
+  const auto finish = [&](int64_t first, int64_t end, const Sums* sums) {
+    store_sums<A>(p, first, end, sums);
+    gradient.set(first, end);
   };
 
   if (!plan.by_column && plan.pieces == 1) {
     for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
-      for (int64_t ch = first; ch < end; ch++) finish(ch, sums_of_strip(operands, ch));
+      sums_of_group(operands, first, end, finish);
       for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient.run(block); });
     });
   } else {

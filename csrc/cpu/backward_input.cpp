@@ -25,15 +25,20 @@ InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
 }
 
 template <class A>
-void InputGradient<A>::set(int64_t channel) {
+void InputGradient<A>::set(int64_t first, int64_t end) {
   if (!params_.training || params_.dx == nullptr) return;
   // In double: invstd squared may be beyond float's range.
   const double count = static_cast<double>(params_.count);
-  const double invstd = static_cast<const A*>(params_.invstd)[channel];
-  const double sum_dy = static_cast<const A*>(params_.sum_dy)[channel];
-  const double sum_dy_xmu = static_cast<const A*>(params_.sum_dy_xmu)[channel];
-  mean_dy_.set(channel, static_cast<A>(sum_dy / count));
-  slope_.set(channel, static_cast<A>(sum_dy_xmu * invstd * invstd / count));
+  A mean_dy[kTogether], slope[kTogether];
+  for (int64_t ch = first; ch < end; ch++) {
+    const double invstd = static_cast<const A*>(params_.invstd)[ch];
+    const double sum_dy = static_cast<const A*>(params_.sum_dy)[ch];
+    const double sum_dy_xmu = static_cast<const A*>(params_.sum_dy_xmu)[ch];
+    mean_dy[ch - first] = static_cast<A>(sum_dy / count);
+    slope[ch - first] = static_cast<A>(sum_dy_xmu * invstd * invstd / count);
+  }
+  mean_dy_.set(first, end, mean_dy);
+  slope_.set(first, end, slope);
 }
 
 template <class A>
@@ -54,7 +59,7 @@ void backward_input(const BatchNormBackwardParams& p, const ParallelFor& paralle
     const Plan plan = make_plan(p.shape);
     const BackwardOperands<A> operands(p, plan);
     InputGradient<A> gradient(operands);
-    for (int64_t ch = 0; ch < plan.channels; ch++) gradient.set(ch);
+    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { gradient.set(first, end); });
     gradient.run_all(parallel);
   });
 }

@@ -35,21 +35,12 @@ template <class T, bool by_column> struct DyPrime<T, Derivative::general, by_col
   using A = acc_t<T>;
   const T* dy;
   const A* derivatives;
+  int64_t first;
 
   template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>&, int64_t = 0) const {
     return through(load(dy + j, part), load(derivatives + j, Full{}));
   }
 };
-
-// Bits of a mask come by the byte, and so do the vectors that need them.
-template <class A, Derivative from, class F>
-void sweep_whole_bytes(int64_t first, int64_t width, F f) {
-  if constexpr (from == Derivative::mask) {
-    sweep_bytes<A>(first, width, f);
-  } else {
-    sweep<A>(width, f);
-  }
-}
 
 // Into `row`, by the bits that the forward kept, or by the activation's argument, found again.
 template <class T, bool by_column>
@@ -63,9 +54,8 @@ template <class T, bool by_column>
   }
   // A bit that is not set stands for the activation's parameter: the slope of leaky_relu, 0 for all others.
   const Vec<A> one(A(1)), other(args.activation_param);
-  sweep_bytes<A>(first, width, [&](int64_t j, auto, auto part) {
-    const Vec<A> bits = select_or_zero(get_bits(args.mask, first + j, lanes_of<A>(part)), one);
-    store(row + j, Full{}, where_le(bits, 0, other, one));
+  fill_row(row, width, [&](int64_t j, auto part) {
+    return where_le(select_or_zero(get_bits(args.mask, first + j, lanes_of<A>(part)), one), 0, other, one);
   });
 }
 
@@ -74,7 +64,7 @@ DyPrime<T, from, by_column> dy_prime_of_row(const BackwardArgs<acc_t<T>>& args, 
                                             int64_t width, Derivatives<acc_t<T>, from>& derivatives) {
   if constexpr (from == Derivative::general) {
     derivatives_of_row<T, by_column>(args, first, channel, width, derivatives.row);
-    return {static_cast<const T*>(args.dy) + first, derivatives.row};
+    return {static_cast<const T*>(args.dy) + first, derivatives.row, first};
   } else {
     using P = Parameter<acc_t<T>, by_column>;
     // Without an activation scale and bias may be null: mean stands in for them, unread.
@@ -93,27 +83,26 @@ template <class T, Derivative from>
   using V = Vec<A>;
   V dys[4] = {V(0), V(0), V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
   Derivatives<A, from> derivatives;
-  for (int64_t r = 0; r < block.rows; r++) {
+  const V mean(args.mean[block.param]);
+  // A strip jumps from image to image, which no hardware prefetcher foresees.
+  const Ahead<T> next_dy(args.dy, next), next_x(args.x, next);
+  const auto begin = [&](int64_t r) {
     const int64_t first = block.first + r * block.stride;
-    const int64_t channel = block.param + r * block.param_step;
-    const T* x = static_cast<const T*>(args.x) + first;
-    const V mean(args.mean[channel]);
-    const auto dy_prime = dy_prime_of_row<T, from, false>(args, first, channel, block.width, derivatives);
-    // A strip jumps from image to image, which no hardware prefetcher foresees.
-    const Ahead<T> next_dy(args.dy, next + r * block.stride), next_x(args.x, next + r * block.stride);
-    sweep_whole_bytes<A, from>(first, block.width, [&](int64_t j, auto which, auto part) {
-      next_dy.fetch(j);
-      next_x.fetch(j);
-      // Lanes behind the row's end are mean in x and 0 in dy, which adds nothing to either sum.
-      const V xmu = load(x + j, part, mean) - mean;
-      const V dy = dy_prime(j, part, xmu);
-      if constexpr (from == Derivative::general) {
-        if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
-      }
-      dys[which.value] = dys[which.value] + dy;
-      products[which.value] = fma(dy, xmu, products[which.value]);
-    });
-  }
+    return dy_prime_of_row<T, from, false>(args, first, block.param, block.width, derivatives);
+  };
+  sum_rows<A>(block.rows, block.width, begin, [&](const auto& dy_prime, int64_t j, auto which, auto part) {
+    const int64_t i = dy_prime.first + j;
+    next_dy.fetch(i - block.first);
+    next_x.fetch(i - block.first);
+    const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
+    V dy = dy_prime(j, part, xmu);
+    if constexpr (from == Derivative::general) {
+      if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
+    }
+    dy = counted(part, dy);
+    dys[which.value] = dys[which.value] + dy;
+    products[which.value] = fma(dy, counted(part, xmu), products[which.value]);
+  });
   *sum_dy = sum(dys);
   *sum_dy_xmu = sum(products);
 }
@@ -127,13 +116,14 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   const Parameter<A, true> mean(args.mean + param);
   const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
   const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
-  sweep_whole_bytes<A, from>(first, width, [&](int64_t j, auto, auto part) {
+  // Columns have sums of their own: none comes twice.
+  for_each_vector<A>(0, width, Tail::partial, [&](int64_t j, auto part) {
     const V m = mean.at(j);
     V dy_sum = load(dys + j, Full{}), product = load(products + j, Full{});
     for (int r = 0; r < rows; r++) {
       next_dy.fetch(r * stride + j);
       next_x.fetch(r * stride + j);
-      const V xmu = load(x + r * stride + j, part, m) - m;
+      const V xmu = load(x + r * stride + j, part) - m;
       const V dy = dy_prime(j, part, xmu, r * stride);
       if constexpr (from == Derivative::general) {
         if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
@@ -157,8 +147,6 @@ template <class T, Derivative from>
     store(sum_dy + j, Full{}, D(0.0));
     store(sum_dy_xmu + j, Full{}, D(0.0));
   }
-  // Rows that are taken at once must begin at the same bit of a byte.
-  const bool together = from != Derivative::mask || block.stride % 8 == 0;
   Derivatives<A, from> derivatives;
   A dys[kColumns + kPadding], products[kColumns + kPadding];
   for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
@@ -170,7 +158,7 @@ template <class T, Derivative from>
     int64_t r = begin;
     // `general` has the derivatives of one row at a time.
     if constexpr (from != Derivative::general) {
-      for (; together && r + 4 <= end; r += 4)
+      for (; r + 4 <= end; r += 4)
         add_rows<T, from, 4>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
                              dys, products);
     }
@@ -200,23 +188,23 @@ template <class T, Derivative from, bool training, bool by_column>
     const T* x = static_cast<const T*>(args.x) + (reads_x ? first : 0);
     T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
     T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
-    const bool stream =
-        args.stream && (from != Derivative::mask || first % 8 == 0) && can_stream(dx) && can_stream(dresidual);
+    RowPlan<A> row(args.stream, block.width, dx, dresidual);
+    if (args.dx == args.dy) row.tail = Tail::partial;  // in place: what was stored is not to be loaded again
     const P mean(args.mean + channel), scale(args.scale + channel);
     // In eval mode these two are null: mean stands in for them, unread.
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
     const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
-    sweep_whole_bytes<A, from>(first, block.width, [&](int64_t j, auto, auto part) {
+    for_each_vector<A>(row.head, block.width, row.tail, [&](int64_t j, auto part) {
       V xmu(0);
       if constexpr (by_column) dy_ahead.fetch(j);
       if constexpr (by_column && reads_x) x_ahead.fetch(j);
       if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
       V dy = dy_prime(j, part, xmu);
-      if (dresidual != nullptr) store(dresidual + j, part, dy, stream);
+      if (dresidual != nullptr) store(dresidual + j, part, dy, row.stream);
       if constexpr (training) dy = fnma(xmu, slope.at(j), dy - mean_dy.at(j));
-      if (dx != nullptr) store(dx + j, part, dy * scale.at(j), stream);
+      if (dx != nullptr) store(dx + j, part, dy * scale.at(j), row.stream);
     });
   }
   if (args.stream) stream_fence();

@@ -2,7 +2,6 @@
 // here, in double and in the order of the data. Reads dy and x once, and a bit for each element.
 #include <algorithm>
 
-#include "../core/half.h"
 #include "stages.h"
 
 namespace bnext::cpu {
@@ -30,18 +29,18 @@ template <class A>
 void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
   const Plan& plan = b.plan;
   if (plan.pieces == 1) {
-    for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
-      for (int64_t ch = first; ch < end; ch++) take(ch, sums_of_strip(b, ch));
-    });
+    for_each_group(parallel, plan, plan.channels_per_task,
+                   [&](int64_t first, int64_t end) { sums_of_group(b, first, end, take); });
     return;
   }
   std::vector<Sums> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces,
                 [&](int64_t task) { parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces); });
-  for_each_channel(parallel, plan, plan.pieces, [&](int64_t ch) {
-    Sums whole = {};
-    for (int64_t i = 0; i < plan.pieces; i++) whole.add(parts[ch * plan.pieces + i]);
-    take(ch, whole);
+  for_all_channels(parallel, plan, plan.pieces, [&](int64_t first, int64_t end) {
+    Sums whole[kTogether] = {};
+    for (int64_t ch = first; ch < end; ch++)
+      for (int64_t i = 0; i < plan.pieces; i++) whole[ch - first].add(parts[ch * plan.pieces + i]);
+    take(first, end, whole);
   });
 }
 
@@ -58,15 +57,15 @@ void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, 
     if (block.width > 0) kernel(b.args, block, &dy[at], &dy_xmu[at]);
   });
 
-  for_each_channel(parallel, plan, splits * (plan.width / plan.channels), [&](int64_t ch) {
-    Sums whole = {};
+  for_all_channels(parallel, plan, splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
+    Sums whole[kTogether] = {};
     for (int64_t down = 0; down < splits; down++) {
       const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
-      for_each_column(plan, ch, [&](int64_t j) {
-        if (j < columns) whole.add({dy[at + j], dy_xmu[at + j]});
+      for_each_column(plan, first, end, columns, [&](int64_t ch, int64_t column) {
+        whole[ch - first].add({dy[at + column], dy_xmu[at + column]});
       });
     }
-    take(ch, whole);
+    take(first, end, whole);
   });
 }
 
@@ -96,25 +95,32 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
            p.dresidual,
            keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
            exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {
-  for (int64_t ch = 0; ch < plan.channels; ch++) {
-    mean.set(ch, static_cast<const A*>(p.mean)[ch]);
+  for_each_step(0, plan.channels, [&](int64_t first, int64_t end) {
+    A scales[kTogether], biases[kTogether];
+    load_channels(scales, p.weight, p.weight_dtype, first, end, A(1));
+    load_channels(biases, p.bias, p.weight_dtype, first, end, A(0));
     // As the forward computed them, to the bit.
-    scale.set(ch, load_scalar<A>(p.weight, p.weight_dtype, ch, A(1)) * static_cast<const A*>(p.invstd)[ch]);
-    bias.set(ch, load_scalar<A>(p.bias, p.weight_dtype, ch, A(0)));
-  }
+    for (int64_t ch = first; ch < end; ch++) scales[ch - first] *= static_cast<const A*>(p.invstd)[ch];
+    mean.set(first, end, static_cast<const A*>(p.mean) + first);
+    scale.set(first, end, scales);
+    bias.set(first, end, biases);
+  });
 }
 
 template <class A>
-Sums sums_of_strip(const BackwardOperands<A>& b, int64_t channel) {
-  Sums total = {};
-  for (int64_t i = 0; i < b.plan.pieces; i++) total.add(sums_of_piece(b, channel, i));
-  return total;
+void sums_of_group(const BackwardOperands<A>& b, int64_t first, int64_t end, const TakeSums& take) {
+  for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+    Sums whole[kTogether];
+    for (int64_t ch = begin; ch < stop; ch++) whole[ch - begin] = sums_of_piece(b, ch, 0);
+    take(begin, stop, whole);
+  });
 }
 
 template <class A>
 void sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
   if (b.plan.numel() == 0) {
-    for (int64_t ch = 0; ch < b.plan.channels; ch++) take(ch, {});
+    const Sums nothing[kTogether] = {};
+    for_each_step(0, b.plan.channels, [&](int64_t first, int64_t end) { take(first, end, nothing); });
   } else if (b.plan.by_column) {
     sums_of_columns(b, parallel, take);
   } else {
@@ -123,29 +129,34 @@ void sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel, cons
 }
 
 template <class A>
-void store_sums(const BatchNormBackwardParams& p, int64_t channel, const Sums& sums) {
-  const A dy = static_cast<A>(sums.dy), dy_xmu = static_cast<A>(sums.dy_xmu);
-  static_cast<A*>(p.sum_dy)[channel] = dy;
-  static_cast<A*>(p.sum_dy_xmu)[channel] = dy_xmu;
-  store_scalar(p.dweight, p.weight_dtype, channel, dy_xmu * static_cast<const A*>(p.invstd)[channel]);
-  store_scalar(p.dbias, p.weight_dtype, channel, dy);
+void store_sums(const BatchNormBackwardParams& p, int64_t first, int64_t end, const Sums* sums) {
+  A* const dy = static_cast<A*>(p.sum_dy) + first;
+  A* const dy_xmu = static_cast<A*>(p.sum_dy_xmu) + first;
+  A dweight[kTogether];
+  for (int64_t i = 0; i < end - first; i++) {
+    dy[i] = static_cast<A>(sums[i].dy);
+    dy_xmu[i] = static_cast<A>(sums[i].dy_xmu);
+    dweight[i] = dy_xmu[i] * static_cast<const A*>(p.invstd)[first + i];
+  }
+  store_channels(dweight, p.dweight, p.weight_dtype, first, end);
+  store_channels(dy, p.dbias, p.weight_dtype, first, end);
 }
 
 template struct BackwardOperands<float>;
 template struct BackwardOperands<double>;
-template Sums sums_of_strip(const BackwardOperands<float>&, int64_t);
-template Sums sums_of_strip(const BackwardOperands<double>&, int64_t);
+template void sums_of_group(const BackwardOperands<float>&, int64_t, int64_t, const TakeSums&);
+template void sums_of_group(const BackwardOperands<double>&, int64_t, int64_t, const TakeSums&);
 template void sums_of_all(const BackwardOperands<float>&, const ParallelFor&, const TakeSums&);
 template void sums_of_all(const BackwardOperands<double>&, const ParallelFor&, const TakeSums&);
-template void store_sums<float>(const BatchNormBackwardParams&, int64_t, const Sums&);
-template void store_sums<double>(const BatchNormBackwardParams&, int64_t, const Sums&);
+template void store_sums<float>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
+template void store_sums<double>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 
 void backward_reduce(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
     sums_of_all(BackwardOperands<A>(p, plan), parallel,
-                [&](int64_t ch, const Sums& sums) { store_sums<A>(p, ch, sums); });
+                [&](int64_t first, int64_t end, const Sums* sums) { store_sums<A>(p, first, end, sums); });
   });
 }
 

@@ -1,17 +1,23 @@
 // Training forward: statistics, running statistics, normalization. One parallel region, and x read
 // from memory once, where tasks can own whole channels; two regions otherwise.
-#include "../core/half.h"
 #include "stages.h"
 
 namespace bnext::cpu {
 namespace {
 
 template <class A>
-void update_running(const BatchNormForwardParams& p, const RunningUpdate<A>& update, int64_t ch, A mean, A var) {
-  const A old_mean = load_scalar<A>(p.running_mean, p.running_dtype, ch, A(0));
-  const A old_var = load_scalar<A>(p.running_var, p.running_dtype, ch, A(0));
-  store_scalar(p.running_mean, p.running_dtype, ch, update.mean(old_mean, mean));
-  store_scalar(p.running_var, p.running_dtype, ch, update.var(old_var, var));
+void update_running(const BatchNormForwardParams& p, const RunningUpdate<A>& update, int64_t first, int64_t end,
+                    const A* mean, const A* var) {
+  if (p.running_mean == nullptr) return;
+  A running_mean[kTogether], running_var[kTogether];
+  load_channels(running_mean, p.running_mean, p.running_dtype, first, end, A(0));
+  load_channels(running_var, p.running_var, p.running_dtype, first, end, A(0));
+  for (int64_t i = 0; i < end - first; i++) {
+    running_mean[i] = update.mean(running_mean[i], mean[i]);
+    running_var[i] = update.var(running_var[i], var[i]);
+  }
+  store_channels(running_mean, p.running_mean, p.running_dtype, first, end);
+  store_channels(running_var, p.running_var, p.running_dtype, first, end);
 }
 
 }  // namespace
@@ -22,19 +28,23 @@ void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan);
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
-    const auto finish = [&](int64_t ch, const Welford<double>& stats) {
-      const A mean = static_cast<A>(stats.mean()), var = static_cast<A>(stats.var);
-      const A invstd = inverse_std(var, p.eps);
-      static_cast<A*>(p.mean)[ch] = mean;
-      static_cast<A*>(p.invstd)[ch] = invstd;
-      update_running(p, update, ch, mean, var);
-      normalizer.set(ch, mean, invstd);
+    const auto finish = [&](int64_t first, int64_t end, const Welford<double>* stats) {
+      A* const mean = static_cast<A*>(p.mean) + first;
+      A* const invstd = static_cast<A*>(p.invstd) + first;
+      A var[kTogether];
+      for (int64_t i = 0; i < end - first; i++) {
+        mean[i] = static_cast<A>(stats[i].mean());
+        var[i] = static_cast<A>(stats[i].var);
+        invstd[i] = inverse_std(var[i], p.eps);
+      }
+      update_running(p, update, first, end, mean, var);
+      normalizer.set(first, end, mean, invstd);
     };
 
     if (!plan.by_column && plan.pieces == 1 && (p.mask == nullptr || plan.whole_bytes)) {
       const int64_t each = p.mask == nullptr ? plan.channels_per_task : plan.channels_per_masked_task;
       for_each_group(parallel, plan, each, [&](int64_t first, int64_t end) {
-        for (int64_t ch = first; ch < end; ch++) finish(ch, stats_of_strip<A>(p, plan, ch));
+        stats_of_group<A>(p, plan, first, end, finish);
         for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { normalizer.run(block); });
       });
     } else {

@@ -173,17 +173,9 @@ inline void store_halves(void* to, int64_t n, __m128i v) {
   if ((n & 1) != 0) write<uint16_t>(p, bits);
 }
 
-inline __m256 load(const float* p, int64_t n, __m256 fill) {
-  const __m256i some = first_floats(n);
-  return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, some), _mm256_castsi256_ps(some));
-}
-inline __m256d load(const double* p, int64_t n, __m256d fill) {
-  const __m256i some = first_doubles(n);
-  return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, some), _mm256_castsi256_pd(some));
-}
-template <class T> __m256 load(const T* p, int64_t n, __m256 fill) {
-  return _mm256_blendv_ps(fill, widen(load_halves(p, n), p), _mm256_castsi256_ps(first_floats(n)));
-}
+inline __m256 load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_floats(n)); }
+inline __m256d load(const double* p, int64_t n) { return _mm256_maskload_pd(p, first_doubles(n)); }
+template <class T> __m256 load(const T* p, int64_t n) { return widen(load_halves(p, n), p); }
 inline void store(float* p, int64_t n, __m256 v) { _mm256_maskstore_ps(p, first_floats(n), v); }
 inline void store(double* p, int64_t n, __m256d v) { _mm256_maskstore_pd(p, first_doubles(n), v); }
 template <class T> void store(T* p, int64_t n, __m256 v) { store_halves(p, n, narrow(v, p)); }

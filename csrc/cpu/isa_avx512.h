@@ -101,13 +101,9 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
-inline __m512 load(const float* p, int64_t n, __m512 fill) { return _mm512_mask_loadu_ps(fill, first(n), p); }
-inline __m512d load(const double* p, int64_t n, __m512d fill) {
-  return _mm512_mask_loadu_pd(fill, static_cast<__mmask8>(first(n)), p);
-}
-template <class T> __m512 load(const T* p, int64_t n, __m512 fill) {
-  return _mm512_mask_blend_ps(first(n), fill, widen(_mm256_maskz_loadu_epi16(first(n), p), p));
-}
+inline __m512 load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline __m512d load(const double* p, int64_t n) { return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first(n)), p); }
+template <class T> __m512 load(const T* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), p); }
 inline void store(float* p, int64_t n, __m512 v) { _mm512_mask_storeu_ps(p, first(n), v); }
 inline void store(double* p, int64_t n, __m512d v) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first(n)), v); }
 template <class T> void store(T* p, int64_t n, __m512 v) { _mm256_mask_storeu_epi16(p, first(n), narrow(v, p)); }

@@ -92,8 +92,8 @@ inline uint32_t positive_bits(const Doubles& v) { return lane_bits(Lanes<double>
 // What takes a loop over lanes, which is also some twenty instructions a lane to convert 16 bits, is
 // not worth a copy in every kernel.
 template <class T, class R = typename native<acc_t<T>>::type>
-[[gnu::noinline]] R load_lanes(const T* p, int64_t n, const R& fill) {
-  Lanes<acc_t<T>> l(fill);
+[[gnu::noinline]] R load_lanes(const T* p, int64_t n) {
+  Lanes<acc_t<T>> l(R{});
   for (int i = 0; i < l.n && i < n; i++) l.v[i] = widen(p[i]);
   return l.pack();
 }
@@ -113,8 +113,8 @@ inline Doubles load(const double* p) {
   memcpy(&r, p, sizeof r);
   return r;
 }
-template <class T> Floats load(const T* p) { return load_lanes(p, Lanes<float>::n, Floats{}); }
-template <class T, class R> R load(const T* p, int64_t n, const R& fill) { return load_lanes(p, n, fill); }
+template <class T> Floats load(const T* p) { return load_lanes(p, Lanes<float>::n); }
+template <class T> auto load(const T* p, int64_t n) { return load_lanes(p, n); }
 template <class A> Doubles load_double(const A* p) {
   Lanes<double> l;
   for (int i = 0; i < l.n; i++) l.v[i] = static_cast<double>(p[i]);

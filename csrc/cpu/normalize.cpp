@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "../core/half.h"
 #include "stages.h"
 
 namespace bnext::cpu {
@@ -38,10 +37,14 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
 }
 
 template <class A>
-void Normalizer<A>::set(int64_t channel, A mean, A invstd) {
-  mean_.set(channel, mean);
-  scale_.set(channel, load_scalar<A>(params_.weight, params_.weight_dtype, channel, A(1)) * invstd);
-  bias_.set(channel, load_scalar<A>(params_.bias, params_.weight_dtype, channel, A(0)));
+void Normalizer<A>::set(int64_t first, int64_t end, const A* mean, const A* invstd) {
+  A scale[kTogether], bias[kTogether];
+  load_channels(scale, params_.weight, params_.weight_dtype, first, end, A(1));
+  load_channels(bias, params_.bias, params_.weight_dtype, first, end, A(0));
+  for (int64_t i = 0; i < end - first; i++) scale[i] *= invstd[i];
+  mean_.set(first, end, mean);
+  scale_.set(first, end, scale);
+  bias_.set(first, end, bias);
 }
 
 template <class A>
@@ -61,19 +64,22 @@ void normalize(const BatchNormForwardParams& p, const ParallelFor& parallel) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan);
-    A* const mean = static_cast<A*>(p.mean);
-    A* const invstd = static_cast<A*>(p.invstd);
-    for (int64_t ch = 0; ch < p.shape.c; ch++) {
+    constexpr DType acc_dtype = dtype_of<A>::value;
+    constexpr int64_t kSet = 16;  // additions' time
+    for_all_channels(parallel, plan, kSet, [&](int64_t first, int64_t end) {
+      A mean[kTogether], invstd[kTogether];
       if (p.running_mean == nullptr) {
-        normalizer.set(ch, mean[ch], invstd[ch]);
-        continue;
+        load_channels(mean, p.mean, acc_dtype, first, end, A(0));
+        load_channels(invstd, p.invstd, acc_dtype, first, end, A(1));
+      } else {
+        load_channels(mean, p.running_mean, p.running_dtype, first, end, A(0));
+        load_channels(invstd, p.running_var, p.running_dtype, first, end, A(1));
+        for (int64_t i = 0; i < end - first; i++) invstd[i] = inverse_std(invstd[i], p.eps);
+        store_channels(mean, p.mean, acc_dtype, first, end);
+        store_channels(invstd, p.invstd, acc_dtype, first, end);
       }
-      const A m = load_scalar<A>(p.running_mean, p.running_dtype, ch, A(0));
-      const A i = inverse_std(load_scalar<A>(p.running_var, p.running_dtype, ch, A(1)), p.eps);
-      if (mean != nullptr) mean[ch] = m;
-      if (invstd != nullptr) invstd[ch] = i;
-      normalizer.set(ch, m, i);
-    }
+      normalizer.set(first, end, mean, invstd);
+    });
     normalizer.run_all(parallel);
   });
 }

@@ -19,6 +19,12 @@ template <class A> struct Parameter<A, true> {
   Vec<A> at(int64_t j) const { return load(p + j, Full{}); }
 };
 
+// f(j, part) into a buffer, to the end of the row's last vector.
+template <class A, class F>
+void fill_row(A* row, int64_t width, F f) {
+  for_each_vector<A>(0, width, Tail::partial, [&](int64_t j, auto part) { store(row + j, Full{}, f(j, part)); });
+}
+
 // epilogue.h's Affine, on vectors.
 template <class A, bool by_column> struct VecAffine {
   Parameter<A, by_column> mean, scale, bias;
@@ -35,14 +41,16 @@ template <class T, bool by_column, class Args>
   const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
   const VecAffine<A, by_column> affine{mean, scale, bias};
   const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
-  sweep<A>(width, [&](int64_t j, auto, auto part) {
+  const auto normalized = [&](int64_t j, auto part) {
     if constexpr (by_column) ahead.fetch(j);
-    store(z + j, Full{}, affine(load(x + j, part, mean.at(j)), j));
-  });
-  if (args.residual == nullptr) return;
-  const T* residual = static_cast<const T*>(args.residual) + first;
-  sweep<A>(width,
-           [&](int64_t j, auto, auto part) { store(z + j, Full{}, load(z + j, Full{}) + load(residual + j, part)); });
+    return affine(load(x + j, part), j);
+  };
+  if (args.residual == nullptr) {
+    fill_row(z, width, normalized);
+  } else {
+    const T* residual = static_cast<const T*>(args.residual) + first;
+    fill_row(z, width, [&](int64_t j, auto part) { return normalized(j, part) + load(residual + j, part); });
+  }
 }
 
 // Without an activation, and with relu, which differ by `low` alone: two kernels would be twice the code for nothing,
@@ -59,24 +67,18 @@ template <class T, Addend addend, bool by_column>
     const T* x = static_cast<const T*>(args.x) + first;
     const T* residual = static_cast<const T*>(args.residual) + (addend == Addend::none ? 0 : first);
     T* y = static_cast<T*>(args.y) + first;
-    // Vectors of a masked row begin where a byte of the mask does, and are aligned only if the row is.
-    const bool stream = args.stream && (!masked || first % 8 == 0) && can_stream(y);
+    const RowPlan<A> row(args.stream, block.width, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
     const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
-    const auto body = [&](int64_t j, auto, auto part) {
+    for_each_vector<A>(row.head, block.width, row.tail, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
       V v = affine(load(x + j, part), j);
       if constexpr (addend != Addend::none) v = v + load(residual + j, part);
       if constexpr (masked) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
-      store(y + j, part, max_keep_nan(low, v), stream);
-    };
-    if constexpr (masked) {
-      sweep_bytes<A>(first, block.width, body);
-    } else {
-      sweep<A>(block.width, body);
-    }
+      store(y + j, part, max_keep_nan(low, v), row.stream);
+    });
   }
   if (args.stream) stream_fence();
 }
@@ -92,16 +94,17 @@ template <class T, bool by_column>
     arguments_of_row<T, by_column>(args, first, block.param + r * block.param_step, block.width, z);
     if (args.mask != nullptr) {
       // A copy, since the values need z as well.
-      sweep<A>(block.width, [&](int64_t j, auto, auto) { store(kept + j, Full{}, load(z + j, Full{})); });
+      fill_row(kept, block.width, [&](int64_t j, auto) { return load(z + j, Full{}); });
       kept_bits(args.activation, kept, block.width);
-      sweep_bytes<A>(first, block.width, [&](int64_t j, auto, auto part) {
+      for_each_vector<A>(block.width, [&](int64_t j, auto part) {
         put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(load(kept + j, Full{})));
       });
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    const bool stream = args.stream && can_stream(y);
-    sweep<A>(block.width, [&](int64_t j, auto, auto part) { store(y + j, part, load(z + j, Full{}), stream); });
+    const RowPlan<A> row(args.stream, block.width, y);
+    for_each_vector<A>(row.head, block.width, row.tail,
+                       [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{}), row.stream); });
   }
   if (args.stream) stream_fence();
 }

@@ -4,11 +4,10 @@
 #pragma once
 
 #include <limits>
-#include <vector>
 
 #include "cache.h"
+#include "channels.h"
 #include "cpu.h"
-#include "plan.h"
 
 namespace bnext::cpu {
 
@@ -36,13 +35,13 @@ void for_each_group(const ParallelFor& parallel, const Plan& plan, int64_t each,
                 [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
 }
 
-// Calls run(channel) for all channels, each of which is `steps` steps of work, with some microseconds to a task.
+// Calls run(first, end) for all channels, some together, each of which is `work` additions or as much: some
+// microseconds of them to a task.
 template <class F>
-void for_each_channel(const ParallelFor& parallel, const Plan& plan, int64_t steps, F run) {
-  constexpr int64_t kSteps = 4096;
-  for_each_group(parallel, plan, std::max<int64_t>(1, kSteps / steps), [&](int64_t first, int64_t end) {
-    for (int64_t ch = first; ch < end; ch++) run(ch);
-  });
+void for_all_channels(const ParallelFor& parallel, const Plan& plan, int64_t work, F run) {
+  constexpr int64_t kWork = 8192;
+  for_each_group(parallel, plan, std::max<int64_t>(1, kWork / work),
+                 [&](int64_t first, int64_t end) { for_each_step(first, end, run); });
 }
 
 // The blocks of channels [first, end), as they lie in memory, last image first: what was read last is
@@ -65,45 +64,21 @@ void for_each_piece(const Plan& plan, const SubMatrix& block, int64_t width, F f
   }
 }
 
-// Calls visit(column) for all columns of a channel.
-template <class F>
-void for_each_column(const Plan& plan, int64_t channel, F visit) {
-  for (int64_t j = channel * plan.inner; j < plan.width; j += plan.channels * plan.inner)
-    for (int64_t i = 0; i < plan.inner; i++) visit(j + i);
-}
-
-// A parameter of every channel, laid out for the kernels: an entry for each channel or each column.
+// stats.cpp. Calls take(first, end, statistics of channels [first, end)), at most kTogether of them at a time, for a
+// group of channels of a plan by strips, or for all channels, on several threads.
+using TakeStats = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
 template <class A>
-class PerChannel {
- public:
-  explicit PerChannel(const Plan& plan) : plan_(plan), values_(static_cast<size_t>(plan.parameters() + kPadding)) {}
-
-  void set(int64_t channel, A v) {
-    if (plan_.by_column) {
-      for_each_column(plan_, channel, [&](int64_t j) { values_[j] = v; });
-    } else {
-      values_[channel] = v;
-    }
-  }
-  const A* data() const { return values_.data(); }
-
- private:
-  const Plan& plan_;
-  std::vector<A> values_;
-};
-
-// stats.cpp
-template <class A> Welford<double> stats_of_strip(const BatchNormForwardParams&, const Plan&, int64_t channel);
-// Calls take(channel, its statistics) for all channels, several at a time.
-using TakeStats = std::function<void(int64_t channel, const Welford<double>&)>;
-template <class A> void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
+void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, int64_t end, const TakeStats& take);
+template <class A>
+void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats& take);
 
 // normalize.cpp
 template <class A>
 class Normalizer {
  public:
   Normalizer(const BatchNormForwardParams&, const Plan&);
-  void set(int64_t channel, A mean, A invstd);
+  // Of at most kTogether channels.
+  void set(int64_t first, int64_t end, const A* mean, const A* invstd);
   void run(const SubMatrix& block) const {
     for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
   }
@@ -140,20 +115,21 @@ struct BackwardOperands {
   PerChannel<A> mean, scale, bias;
   const BackwardArgs<A> args;
 };
-template <class A> Sums sums_of_strip(const BackwardOperands<A>&, int64_t channel);
-// Calls take(channel, its sums) for all channels, several at a time.
-using TakeSums = std::function<void(int64_t channel, const Sums&)>;
-template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFor&, const TakeSums&);
-// Rounds a channel's sums to A and stores them, and the parameters' gradients where they are wanted.
-template <class A> void store_sums(const BatchNormBackwardParams&, int64_t channel, const Sums&);
+// As stats_of_group and stats_of_all do.
+using TakeSums = std::function<void(int64_t first, int64_t end, const Sums*)>;
+template <class A>
+void sums_of_group(const BackwardOperands<A>&, int64_t first, int64_t end, const TakeSums& take);
+template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFor&, const TakeSums& take);
+// Rounds the sums of channels [first, end) to A and stores them, and the parameters' gradients where they are wanted.
+template <class A> void store_sums(const BatchNormBackwardParams&, int64_t first, int64_t end, const Sums*);
 
 // backward_input.cpp
 template <class A>
 class InputGradient {
  public:
   explicit InputGradient(const BackwardOperands<A>&);
-  // Takes the channel's sums from where store_sums left them. Not needed in eval mode, which has none.
-  void set(int64_t channel);
+  // Of at most kTogether channels, from the sums that store_sums left. Not needed in eval mode, which has none.
+  void set(int64_t first, int64_t end);
   void run(const SubMatrix& block) const {
     for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
   }

@@ -22,7 +22,9 @@ class Merger {
   }
   Welford<double> total() const {
     Welford<double> w = {};
-    for (int level = 63; level >= 0; level--)
+    int level = 0;
+    while (length_ >> level != 0) level++;
+    while (level-- > 0)
       if ((length_ >> level & 1) != 0) w.merge(levels_[level]);
     return w;
   }
@@ -46,19 +48,20 @@ template <class A>
 void stats_of_strips(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                      const TakeStats& take) {
   if (plan.pieces == 1) {
-    for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
-      for (int64_t ch = first; ch < end; ch++) take(ch, stats_of_strip<A>(p, plan, ch));
-    });
+    for_each_group(parallel, plan, plan.channels_per_task,
+                   [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, take); });
     return;
   }
   std::vector<Welford<double>> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces, [&](int64_t task) {
     parts[task] = stats_of_piece<A>(p, plan, task / plan.pieces, task % plan.pieces);
   });
-  for_each_channel(parallel, plan, plan.pieces, [&](int64_t ch) {
-    Welford<double> whole = {};
-    for (int64_t i = 0; i < plan.pieces; i++) whole.merge(parts[ch * plan.pieces + i]);
-    take(ch, whole);
+  constexpr int64_t kMerge = 8;  // additions' time
+  for_all_channels(parallel, plan, kMerge * plan.pieces, [&](int64_t first, int64_t end) {
+    Welford<double> whole[kTogether] = {};
+    for (int64_t ch = first; ch < end; ch++)
+      for (int64_t i = 0; i < plan.pieces; i++) whole[ch - first].merge(parts[ch * plan.pieces + i]);
+    take(first, end, whole);
   });
 }
 
@@ -76,45 +79,52 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
     if (block.width > 0) k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
   });
 
-  // Two passes over a channel's columns, as over the data: no division for each.
-  const auto sum = [&](int64_t channel, auto term) {
-    double total = 0;
+  // Two passes over the channels' columns, as over the data: no division for each.
+  const auto sum = [&](int64_t first, int64_t end, double* totals, auto term) {
+    std::fill(totals, totals + (end - first), 0.0);
     for (int64_t down = 0; down < splits; down++) {
       const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
-      double part = 0;
-      for_each_column(plan, channel, [&](int64_t j) {
-        if (j < columns) part += term(at + j);
-      });
-      total += part * static_cast<double>(block_of_columns(plan, down, 0).rows);
+      double parts[kTogether] = {};
+      for_each_column(plan, first, end, columns,
+                      [&](int64_t ch, int64_t column) { parts[ch - first] += term(ch - first, at + column); });
+      const double rows = static_cast<double>(block_of_columns(plan, down, 0).rows);
+      for (int64_t i = 0; i < end - first; i++) totals[i] += parts[i] * rows;
     }
-    return total;
   };
   const double count = static_cast<double>(plan.outer * plan.inner);
-  for_each_channel(parallel, plan, 2 * splits * (plan.width / plan.channels), [&](int64_t ch) {
-    const double centre = shift[ch * plan.inner];
-    const double mean = sum(ch, [&](int64_t i) { return (shift[i] - centre) + offset[i]; }) / count;
-    const double m2 = sum(ch, [&](int64_t i) {
-      const double d = ((shift[i] - centre) + offset[i]) - mean;
-      return var[i] + d * d;
+  for_all_channels(parallel, plan, 4 * splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
+    double centre[kTogether], mean[kTogether], m2[kTogether];
+    for (int64_t ch = first; ch < end; ch++) centre[ch - first] = shift[ch * plan.inner];
+    sum(first, end, mean, [&](int64_t i, int64_t at) { return (shift[at] - centre[i]) + offset[at]; });
+    for (int64_t i = 0; i < end - first; i++) mean[i] /= count;
+    sum(first, end, m2, [&](int64_t i, int64_t at) {
+      const double d = ((shift[at] - centre[i]) + offset[at]) - mean[i];
+      return var[at] + d * d;
     });
-    take(ch, {count, centre, mean, m2 / count});
+    Welford<double> whole[kTogether];
+    for (int64_t i = 0; i < end - first; i++) whole[i] = {count, centre[i], mean[i], m2[i] / count};
+    take(first, end, whole);
   });
 }
 
 }  // namespace
 
 template <class A>
-Welford<double> stats_of_strip(const BatchNormForwardParams& p, const Plan& plan, int64_t channel) {
-  Welford<double> total = {};
-  for (int64_t i = 0; i < plan.pieces; i++) total.merge(stats_of_piece<A>(p, plan, channel, i));
-  return total;
+void stats_of_group(const BatchNormForwardParams& p, const Plan& plan, int64_t first, int64_t end,
+                    const TakeStats& take) {
+  for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+    Welford<double> whole[kTogether];
+    for (int64_t ch = begin; ch < stop; ch++) whole[ch - begin] = stats_of_piece<A>(p, plan, ch, 0);
+    take(begin, stop, whole);
+  });
 }
 
 template <class A>
 void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                   const TakeStats& take) {
   if (plan.numel() == 0) {
-    for (int64_t ch = 0; ch < plan.channels; ch++) take(ch, {});
+    const Welford<double> nothing[kTogether] = {};
+    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { take(first, end, nothing); });
   } else if (plan.by_column) {
     stats_of_columns<A>(p, plan, parallel, take);
   } else {
@@ -122,20 +132,23 @@ void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const Paral
   }
 }
 
-template Welford<double> stats_of_strip<float>(const BatchNormForwardParams&, const Plan&, int64_t);
-template Welford<double> stats_of_strip<double>(const BatchNormForwardParams&, const Plan&, int64_t);
+template void stats_of_group<float>(const BatchNormForwardParams&, const Plan&, int64_t, int64_t, const TakeStats&);
+template void stats_of_group<double>(const BatchNormForwardParams&, const Plan&, int64_t, int64_t, const TakeStats&);
 template void stats_of_all<float>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
 template void stats_of_all<double>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
 
 void stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
-    stats_of_all<A>(p, make_plan(p.shape), parallel, [&](int64_t ch, const Welford<double>& of_channel) {
-      const A mean = static_cast<A>(of_channel.mean());
-      static_cast<A*>(p.mean)[ch] = mean;
-      static_cast<A*>(p.var)[ch] = static_cast<A>(of_channel.var);
-      if (p.mean_rest == nullptr) return;
-      static_cast<A*>(p.mean_rest)[ch] = static_cast<A>((of_channel.shift - mean) + of_channel.offset);
+    stats_of_all<A>(p, make_plan(p.shape), parallel, [&](int64_t first, int64_t end, const Welford<double>* stats) {
+      for (int64_t ch = first; ch < end; ch++) {
+        const Welford<double>& of_channel = stats[ch - first];
+        const A mean = static_cast<A>(of_channel.mean());
+        static_cast<A*>(p.mean)[ch] = mean;
+        static_cast<A*>(p.var)[ch] = static_cast<A>(of_channel.var);
+        if (p.mean_rest == nullptr) continue;
+        static_cast<A*>(p.mean_rest)[ch] = static_cast<A>((of_channel.shift - mean) + of_channel.offset);
+      }
     });
   });
 }

@@ -24,31 +24,28 @@ template <class T>
     shift = lanes[0];
   }
   const V k(shift);
-  // Lanes behind a row's end are filled with what is subtracted from them, and add nothing.
   V deviations[4] = {V(0), V(0), V(0), V(0)};
-  for (int64_t r = 0; r < block.rows; r++) {
-    const T* row = p + r * block.stride;
-    sweep<A>(block.width, [&](int64_t i, auto which, auto part) {
-      V& d = deviations[which.value];
-      d = d + (load(row + i, part, k) - k);
-    });
-  }
+  sum_rows<A>(
+      block.rows, block.width, [&](int64_t r) { return p + r * block.stride; },
+      [&](const T* row, int64_t i, auto which, auto part) {
+        V& d = deviations[which.value];
+        d = d + counted(part, load(row + i, part) - k);
+      });
   const double count = static_cast<double>(block.rows * block.width);
   const double offset = sum(deviations) / count;
 
   const A centre = static_cast<A>(shift + offset);
   const V c(centre);
   V squares[4] = {V(0), V(0), V(0), V(0)};
-  for (int64_t r = 0; r < block.rows; r++) {
-    const T* row = p + r * block.stride;
-    // The second look finds its data in cache: time to fetch the next block's.
-    const Ahead<T> ahead(x, next + r * block.stride);
-    sweep<A>(block.width, [&](int64_t i, auto which, auto part) {
-      ahead.fetch(i);
-      const V d = load(row + i, part, c) - c;
-      squares[which.value] = fma(d, d, squares[which.value]);
-    });
-  }
+  // The second look finds its data in cache: time to fetch the next block's.
+  const Ahead<T> ahead(x, next);
+  sum_rows<A>(
+      block.rows, block.width, [&](int64_t r) { return r * block.stride; },
+      [&](int64_t row, int64_t i, auto which, auto part) {
+        ahead.fetch(row + i);
+        const V d = counted(part, load(p + row + i, part) - c);
+        squares[which.value] = fma(d, d, squares[which.value]);
+      });
   // sum((x - mean)^2) = sum((x - centre)^2) - count * (mean - centre)^2, where the last term is a rounding error
   // squared.
   const double lost = (static_cast<double>(centre) - shift) - offset;
@@ -67,11 +64,8 @@ template <class T>
   using D = Vec<double>;
   const T* p = static_cast<const T*>(x) + block.first;
   const int64_t width = block.width, stride = block.stride;
-  const auto each_vector = [&](auto f) {
-    int64_t j = 0;
-    for (; j + V::lanes <= width; j += V::lanes) f(j, Full{});
-    if (j < width) f(j, Partial{width - j});
-  };
+  // Columns have one sum each: none comes twice. What stands in the lanes behind the last one is never read.
+  const auto each_vector = [&](auto f) { for_each_vector<A>(0, width, Tail::partial, f); };
   // The first row is each column's first guess.
   each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
 
@@ -87,15 +81,15 @@ template <class T>
       if (r + 4 <= rows) {
         each_vector([&](int64_t j, auto part) {
           const V k = load(shift + j, Full{});
-          const V a = (load(row + j, part, k) - k) + (load(row + stride + j, part, k) - k);
-          const V b = (load(row + 2 * stride + j, part, k) - k) + (load(row + 3 * stride + j, part, k) - k);
+          const V a = (load(row + j, part) - k) + (load(row + stride + j, part) - k);
+          const V b = (load(row + 2 * stride + j, part) - k) + (load(row + 3 * stride + j, part) - k);
           store(sums + j, Full{}, load(sums + j, Full{}) + (a + b));
         });
       } else {
         for (int64_t i = r; i < rows; i++, row += stride)
           each_vector([&](int64_t j, auto part) {
             const V k = load(shift + j, Full{});
-            store(sums + j, Full{}, load(sums + j, Full{}) + (load(row + j, part, k) - k));
+            store(sums + j, Full{}, load(sums + j, Full{}) + (load(row + j, part) - k));
           });
       }
     }
@@ -113,13 +107,13 @@ template <class T>
       V even(0), odd(0);  // two, so that an addition need not wait for the one before
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2) {
-        const V d = load(q + r * stride + j, part, c) - c;
-        const V e = load(q + (r + 1) * stride + j, part, c) - c;
+        const V d = load(q + r * stride + j, part) - c;
+        const V e = load(q + (r + 1) * stride + j, part) - c;
         even = fma(d, d, even);
         odd = fma(e, e, odd);
       }
       if (r < rows) {
-        const V d = load(q + r * stride + j, part, c) - c;
+        const V d = load(q + r * stride + j, part) - c;
         even = fma(d, d, even);
       }
       A squares[V::lanes];

@@ -15,11 +15,11 @@
 //   select_if_positive(v, dy)           is_positive(v) ? dy : 0
 //   select_or_zero(bits, dy)            the same by bits
 //   load(p) store(p, r)                 of any storage type, with its conversion
-//   load(p, n, fill) store(p, n, r)     of the first n lanes only; the others are `fill`, untouched
+//   load(p, n) store(p, n, r)           of the first n lanes only; the others are 0, untouched
 //   store_all(p, r[]) stream_all(p, r[])  of a whole vector, where that is more than a store for each register:
 //   optional load_double(p) store(float*, r)     a double register from and to floats stream(p, r) stream_fence() a
-//   store past the caches, to a multiple of its size, and the
-//                                       fence that must follow before another thread may look
+//   store past the caches, to a multiple of its size, and the fence that must
+//                                       follow before another thread may look
 //   prefetch(p)                         of any address
 //
 // All of it has internal linkage: three object files carry three versions of the same names, and
@@ -91,19 +91,33 @@ template <class A> uint32_t positive_bits(const Vec<A>& v) {
   return bits;
 }
 
-// How much of a vector lies inside the data. Kernels are written once and called with either.
+// How much of a vector lies inside the data. Kernels are written once and called with any of these.
 struct Full {};
-struct Partial {
-  int64_t n;  // 0 < n < lanes
+struct Partial {  // the first n lanes, 0 < n < lanes
+  int64_t n;
 };
+// All of it, but only the last n lanes, 0 < n < lanes, are new: the end of a row that is no whole number of vectors.
+// To load and store the others a second time takes less than to leave them out.
+struct Overlapping { int64_t n; };
 
-template <class T, class V = Vec<acc_t<T>>>
-V load(const T* p, Full, const V& = V(0)) {
+template <class A> constexpr int64_t lanes_of(Full) { return Vec<A>::lanes; }
+template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
+template <class A> constexpr int64_t lanes_of(Overlapping) { return Vec<A>::lanes; }
+
+// v in the lanes that count in a sum, 0 in the others.
+template <class A> Vec<A> counted(Full, const Vec<A>& v) { return v; }
+template <class A> Vec<A> counted(Partial part, const Vec<A>& v) { return select_or_zero((1u << part.n) - 1u, v); }
+template <class A> Vec<A> counted(Overlapping part, const Vec<A>& v) {
+  return select_or_zero(~0u << (Vec<A>::lanes - part.n), v);
+}
+
+template <class T, class P, class V = Vec<acc_t<T>>>
+V load(const T* p, P) {
   return V::each([&](int i) { return load(p + i * V::lanes_each); });
 }
 template <class T, class V = Vec<acc_t<T>>>
-V load(const T* p, Partial part, const V& fill = V(0)) {
-  return V::each([&](int i) { return load(p + i * V::lanes_each, part.n - i * V::lanes_each, fill.r[i]); });
+V load(const T* p, Partial part) {
+  return V::each([&](int i) { return load(p + i * V::lanes_each, part.n - i * V::lanes_each); });
 }
 template <int lanes_each, class T, class R, int n>
 void store_all(T* p, const R (&r)[n]) {
@@ -113,8 +127,8 @@ template <int lanes_each, class T, class R, int n>
 void stream_all(T* p, const R (&r)[n]) {
   for (int i = 0; i < n; i++) stream(p + i * lanes_each, r[i]);
 }
-template <class T, class A>
-void store(T* p, Full, const Vec<A>& v) {
+template <class T, class P, class A>
+void store(T* p, P, const Vec<A>& v) {
   store_all<Vec<A>::lanes_each>(p, v.r);
 }
 template <class T, class A>
@@ -133,9 +147,10 @@ void store(T* p, P part, const Vec<A>& v, bool past_caches) {
   }
   store(p, part, v);
 }
+// Elements before the first one that such a store may begin with.
 template <class T>
-bool can_stream(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (Vec<acc_t<T>>::lanes * sizeof(T)) == 0;
+int64_t to_alignment(const T* p) {
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % (Vec<acc_t<T>>::lanes * sizeof(T)) / sizeof(T));
 }
 
 // As double, whatever A is.
@@ -157,38 +172,90 @@ double sum(const Vec<A> (&v)[4]) {
   return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]));
 }
 
-// Calls f(i, which, Whole or Part) for the vectors of [0, width); `which` says which of 4
-// accumulators to use, so that additions need not wait for each other. It is a constant type:
-// an array indexed by a variable would live in memory.
+// For rows [0, rows) of `width` elements, which are summed up: calls begin(row), and for the row's vectors
+// f(what begin returned, i, which, part). `which` says in which of 4 accumulators, so that additions need not wait for
+// each other. It is a constant type: an array indexed by a variable would live in memory. Short rows have a constant
+// number of vectors, so that accumulators stay in registers from row to row.
 template <int i> struct Index { static constexpr int value = i; };
-template <class A, class F>
-void sweep(int64_t width, F f) {
+template <class A, int fulls, class Begin, class F>
+void sum_short_rows(int64_t rows, int64_t width, Begin begin, F f) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  int64_t i = 0;
-  for (; i + 4 * lanes <= width; i += 4 * lanes) {
-    f(i, Index<0>{}, Full{});
-    f(i + lanes, Index<1>{}, Full{});
-    f(i + 2 * lanes, Index<2>{}, Full{});
-    f(i + 3 * lanes, Index<3>{}, Full{});
+  const int64_t left = width % lanes;
+  for (int64_t r = 0; r < rows; r++) {
+    const auto row = begin(r);
+    f(row, int64_t{0}, Index<0>{}, Full{});
+    if constexpr (fulls >= 2) f(row, lanes, Index<1>{}, Full{});
+    if constexpr (fulls >= 3) f(row, 2 * lanes, Index<2>{}, Full{});
+    if (left != 0) f(row, width - lanes, Index<3>{}, Overlapping{left});
   }
-  const int64_t left = width - i;
-  if (left >= lanes) f(i, Index<0>{}, Full{});
-  if (left >= 2 * lanes) f(i + lanes, Index<1>{}, Full{});
-  if (left >= 3 * lanes) f(i + 2 * lanes, Index<2>{}, Full{});
-  if (left % lanes != 0) f(i + left / lanes * lanes, Index<3>{}, Partial{left % lanes});
+}
+template <class A, class Begin, class F>
+void sum_rows(int64_t rows, int64_t width, Begin begin, F f) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  switch (width / lanes) {
+    case 0:
+      for (int64_t r = 0; r < rows; r++) f(begin(r), int64_t{0}, Index<0>{}, Partial{width});
+      return;
+    case 1: return sum_short_rows<A, 1>(rows, width, begin, f);
+    case 2: return sum_short_rows<A, 2>(rows, width, begin, f);
+    case 3: return sum_short_rows<A, 3>(rows, width, begin, f);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const auto row = begin(r);
+    int64_t i = 0;
+    for (; i + 4 * lanes <= width; i += 4 * lanes) {
+      f(row, i, Index<0>{}, Full{});
+      f(row, i + lanes, Index<1>{}, Full{});
+      f(row, i + 2 * lanes, Index<2>{}, Full{});
+      f(row, i + 3 * lanes, Index<3>{}, Full{});
+    }
+    const int64_t left = width - i;
+    if (left >= lanes) f(row, i, Index<0>{}, Full{});
+    if (left >= 2 * lanes) f(row, i + lanes, Index<1>{}, Full{});
+    if (left >= 3 * lanes) f(row, i + 2 * lanes, Index<2>{}, Full{});
+    if (left % lanes != 0) f(row, width - lanes, Index<3>{}, Overlapping{left % lanes});
+  }
 }
 
-// The same where the bits of a sign mask go along: `first` is the element that i = 0 stands for,
-// and every vector but the first begins on a byte of the mask.
+// Calls f(i, part) for the vectors of [0, width), the first of which has `head` elements, unless that is 0.
+enum class Tail { overlapping, partial };
 template <class A, class F>
-void sweep_bytes(int64_t first, int64_t width, F f) {
+void for_each_vector(int64_t head, int64_t width, Tail tail, F f) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  const int64_t to_byte = -first & 7;
-  int64_t i = to_byte < width ? to_byte : width;
-  if (i > 0) f(int64_t{0}, Index<0>{}, Partial{i});
-  for (; i + lanes <= width; i += lanes) f(i, Index<0>{}, Full{});
-  if (i < width) f(i, Index<0>{}, Partial{width - i});
+  int64_t i = head;
+  if (head > 0) f(int64_t{0}, Partial{head});
+  for (; i + lanes <= width; i += lanes) f(i, Full{});
+  if (i == width) return;
+  if (tail == Tail::overlapping && width >= lanes) {
+    f(width - lanes, Overlapping{width - i});
+  } else {
+    f(i, Partial{width - i});
+  }
 }
+template <class A, class F>
+void for_each_vector(int64_t width, F f) {
+  for_each_vector<A>(0, width, Tail::overlapping, f);
+}
+
+// How an element-wise pass takes a row: past the caches from the first vector on that may go there, where `wanted`.
+// There the tail is partial, as a second store to what went past the caches would fetch it back.
+template <class A>
+struct RowPlan {
+  bool stream = false;
+  int64_t head = 0;
+  Tail tail = Tail::overlapping;
+
+  // `p` and `q`: where the outputs of the row begin; a null pointer is in nobody's way.
+  template <class T>
+  RowPlan(bool wanted, int64_t width, const T* p, const T* q = nullptr) {
+    if (!wanted) return;
+    const int64_t to_p = p != nullptr ? to_alignment(p) : to_alignment(q);
+    stream = to_p + Vec<A>::lanes <= width && (p == nullptr || q == nullptr || to_alignment(q) == to_p);
+    if (!stream) return;
+    head = to_p;
+    tail = Tail::partial;
+  }
+};
 
 // Elements that will be read soon, fetched into cache. They may lie beyond the tensor: nobody
 // dereferences them.
@@ -200,22 +267,23 @@ template <class T> struct Ahead {
   void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
 };
 
-// The bits of elements [i, i + lanes) or [i, i + n), as sweep_bytes cuts them. Writing leaves the
-// bits of a byte below i as they are and clears those above, so that a task which goes through
-// whole bytes in ascending order needs no cleared memory.
+// The bits of elements [i, i + n) of a sign mask, n <= 16, of no byte but those that these lie in. Writing leaves the
+// bits of a byte below i as they are and clears those above, so that a task which goes through whole bytes in
+// ascending order needs no cleared memory.
 inline uint32_t get_bits(const uint8_t* mask, int64_t i, int64_t n) {
   const uint8_t* p = mask + i / 8;
-  return (n > 8 ? static_cast<uint32_t>(p[0] | p[1] << 8) : p[0]) >> (i % 8);
+  const int64_t shift = i % 8, last = (shift + n - 1) / 8;
+  return (p[0] | static_cast<uint32_t>(p[last > 0]) << 8 | static_cast<uint32_t>(p[last]) << (8 * last)) >> shift;
 }
 inline void put_bits(uint8_t* mask, int64_t i, int64_t n, uint32_t bits) {
   uint8_t* p = mask + i / 8;
-  bits &= (1u << n) - 1u;
-  const uint32_t below = i % 8 == 0 ? 0u : p[0] & ((1u << i % 8) - 1u);
-  p[0] = static_cast<uint8_t>(below | bits << (i % 8));
-  if (n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+  const int64_t shift = i % 8, last = (shift + n - 1) / 8;
+  const uint32_t below = shift == 0 ? 0u : p[0] & ((1u << shift) - 1u);
+  const uint32_t all = below | (bits & ((1u << n) - 1u)) << shift;
+  p[0] = static_cast<uint8_t>(all);
+  if (last >= 1) p[1] = static_cast<uint8_t>(all >> 8);
+  if (last == 2) p[2] = static_cast<uint8_t>(all >> 16);
 }
-template <class A> constexpr int64_t lanes_of(Full) { return Vec<A>::lanes; }
-template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
 
 }  // namespace
 }  // namespace bnext::cpu

@@ -1,0 +1,94 @@
+// What is done once for each channel, between the passes over the data: for some channels together, in loops over
+// arrays. Where channels are many and short, it takes as long as the passes do.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../core/half.h"
+#include "plan.h"
+
+namespace bnext::cpu {
+
+// Channels that are taken together, at most: arrays of so many live on the stack.
+constexpr int64_t kTogether = 64;
+
+// Calls run(first, end) for channels [first, end) in steps of at most kTogether.
+template <class F>
+void for_each_step(int64_t first, int64_t end, F run) {
+  for (; first < end; first += kTogether) run(first, std::min(first + kTogether, end));
+}
+
+// Elements [first, end) of a [c] vector whose dtype is known at run time only, or `fallback` where it is null.
+template <class A>
+void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end, A fallback) {
+  if (p == nullptr) {
+    std::fill(values, values + (end - first), fallback);
+    return;
+  }
+  switch (t) {
+#define BNEXT_CASE(name, type, python)                                             \
+  case DType::name:                                                                \
+    for (int64_t ch = first; ch < end; ch++)                                       \
+      values[ch - first] = static_cast<A>(widen(static_cast<const type*>(p)[ch])); \
+    return;
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
+}
+
+// The reverse; nothing where p is null.
+template <class A>
+void store_channels(const A* values, void* p, DType t, int64_t first, int64_t end) {
+  if (p == nullptr) return;
+  switch (t) {
+#define BNEXT_CASE(name, type, python)                                                        \
+  case DType::name:                                                                           \
+    for (int64_t ch = first; ch < end; ch++)                                                  \
+      static_cast<type*>(p)[ch] = narrow<type>(static_cast<acc_t<type>>(values[ch - first])); \
+    return;
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
+}
+
+// Calls visit(channel, column) for those of the first `limit` columns, whole periods, that belong to channels
+// [first, end): of each channel in ascending order.
+template <class F>
+void for_each_column(const Plan& plan, int64_t first, int64_t end, int64_t limit, F visit) {
+  const int64_t inner = plan.inner;
+  for (int64_t start = 0; start < limit; start += plan.channels * inner) {
+    if (inner == 1) {  // a loop for the compiler's vectors
+      for (int64_t ch = first; ch < end; ch++) visit(ch, start + ch);
+      continue;
+    }
+    for (int64_t ch = first; ch < end; ch++)
+      for (int64_t i = 0; i < inner; i++) visit(ch, start + ch * inner + i);
+  }
+}
+
+// A parameter of every channel, laid out for the kernels: an entry for each channel or each column.
+template <class A>
+class PerChannel {
+ public:
+  explicit PerChannel(const Plan& plan) : plan_(plan), values_(static_cast<size_t>(plan.parameters() + kPadding)) {}
+
+  void set(int64_t first, int64_t end, const A* values) {
+    if (plan_.by_column) {
+      A* const entries = values_.data();
+      for_each_column(plan_, first, end, plan_.width,
+                      [=](int64_t ch, int64_t column) { entries[column] = values[ch - first]; });
+    } else {
+      std::copy(values, values + (end - first), values_.begin() + first);
+    }
+  }
+  const A* data() const { return values_.data(); }
+
+ private:
+  const Plan& plan_;
+  std::vector<A> values_;
+};
+
+}  // namespace bnext::cpu
