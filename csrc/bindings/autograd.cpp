@@ -65,31 +65,36 @@ Four run_backward(const Tensor& dy, const Saved& saved, std::array<bool, 4> need
                  name_of(saved.activation), saved.activation_param, saved.training, needs);
 }
 
-void save(AutogradContext* ctx, const Saved& saved, const Tensor& dy = {}) {
+// `arguments`: a bit for each of weight, bias and residual that was given.
+void save(AutogradContext* ctx, const Saved& saved, int64_t arguments, const Tensor& dy = {}) {
   const auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
   variable_list tensors = {tensor(saved.x), tensor(saved.weight), tensor(saved.bias),    saved.mean,
                            saved.invstd,    tensor(saved.mask),   tensor(saved.residual)};
   if (dy.defined()) tensors.push_back(dy);
   ctx->save_for_backward(std::move(tensors));
-  ctx->saved_data["activation"] = static_cast<int64_t>(saved.activation);
-  ctx->saved_data["activation_param"] = saved.activation_param;
-  ctx->saved_data["training"] = saved.training;
-  ctx->saved_data["eps"] = saved.eps;
+  // One entry, of as many elements as a tuple holds without an allocation of its own.
+  const int64_t numbers = arguments + 8 * saved.training + 16 * static_cast<int64_t>(saved.activation);
+  ctx->saved_data["settings"] = std::make_tuple(numbers, saved.activation_param, saved.eps);
 }
 
-Saved restore(AutogradContext* ctx, const variable_list& tensors) {
-  const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); };
-  return {optional(tensors[0]),
-          optional(tensors[1]),
-          optional(tensors[2]),
-          tensors[3],
-          tensors[4],
-          optional(tensors[5]),
-          optional(tensors[6]),
-          static_cast<Activation>(ctx->saved_data["activation"].toInt()),
-          ctx->saved_data["activation_param"].toDouble(),
-          ctx->saved_data["training"].toBool(),
-          ctx->saved_data["eps"].toDouble()};
+struct Restored {
+  Saved saved;
+  int64_t arguments;
+  Tensor dy;  // where it was saved
+};
+
+Restored restore(AutogradContext* ctx) {
+  variable_list tensors = ctx->get_saved_variables();
+  const auto optional = [&](size_t i) {
+    return tensors[i].defined() ? OptionalTensor(std::move(tensors[i])) : OptionalTensor();
+  };
+  const auto& settings = ctx->saved_data["settings"].toTupleRef().elements();
+  const int64_t numbers = settings[0].toInt();
+  return {
+      {optional(0), optional(1), optional(2), std::move(tensors[3]), std::move(tensors[4]), optional(5), optional(6),
+       static_cast<Activation>(numbers / 16), settings[1].toDouble(), numbers / 8 % 2 != 0, settings[2].toDouble()},
+      numbers % 8,
+      tensors.size() > 7 ? std::move(tensors[7]) : Tensor()};
 }
 
 // Reads needs_input_grad in order, past arguments that were not given and so have no edge.
@@ -111,20 +116,19 @@ struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNorm
                                const OptionalTensor& /*weight*/, const OptionalTensor& /*bias*/,
                                const OptionalTensor& /*residual*/, const Saved& saved, std::array<bool, 4> needs) {
     ctx->set_materialize_grads(false);
-    save(ctx, saved, dy);
+    save(ctx, saved, /*arguments=*/0, dy);
     auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
     return {dx, dweight, dbias, dresidual};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list tensors = ctx->get_saved_variables();
-    const Saved saved = restore(ctx, tensors);
+    const auto [saved, arguments, dy] = restore(ctx);
     Needs needs(ctx);
     needs.next(true);
     const std::array<bool, 4> wanted = {needs.next(given(saved.x)), needs.next(given(saved.weight)),
                                         needs.next(given(saved.bias)), needs.next(given(saved.residual))};
     auto [ddy, dx, dweight, dbias, dresidual] =
-        double_backward(saved, tensors[7], grads[0], grads[1], grads[2], grads[3], wanted);
+        double_backward(saved, dy, grads[0], grads[1], grads[2], grads[3], wanted);
     return {ddy, dx, dweight, dbias, dresidual, Tensor(), Tensor()};
   }
 };
@@ -144,10 +148,12 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     const bool need_x = settings.training || active || (given(weight) && weight->requires_grad()) ||
                         (given(bias) && bias->requires_grad());
     const OptionalTensor none;
-    save(ctx, {need_x ? OptionalTensor(x) : none, weight, active && !use_mask ? bias : none, mean, invstd,
-               use_mask ? OptionalTensor(mask) : none, use_residual ? residual : none, activation,
-               settings.activation_param, settings.training, settings.eps});
-    ctx->saved_data["given"] = given(weight) + 2 * given(bias) + 4 * given(residual);
+    const int64_t arguments = given(weight) + 2 * given(bias) + 4 * given(residual);
+    save(ctx,
+         {need_x ? OptionalTensor(x) : none, weight, active && !use_mask ? bias : none, mean, invstd,
+          use_mask ? OptionalTensor(mask) : none, use_residual ? residual : none, activation, settings.activation_param,
+          settings.training, settings.eps},
+         arguments);
     return y;
   }
 
@@ -155,8 +161,7 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     variable_list result(5);  // x, weight, bias, residual, settings
     const Tensor& dy = grads[0];
     if (!dy.defined()) return result;
-    const Saved saved = restore(ctx, ctx->get_saved_variables());
-    const int64_t arguments = ctx->saved_data["given"].toInt();
+    const auto [saved, arguments, unused] = restore(ctx);
     Needs each(ctx);
     std::array<bool, 4> needs = {each.next(true), each.next(arguments & 1), each.next(arguments & 2),
                                  each.next(arguments & 4)};
@@ -164,16 +169,19 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
       result[3] = dy;
       needs[3] = false;
     }
-    const auto keep = [&](const variable_list& all) {
-      for (size_t i = 0; i < all.size(); ++i) {
-        if (needs[i]) result[i] = all[i];
-      }
+    const auto keep = [&](size_t i, Tensor& gradient) {
+      if (needs[i]) result[i] = std::move(gradient);
     };
     if (at::GradMode::is_enabled()) {  // create_graph
-      keep(BnextBatchNormBackwardBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs));
+      variable_list all =
+          BnextBatchNormBackwardBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs);
+      for (size_t i = 0; i < all.size(); ++i) keep(i, all[i]);
     } else {
       auto [dx, dweight, dbias, dresidual] = run_backward(dy, saved, needs);
-      keep({dx, dweight, dbias, dresidual});
+      keep(0, dx);
+      keep(1, dweight);
+      keep(2, dbias);
+      keep(3, dresidual);
     }
     return result;
   }

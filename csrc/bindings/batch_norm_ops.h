@@ -19,6 +19,7 @@
 #include <tuple>
 
 #include "../core/merge.h"
+#include "allocate.h"
 #include "checks.h"
 #include "kernels_run.h"
 #include "parts.h"
@@ -33,32 +34,9 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
   return given(t) ? OptionalTensor(t->contiguous()) : OptionalTensor();
 }
 
-inline Tensor nothing(const Tensor& x) { return at::empty({0}, x.options()); }
-
-inline Tensor channel_vector(const Tensor& x, at::ScalarType dtype) {
-  return at::empty_symint({x.sym_size(1)}, x.options().dtype(dtype));
-}
-
-inline Tensor statistic(const Tensor& x) { return channel_vector(x, acc_type_of(x)); }
-
-inline Tensor kept_mask(const Tensor& x, const Parts& parts, bool wanted) {
-  return at::empty_symint({wanted ? parts.mask_bytes() : c10::SymInt(0)}, x.options().dtype(at::kByte));
-}
-
 template <class... Tensors>
 void zero(const Tensors&... tensors) {
   (tensors.zero_(), ...);
-}
-
-// The dtype that both parameters have; where there are none, that of their gradients' sums.
-inline at::ScalarType parameter_type(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
-  return given(weight) ? weight->scalar_type() : given(bias) ? bias->scalar_type() : acc_type_of(x);
-}
-
-// In the shape of the parameter, which torch lets be any that has a value for each channel.
-inline Tensor parameter_gradient(const Tensor& x, const OptionalTensor& parameter, const OptionalTensor& other) {
-  return given(parameter) ? at::empty_like(*parameter, at::MemoryFormat::Contiguous)
-                          : channel_vector(x, parameter_type(x, parameter, other));
 }
 
 // A buffer that an operator changes in place, under the rules of in-place changes: its version
@@ -83,6 +61,7 @@ class Buffer {
 template <class Backend>
 struct BatchNormOps {
   static constexpr bool executes = Backend::executes;
+  using New = Allocate<executes>;
 
   static std::tuple<Tensor, Tensor> stats(const Tensor& x) {
     // Validate.
@@ -94,7 +73,7 @@ struct BatchNormOps {
     const Tensor xd = dense(x, format, executes);
 
     // Allocate.
-    Tensor mean = statistic(x), var = statistic(x);
+    Tensor mean = New::statistic(x), var = New::statistic(x);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -122,7 +101,7 @@ struct BatchNormOps {
     const Tensor xd = dense(x, format, executes);
 
     // Allocate.
-    Tensor row = at::empty_symint({3 * x.sym_size(1) + 2}, x.options().dtype(acc_type_of(x)));
+    Tensor row = New::empty(x, {3 * x.sym_size(1) + 2}, acc_type_of(x));
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -206,8 +185,8 @@ struct BatchNormOps {
     const Tensor mean_d = mean.contiguous(), invstd_d = invstd.contiguous();
 
     // Allocate.
-    Tensor y = at::empty_like(apply.x, apply.format);
-    Tensor mask = kept_mask(x, parts, save_mask && kept_of(act) == Kept::bit);
+    Tensor y = New::like(apply.x, apply.format);
+    Tensor mask = New::mask(x, parts, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -237,9 +216,9 @@ struct BatchNormOps {
     const Apply apply(x, weight, bias, residual);
 
     // Allocate.
-    Tensor y = at::empty_like(apply.x, apply.format);
-    Tensor mean = parts.statistic(x), invstd = parts.statistic(x);
-    Tensor mask = kept_mask(x, parts, save_mask && kept_of(act) == Kept::bit);
+    Tensor y = New::like(apply.x, apply.format);
+    Tensor mean = New::statistic(x, parts), invstd = New::statistic(x, parts);
+    Tensor mask = New::mask(x, parts, save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -293,9 +272,9 @@ struct BatchNormOps {
     const Tensor running_mean_d = running_mean.contiguous(), running_var_d = running_var.contiguous();
 
     // Allocate.
-    Tensor y = at::empty_like(apply.x, apply.format);
-    Tensor mean = save ? statistic(x) : nothing(x), invstd = save ? statistic(x) : nothing(x);
-    Tensor mask = kept_mask(x, Parts::whole(x), save_mask && kept_of(act) == Kept::bit);
+    Tensor y = New::like(apply.x, apply.format);
+    Tensor mean = save ? New::statistic(x) : New::nothing(x), invstd = save ? New::statistic(x) : New::nothing(x);
+    Tensor mask = New::mask(x, Parts::whole(x), save_mask && kept_of(act) == Kept::bit);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -329,8 +308,8 @@ struct BatchNormOps {
     const Gradient gradient(dy, x, mean, invstd, weight, bias, mask, residual);
 
     // Allocate.
-    Tensor sum_dy = statistic(x), sum_dy_xmu = statistic(x);
-    Tensor dweight = parameter_gradient(x, weight, bias), dbias = parameter_gradient(x, bias, weight);
+    Tensor sum_dy = New::statistic(x), sum_dy_xmu = New::statistic(x);
+    Tensor dweight = New::parameter_gradient(x, weight, bias), dbias = New::parameter_gradient(x, bias, weight);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -370,8 +349,8 @@ struct BatchNormOps {
     const Tensor sum_dy_d = sum_dy.contiguous(), sum_dy_xmu_d = sum_dy_xmu.contiguous();
 
     // Allocate.
-    Tensor dx = at::empty_like(gradient.x);
-    Tensor dresidual = given(mask) || given(residual) ? at::empty_like(gradient.x) : nothing(x);
+    Tensor dx = New::like(gradient.x);
+    Tensor dresidual = given(mask) || given(residual) ? New::like(gradient.x) : New::nothing(x);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -412,10 +391,10 @@ struct BatchNormOps {
     const Gradient gradient(dy, like, mean, invstd, weight, bias, mask, residual);
 
     // Allocate.
-    Tensor dx = need_dx ? at::empty_like(gradient.x) : nothing(like);
-    Tensor dresidual = need_dresidual ? at::empty_like(gradient.x) : nothing(like);
-    Tensor dweight = need_dweight ? parameter_gradient(like, weight, bias) : nothing(like);
-    Tensor dbias = need_dbias ? parameter_gradient(like, bias, weight) : nothing(like);
+    Tensor dx = need_dx ? New::like(gradient.x) : New::nothing(like);
+    Tensor dresidual = need_dresidual ? New::like(gradient.x) : New::nothing(like);
+    Tensor dweight = need_dweight ? New::parameter_gradient(like, weight, bias) : New::nothing(like);
+    Tensor dbias = need_dbias ? New::parameter_gradient(like, bias, weight) : New::nothing(like);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -427,7 +406,8 @@ struct BatchNormOps {
       p.dx = data(dx);
       p.dresidual = data(dresidual);
       const int64_t batches = parts.count().expect_int();
-      const Tensor sums = reduces ? at::empty({2, batches, like.size(1)}, mean.options()) : Tensor();
+      const Tensor sums =
+          reduces ? New::empty(like, {c10::SymInt(2), parts.count(), like.sym_size(1)}, acc_type_of(like)) : Tensor();
       if (reduces) {
         p.sum_dy = data(sums);
         p.sum_dy_xmu = static_cast<char*>(p.sum_dy) + sums.nbytes() / 2;

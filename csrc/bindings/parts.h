@@ -41,11 +41,8 @@ class Parts {
 
   c10::SymInt least_examples() const { return examples_ / count_; }
 
-  // For a statistic of every part.
-  Tensor statistic(const Tensor& x) const {
-    const auto options = x.options().dtype(acc_type_of(x));
-    return rows_ ? at::empty_symint({count_, x.sym_size(1)}, options) : at::empty_symint({x.sym_size(1)}, options);
-  }
+  // Whether a statistic has a row for each part.
+  bool in_rows() const { return rows_; }
 
   // For a bit an element.
   c10::SymInt mask_bytes() const {

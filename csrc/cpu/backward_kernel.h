@@ -117,7 +117,7 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
   const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
   // Columns have sums of their own: none comes twice.
-  for_each_vector<A>(0, width, Tail::partial, [&](int64_t j, auto part) {
+  for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) {
     const V m = mean.at(j);
     V dy_sum = load(dys + j, Full{}), product = load(products + j, Full{});
     for (int r = 0; r < rows; r++) {
@@ -188,23 +188,23 @@ template <class T, Derivative from, bool training, bool by_column>
     const T* x = static_cast<const T*>(args.x) + (reads_x ? first : 0);
     T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
     T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
-    RowPlan<A> row(args.stream, block.width, dx, dresidual);
-    if (args.dx == args.dy) row.tail = Tail::partial;  // in place: what was stored is not to be loaded again
+    const Streaming streaming(args.stream, block.width, dx, dresidual);
+    const Tail tail = args.dx == args.dy ? Tail::partial : Tail::overlapping;
     const P mean(args.mean + channel), scale(args.scale + channel);
     // In eval mode these two are null: mean stands in for them, unread.
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
     const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
-    for_each_vector<A>(row.head, block.width, row.tail, [&](int64_t j, auto part) {
+    for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
       V xmu(0);
       if constexpr (by_column) dy_ahead.fetch(j);
       if constexpr (by_column && reads_x) x_ahead.fetch(j);
       if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
       V dy = dy_prime(j, part, xmu);
-      if (dresidual != nullptr) store(dresidual + j, part, dy, row.stream);
+      if (dresidual != nullptr) store(dresidual + j, part, dy);
       if constexpr (training) dy = fnma(xmu, slope.at(j), dy - mean_dy.at(j));
-      if (dx != nullptr) store(dx + j, part, dy * scale.at(j), row.stream);
+      if (dx != nullptr) store(dx + j, part, dy * scale.at(j));
     });
   }
   if (args.stream) stream_fence();

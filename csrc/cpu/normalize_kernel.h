@@ -22,7 +22,7 @@ template <class A> struct Parameter<A, true> {
 // f(j, part) into a buffer, to the end of the row's last vector.
 template <class A, class F>
 void fill_row(A* row, int64_t width, F f) {
-  for_each_vector<A>(0, width, Tail::partial, [&](int64_t j, auto part) { store(row + j, Full{}, f(j, part)); });
+  for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) { store(row + j, Full{}, f(j, part)); });
 }
 
 // epilogue.h's Affine, on vectors.
@@ -67,17 +67,17 @@ template <class T, Addend addend, bool by_column>
     const T* x = static_cast<const T*>(args.x) + first;
     const T* residual = static_cast<const T*>(args.residual) + (addend == Addend::none ? 0 : first);
     T* y = static_cast<T*>(args.y) + first;
-    const RowPlan<A> row(args.stream, block.width, y);
+    const Streaming streaming(args.stream, block.width, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
     const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
-    for_each_vector<A>(row.head, block.width, row.tail, [&](int64_t j, auto part) {
+    for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
       V v = affine(load(x + j, part), j);
       if constexpr (addend != Addend::none) v = v + load(residual + j, part);
       if constexpr (masked) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
-      store(y + j, part, max_keep_nan(low, v), row.stream);
+      store(y + j, part, max_keep_nan(low, v));
     });
   }
   if (args.stream) stream_fence();
@@ -96,15 +96,14 @@ template <class T, bool by_column>
       // A copy, since the values need z as well.
       fill_row(kept, block.width, [&](int64_t j, auto) { return load(z + j, Full{}); });
       kept_bits(args.activation, kept, block.width);
-      for_each_vector<A>(block.width, [&](int64_t j, auto part) {
+      for_each_vector<A>(block.width, Tail::overlapping, [&](int64_t j, auto part) {
         put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(load(kept + j, Full{})));
       });
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    const RowPlan<A> row(args.stream, block.width, y);
-    for_each_vector<A>(row.head, block.width, row.tail,
-                       [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{}), row.stream); });
+    for_each_vector<A>(Streaming(args.stream, block.width, y), block.width, Tail::overlapping,
+                       [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
   }
   if (args.stream) stream_fence();
 }

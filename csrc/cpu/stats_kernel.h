@@ -65,7 +65,7 @@ template <class T>
   const T* p = static_cast<const T*>(x) + block.first;
   const int64_t width = block.width, stride = block.stride;
   // Columns have one sum each: none comes twice. What stands in the lanes behind the last one is never read.
-  const auto each_vector = [&](auto f) { for_each_vector<A>(0, width, Tail::partial, f); };
+  const auto each_vector = [&](auto f) { for_each_vector<A>(width, Tail::partial, f); };
   // The first row is each column's first guess.
   each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
 

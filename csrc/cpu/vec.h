@@ -26,8 +26,8 @@
 // none of them may leak into another.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "../core/types.h"
 
@@ -93,7 +93,8 @@ template <class A> uint32_t positive_bits(const Vec<A>& v) {
 
 // How much of a vector lies inside the data. Kernels are written once and called with any of these.
 struct Full {};
-struct Partial {  // the first n lanes, 0 < n < lanes
+struct Streamed {};  // all of it, and stores go past the caches: to whole cache lines
+struct Partial {     // the first n lanes, 0 < n <= lanes
   int64_t n;
 };
 // All of it, but only the last n lanes, 0 < n < lanes, are new: the end of a row that is no whole number of vectors.
@@ -101,6 +102,7 @@ struct Partial {  // the first n lanes, 0 < n < lanes
 struct Overlapping { int64_t n; };
 
 template <class A> constexpr int64_t lanes_of(Full) { return Vec<A>::lanes; }
+template <class A> constexpr int64_t lanes_of(Streamed) { return Vec<A>::lanes; }
 template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
 template <class A> constexpr int64_t lanes_of(Overlapping) { return Vec<A>::lanes; }
 
@@ -136,21 +138,9 @@ void store(T* p, Partial part, const Vec<A>& v) {
   for (int i = 0; i < Vec<A>::registers; i++)
     store(p + i * Vec<A>::lanes_each, part.n - i * Vec<A>::lanes_each, v.r[i]);
 }
-// A store that goes past the caches on demand, where p is a multiple of its size.
-template <class T, class P, class A>
-void store(T* p, P part, const Vec<A>& v, bool past_caches) {
-  if constexpr (std::is_same_v<P, Full>) {
-    if (past_caches) {
-      stream_all<Vec<A>::lanes_each>(p, v.r);
-      return;
-    }
-  }
-  store(p, part, v);
-}
-// Elements before the first one that such a store may begin with.
-template <class T>
-int64_t to_alignment(const T* p) {
-  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % (Vec<acc_t<T>>::lanes * sizeof(T)) / sizeof(T));
+template <class T, class A>
+void store(T* p, Streamed, const Vec<A>& v) {
+  stream_all<Vec<A>::lanes_each>(p, v.r);
 }
 
 // As double, whatever A is.
@@ -217,13 +207,37 @@ void sum_rows(int64_t rows, int64_t width, Begin begin, F f) {
   }
 }
 
-// Calls f(i, part) for the vectors of [0, width), the first of which has `head` elements, unless that is 0.
+// Where the stores of an element-wise pass over a row may go past the caches: whole cache lines of it, as half a line
+// takes a detour through memory. Not worth it in short rows, unless these are whole lines: a line that two rows share
+// is fetched first, by the normal stores at their ends.
+struct Streaming {
+  int64_t head = 0;  // elements before the first such line
+  int64_t length = 0;
+
+  // `p` and `q`: where the outputs of the row begin; a null pointer is in nobody's way.
+  template <class T>
+  Streaming(bool wanted, int64_t width, const T* p, const T* q = nullptr) {
+    constexpr int64_t kLine = 64 / sizeof(T), kLongRow = 1024 / sizeof(T);
+    if (!wanted) return;
+    const int64_t to_line = before_line(p != nullptr ? p : q), lines = (width - to_line) / kLine * kLine;
+    if (p != nullptr && q != nullptr && before_line(q) != to_line) return;
+    if (lines != width && width < kLongRow) return;
+    head = to_line;
+    length = lines;
+  }
+
+  template <class T> static int64_t before_line(const T* p) {
+    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % 64 / sizeof(T));
+  }
+};
+
+// Calls f(i, part) for the vectors of [begin, width). Where f works in place, or writes past the caches, nothing is to
+// be taken a second time: then the last vector is partial.
 enum class Tail { overlapping, partial };
 template <class A, class F>
-void for_each_vector(int64_t head, int64_t width, Tail tail, F f) {
+void for_each_vector(int64_t width, Tail tail, F f, int64_t begin = 0) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  int64_t i = head;
-  if (head > 0) f(int64_t{0}, Partial{head});
+  int64_t i = begin;
   for (; i + lanes <= width; i += lanes) f(i, Full{});
   if (i == width) return;
   if (tail == Tail::overlapping && width >= lanes) {
@@ -233,29 +247,16 @@ void for_each_vector(int64_t head, int64_t width, Tail tail, F f) {
   }
 }
 template <class A, class F>
-void for_each_vector(int64_t width, F f) {
-  for_each_vector<A>(0, width, Tail::overlapping, f);
-}
-
-// How an element-wise pass takes a row: past the caches from the first vector on that may go there, where `wanted`.
-// There the tail is partial, as a second store to what went past the caches would fetch it back.
-template <class A>
-struct RowPlan {
-  bool stream = false;
-  int64_t head = 0;
-  Tail tail = Tail::overlapping;
-
-  // `p` and `q`: where the outputs of the row begin; a null pointer is in nobody's way.
-  template <class T>
-  RowPlan(bool wanted, int64_t width, const T* p, const T* q = nullptr) {
-    if (!wanted) return;
-    const int64_t to_p = p != nullptr ? to_alignment(p) : to_alignment(q);
-    stream = to_p + Vec<A>::lanes <= width && (p == nullptr || q == nullptr || to_alignment(q) == to_p);
-    if (!stream) return;
-    head = to_p;
+void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  const int64_t head = streaming.head, end = head + streaming.length;
+  if (streaming.length > 0) {
+    for (int64_t i = 0; i < head; i += lanes) f(i, Partial{std::min(lanes, head - i)});
+    for (int64_t i = head; i < end; i += lanes) f(i, Streamed{});
     tail = Tail::partial;
   }
-};
+  for_each_vector<A>(width, tail, f, end);
+}
 
 // Elements that will be read soon, fetched into cache. They may lie beyond the tensor: nobody
 // dereferences them.
