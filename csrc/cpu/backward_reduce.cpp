@@ -47,14 +47,14 @@ void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, c
 template <class A>
 void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
   const Plan& plan = b.plan;
-  const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
+  const int64_t splits = plan.splits();
   std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
   const auto kernel = b.kernels.column_sums[static_cast<int>(b.derivative)];
-  for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
-    const int64_t down = task / plan.blocks_across;
-    const SubMatrix block = block_of_columns(plan, down, task % plan.blocks_across);
-    const int64_t at = down * plan.pitch + block.param;
-    if (block.width > 0) kernel(b.args, block, &dy[at], &dy_xmu[at]);
+  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
+    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) {
+      const int64_t at = down * plan.pitch + block.param;
+      kernel(b.args, block, &dy[at], &dy_xmu[at]);
+    });
   });
 
   for_all_channels(parallel, plan, splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {

@@ -41,7 +41,7 @@ void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
       normalizer.set(first, end, mean, invstd);
     };
 
-    if (!plan.by_column && plan.pieces == 1 && (p.mask == nullptr || plan.whole_bytes)) {
+    if (!plan.by_column && plan.pieces == 1 && (p.mask == nullptr || plan.masks_by_group)) {
       const int64_t each = p.mask == nullptr ? plan.channels_per_task : plan.channels_per_masked_task;
       for_each_group(parallel, plan, each, [&](int64_t first, int64_t end) {
         stats_of_group<A>(p, plan, first, end, finish);

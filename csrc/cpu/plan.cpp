@@ -8,11 +8,15 @@ namespace {
 
 // A run that fills at least one vector of floats is worth a strip.
 constexpr int64_t kShortestRun = 16;
-// Elements that are worth a task of their own: some microseconds of work.
-constexpr int64_t kGrain = 32768;
-// Tasks that a reduction is cut into where the shape has enough for it: enough to keep many cores
-// busy, few enough that merging their results costs nothing.
-constexpr int64_t kTasks = 32;
+// Elements that are not worth a second thread: some microseconds of work.
+constexpr int64_t kOneThread = 32768;
+// Elements of a task, where there is work for several threads: so few that tasks share out evenly.
+constexpr int64_t kGrain = 8192;
+// Tasks that a reduction is cut into where the shape has enough for it, a power of two: enough to keep
+// many cores busy, few enough that merging their results costs nothing.
+constexpr int64_t kTasks = 64;
+// Grains of an elementwise pass. Few of them are a power of two, so that they share out evenly.
+constexpr int64_t kFewGrains = 16, kMostGrains = 1024;
 // Fewer channels than this do not keep many cores busy: their strips are cut.
 constexpr int64_t kEnoughChannels = 16;
 // Contiguous elements that are worth the latency of finding the next ones, and elements that stay in
@@ -25,20 +29,30 @@ constexpr int64_t kWidth = 128;
 constexpr int64_t kHeight = 256;
 constexpr int64_t kNarrowestBlock = 64;
 
+int64_t grain_of(const Plan& p) { return p.numel() <= kOneThread ? kOneThread : kGrain; }
+
+// The largest power of two that is not above n, for n > 0.
+int64_t power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (power <= n / 2) power *= 2;
+  return power;
+}
+
 void plan_strips(Plan& p) {
-  const int64_t strip = p.outer * p.inner;
+  const int64_t strip = p.outer * p.inner, grain = grain_of(p);
   const bool cut = p.channels < kEnoughChannels;
-  const int64_t wanted = cut ? std::clamp<int64_t>(strip / kGrain, 1, kTasks / p.channels + 1) : 1;
+  const int64_t wanted = cut ? power_of_two(std::clamp<int64_t>(strip / grain, 1, 2 * kTasks / p.channels)) : 1;
   p.piece = std::max<int64_t>(1, ceil_div(strip, wanted));
   p.pieces = std::max<int64_t>(1, ceil_div(strip, p.piece));
 
   // Adjacent channels, where runs are short, so that a task reads and writes longer pieces of
   // memory; but few enough that they stay in the second-level cache between the two looks.
-  int64_t each = std::max(ceil_div(kGrain, strip), std::min(ceil_div(kLongRun, p.inner), kCached / strip));
-  each = std::min(each, std::max(ceil_div(kGrain, strip), p.channels / kEnoughChannels));
+  int64_t each = std::max(ceil_div(grain, strip), std::min(ceil_div(kLongRun, p.inner), kCached / strip));
+  each = std::min(each, std::max(ceil_div(grain, strip), p.channels / kEnoughChannels));
   p.channels_per_task = std::max<int64_t>(1, each);
   p.channels_per_masked_task = round_up(p.channels_per_task, 8 / std::gcd(p.inner, int64_t{8}));
-  p.whole_bytes = p.channels * p.inner % 8 == 0;
+  p.masks_by_group = p.channels * p.inner % 8 == 0 && (p.channels_per_masked_task == p.channels_per_task ||
+                                                       p.channels / p.channels_per_masked_task >= kEnoughChannels);
 }
 
 void plan_columns(Plan& p) {
@@ -54,12 +68,12 @@ void plan_columns(Plan& p) {
   p.tail = p.outer % fold * period;
   p.pitch = round_up(p.width, kPadding) + kPadding;
 
-  const int64_t tasks = std::clamp<int64_t>(p.numel() / kGrain, 1, kTasks);
-  const int64_t down = std::clamp<int64_t>(std::min(p.rows / kHeight, tasks), 1, kTasks);
+  const int64_t tasks = power_of_two(std::clamp<int64_t>(p.numel() / grain_of(p), 1, kTasks));
+  const int64_t down = power_of_two(std::clamp<int64_t>(p.rows / kHeight, 1, tasks));
   p.block_rows = std::max<int64_t>(1, ceil_div(p.rows, down));
   p.blocks_down = ceil_div(p.rows, p.block_rows);
-  const int64_t across = ceil_div(tasks, down);
-  p.block_width = std::min(round_up(ceil_div(p.width, across), kNarrowestBlock), kColumns);
+  const int64_t across = std::clamp<int64_t>(p.width / kNarrowestBlock, 1, tasks / down);
+  p.block_width = std::min(round_up(ceil_div(p.width, across), kPadding), kColumns);
   p.blocks_across = ceil_div(p.width, p.block_width);
 }
 
@@ -75,7 +89,10 @@ Plan make_plan(const Shape& shape) {
     p.inner *= p.outer;
     p.outer = 1;
   }
-  p.grain = std::max(kGrain, round_up(ceil_div(p.numel(), 1024), 64));
+  // Long grains: memory comes in order within each, and the grains of a thread from the last to the first.
+  int64_t grains = ceil_div(p.numel(), kOneThread);
+  if (grains < kFewGrains) grains = 2 * power_of_two(std::max<int64_t>(1, grains - 1));
+  p.grain = std::max(kOneThread / 2, round_up(ceil_div(p.numel(), std::min(grains, kMostGrains)), 64));
   p.grains = ceil_div(p.numel(), p.grain);
   if (p.numel() == 0) return p;
   p.by_column = p.channels > 1 && p.inner < kShortestRun;

@@ -26,8 +26,8 @@ struct Plan {
   // a task takes whole channels, from statistics to output, while they are in cache.
   int64_t piece, pieces;
   int64_t channels_per_task;
-  int64_t channels_per_masked_task;  // where tasks write a mask: they share no byte of it, if there are
-  bool whole_bytes;                  // whole bytes to share out
+  int64_t channels_per_masked_task;  // where tasks write a mask, no byte of which two of them share
+  bool masks_by_group;               // whether there are whole bytes, and enough such tasks
 
   // columns. Reductions cut the matrix into blocks; the tail is one more split, a row high.
   int64_t width, rows, tail;
@@ -40,6 +40,7 @@ struct Plan {
 
   int64_t numel() const { return outer * channels * inner; }
   int64_t parameters() const { return by_column ? width : channels; }
+  int64_t splits() const { return blocks_down + (tail > 0 ? 1 : 0); }
 };
 
 Plan make_plan(const Shape&);
@@ -82,5 +83,17 @@ void for_each_block_of_memory(const Plan& plan, int64_t begin, int64_t end, F f)
 
 // Block (down, across) of the matrix; down == blocks_down is the tail. May have no rows or columns.
 SubMatrix block_of_columns(const Plan&, int64_t down, int64_t across);
+
+// Calls f(down, block) for the blocks of a task of a reduction of columns, of blocks_down * blocks_across tasks: rows
+// one after another, as memory comes. The tail has no tasks of its own, which would take no time: a thread might get
+// them all.
+template <class F>
+void for_each_block_of_columns(const Plan& plan, int64_t task, F f) {
+  const int64_t down = task / plan.blocks_across, across = task % plan.blocks_across;
+  for (int64_t d = down; d < (down + 1 == plan.blocks_down ? plan.splits() : down + 1); d++) {
+    const SubMatrix block = block_of_columns(plan, d, across);
+    if (block.rows > 0 && block.width > 0) f(d, block);
+  }
+}
 
 }  // namespace bnext::cpu

@@ -69,14 +69,14 @@ template <class A>
 void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                       const TakeStats& take) {
   const Kernels<A>& k = kernels<A>(p.dtype);
-  const int64_t splits = plan.blocks_down + (plan.tail > 0 ? 1 : 0);
+  const int64_t splits = plan.splits();
   std::vector<A> shift(splits * plan.pitch);
   std::vector<double> offset(splits * plan.pitch), var(splits * plan.pitch);
-  for_each_task(parallel, splits * plan.blocks_across, [&](int64_t task) {
-    const int64_t down = task / plan.blocks_across;
-    const SubMatrix block = block_of_columns(plan, down, task % plan.blocks_across);
-    const int64_t at = down * plan.pitch + block.param;
-    if (block.width > 0) k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
+  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
+    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) {
+      const int64_t at = down * plan.pitch + block.param;
+      k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
+    });
   });
 
   // Two passes over the channels' columns, as over the data: no division for each.

@@ -1,0 +1,66 @@
+"""How csrc/cpu/plan.h shares out work: for any number of threads, though no plan knows it. Without torch's threads: the
+shares are worked out from the plan."""
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.suites import NETWORKS, suite
+
+ROOT = Path(__file__).parent.parent
+#: What a second thread is not worth: kOneThread of plan.cpp.
+ONE_THREAD = 32768
+
+
+def shapes():
+    """(n, c, s) of all networks' layers, and some that are odd."""
+    layers = [workload.shape for name in NETWORKS for batch in (8, 32) for workload in suite(name, batch)]
+    found = [(n, c, math.prod(spatial)) for n, c, *spatial in layers]
+    odd = [(64, 24, 729), (7, 1, 1009), (3, 3, 50176), (1, 2, 400000), (31, 127, 49), (5, 4096, 1), (2, 17, 17), (1, 1, 1)]
+    return list(dict.fromkeys([*found, *odd]))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path_factory.mktemp("cpu_plan") / "cpu_plan"
+    sources = [ROOT / "tests" / "cpu_plan.cpp", ROOT / "csrc" / "cpu" / "plan.cpp"]
+    subprocess.run([compiler, "-std=c++17", "-O1", *map(str, sources), "-o", str(program)], check=True)
+
+    def of(layout, shape):
+        """For each pass over the tensor, the elements of each of its tasks."""
+        lines = subprocess.run([program, layout, *map(str, shape)], capture_output=True, text=True, check=True).stdout
+        return {name: list(map(int, sizes)) for name, *sizes in map(str.split, lines.splitlines())}
+
+    return of
+
+
+def largest_share(sizes, threads):
+    """As at::parallel_for shares them out: equal numbers of tasks, next to each other."""
+    each = math.ceil(len(sizes) / min(threads, len(sizes)))
+    return max(sum(sizes[i : i + each]) for i in range(0, len(sizes), each))
+
+
+@pytest.mark.parametrize("layout", ["planar", "interleaved"])
+def test_tasks_cover_a_shape_and_share_out_evenly(tasks, layout):
+    uneven, ratios = [], {threads: [] for threads in (2, 3, 4, 8, 16, 64)}
+    for shape in shapes():
+        numel = math.prod(shape)
+        for name, sizes in tasks(layout, shape).items():
+            assert sum(sizes) == numel, (shape, name)
+            for threads, of_threads in ratios.items():
+                ideal = max(numel / threads, ONE_THREAD)
+                ratio = min(1.0, ideal / largest_share(sizes, threads))
+                of_threads.append(ratio)
+                if threads <= 16 and ratio < 0.55:
+                    uneven.append((shape, name, threads, ratio))
+    # A task owns whole channels where there are 16 or more, which 64 threads feel.
+    assert not uneven
+    means = {threads: sum(of_threads) / len(of_threads) for threads, of_threads in ratios.items()}
+    assert min(mean for threads, mean in means.items() if threads <= 16) > 0.93, means
+    assert means[64] > 0.85, means
