@@ -19,7 +19,16 @@ def shapes():
     """(n, c, s) of all networks' layers, and some that are odd."""
     layers = [workload.shape for name in NETWORKS for batch in (8, 32) for workload in suite(name, batch)]
     found = [(n, c, math.prod(spatial)) for n, c, *spatial in layers]
-    odd = [(64, 24, 729), (7, 1, 1009), (3, 3, 50176), (1, 2, 400000), (31, 127, 49), (5, 4096, 1), (2, 17, 17), (1, 1, 1)]
+    odd = [
+        (64, 24, 729),
+        (7, 1, 1009),
+        (3, 3, 50176),
+        (1, 2, 400000),
+        (31, 127, 49),
+        (5, 4096, 1),
+        (2, 17, 17),
+        (1, 1, 1),
+    ]
     return list(dict.fromkeys([*found, *odd]))
 
 
