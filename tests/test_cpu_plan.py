@@ -62,6 +62,7 @@ def test_tasks_cover_a_shape_and_share_out_evenly(tasks, layout):
         numel = math.prod(shape)
         for name, sizes in tasks(layout, shape).items():
             assert sum(sizes) == numel, (shape, name)
+            assert name != "apply" or len(sizes) == 1 or numel > ONE_THREAD, shape
             for threads, of_threads in ratios.items():
                 ideal = max(numel / threads, ONE_THREAD)
                 ratio = min(1.0, ideal / largest_share(sizes, threads))

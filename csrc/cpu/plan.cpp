@@ -91,7 +91,7 @@ Plan make_plan(const Shape& shape) {
   }
   // Long grains: memory comes in order within each, and the grains of a thread from the last to the first.
   int64_t grains = ceil_div(p.numel(), kOneThread);
-  if (grains < kFewGrains) grains = 2 * power_of_two(std::max<int64_t>(1, grains - 1));
+  if (1 < grains && grains < kFewGrains) grains = 2 * power_of_two(grains - 1);
   p.grain = std::max(kOneThread / 2, round_up(ceil_div(p.numel(), std::min(grains, kMostGrains)), 64));
   p.grains = ceil_div(p.numel(), p.grain);
   if (p.numel() == 0) return p;
