@@ -2,11 +2,11 @@
 shares are worked out from the plan."""
 
 import math
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from compiler import cxx
 
 from bench.suites import NETWORKS, suite
 
@@ -34,9 +34,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = cxx()
     program = tmp_path_factory.mktemp("cpu_plan") / "cpu_plan"
     sources = [ROOT / "tests" / "cpu_plan.cpp", ROOT / "csrc" / "cpu" / "plan.cpp"]
     subprocess.run([compiler, "-std=c++17", "-O1", *map(str, sources), "-o", str(program)], check=True)
@@ -47,6 +45,12 @@ def tasks(tmp_path_factory):
         return {name: list(map(int, sizes)) for name, *sizes in map(str.split, lines.splitlines())}
 
     return of
+
+
+def test_an_empty_tensor_has_no_tasks(tasks):
+    for layout in ("planar", "interleaved"):
+        for shape in ((0, 3, 5), (2, 0, 5), (2, 3, 0)):
+            assert tasks(layout, shape) == {"reduce": [], "apply": []}
 
 
 def largest_share(sizes, threads):

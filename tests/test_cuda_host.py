@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from compiler import cxx
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(folder: Path, source: str, *flags: str) -> str:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = cxx()
     program = folder / "program"
     warnings = ("-Wall", "-Wextra", "-Werror")
     command = [compiler, "-std=c++17", "-g", "-O1", *warnings, *flags, str(ROOT / "tests" / source), "-o", str(program)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compiler import cxx
 from torch.utils import cpp_extension
 
 TESTS = Path(__file__).parent
@@ -17,9 +17,7 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.slow
 def test_the_cuda_operators_keep_to_torchs_conventions(tmp_path):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = cxx()
     library = tmp_path / "enable_cuda.so"
     torch_folder = Path(torch.__file__).parent
     includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]

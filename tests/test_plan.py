@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from compiler import cxx
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tests" / "plans"
@@ -31,9 +31,7 @@ BATCHES = (32, 64, 128, 256)
 
 
 def compile_table(folder: Path) -> Path:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = cxx()
     program = folder / "plan_table"
     sources = [
         ROOT / "tests" / "plan_table.cpp",

@@ -1,13 +1,13 @@
 """exp and tanh of csrc/cpu/vec_math.h over their whole range, against numpy in higher precision."""
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiler import cxx
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]}  # fmt: skip
@@ -18,9 +18,7 @@ ULPS = {"exp": 1.1, "tanh": 2.5, "negative": 0.0}
 
 @pytest.fixture(scope="module", params=FLAGS)
 def vec_math(request, tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = cxx()
     isa = request.param
     capability = torch.backends.cpu.get_cpu_capability()
     library = tmp_path_factory.mktemp("vec_math") / f"{isa}.so"

@@ -132,8 +132,8 @@ struct BatchNormOps {
     const c10::DeviceGuard guard(stats.device());
     const Tensor stats_d = stats.contiguous();
     const c10::SymInt channels = (stats.sym_size(1) - 2) / 3;
-    Tensor mean = at::empty_symint({channels}, stats.options()), invstd = at::empty_like(mean);
-    Tensor count = at::empty({}, stats.options().dtype(at::kLong));
+    Tensor mean = New::empty(stats, {channels}, stats.scalar_type()), invstd = New::like(mean);
+    Tensor count = New::empty(stats, {}, at::kLong);
 
     // Fill in and launch.
     if constexpr (executes) {

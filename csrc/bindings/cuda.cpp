@@ -97,7 +97,7 @@ struct Workspace {
 
   Workspace(const cuda::Plan& plan, const Tensor& x, cudaStream_t stream) {
     if (plan.partial_bytes != 0) {
-      partials = at::empty({plan.partial_bytes}, x.options().dtype(at::kByte));
+      partials = Allocate<true>::empty(x, {c10::SymInt(plan.partial_bytes)}, at::kByte);
       scratch.partials = partials.data_ptr();
     }
     if (plan.counters != 0) scratch.counters = counters_for(x.device().index(), stream, plan.counters);

@@ -12,7 +12,7 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
   const bool keeps_dz = kept_of(p.activation) == Kept::residual && size_of(p.dtype) == acc_size_of(p.dtype);
   const BackwardOperands<A> operands(p, plan, keeps_dz);
   InputGradient<A> gradient(operands);
-  const auto finish = [&](int64_t first, int64_t end, const Sums* sums) {
+  const TakeSums finish = [&](int64_t first, int64_t end, const Sums* sums) {
     store_sums<A>(p, first, end, sums);
     gradient.set(first, end);
   };

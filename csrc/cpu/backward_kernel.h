@@ -189,6 +189,7 @@ template <class T, Derivative from, bool training, bool by_column>
     T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
     T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
     const Streaming streaming(args.stream, block.width, dx, dresidual);
+    // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
     const Tail tail = args.dx == args.dy ? Tail::partial : Tail::overlapping;
     const P mean(args.mean + channel), scale(args.scale + channel);
     // In eval mode these two are null: mean stands in for them, unread.

@@ -19,6 +19,18 @@ void for_each_step(int64_t first, int64_t end, F run) {
   for (; first < end; first += kTogether) run(first, std::min(first + kTogether, end));
 }
 
+// f(a value of the storage type).
+template <class F>
+void with_type(DType t, F f) {
+  switch (t) {
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return f(type{});
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
+}
+
 // Elements [first, end) of a [c] vector whose dtype is known at run time only, or `fallback` where it is null.
 template <class A>
 void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end, A fallback) {
@@ -26,32 +38,21 @@ void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end
     std::fill(values, values + (end - first), fallback);
     return;
   }
-  switch (t) {
-#define BNEXT_CASE(name, type, python)                                             \
-  case DType::name:                                                                \
-    for (int64_t ch = first; ch < end; ch++)                                       \
-      values[ch - first] = static_cast<A>(widen(static_cast<const type*>(p)[ch])); \
-    return;
-    BNEXT_DTYPES(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
-  BNEXT_UNREACHABLE();
+  with_type(t, [=](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(p);
+    for (int64_t ch = first; ch < end; ch++) values[ch - first] = static_cast<A>(widen(from[ch]));
+  });
 }
 
 // The reverse; nothing where p is null.
 template <class A>
 void store_channels(const A* values, void* p, DType t, int64_t first, int64_t end) {
   if (p == nullptr) return;
-  switch (t) {
-#define BNEXT_CASE(name, type, python)                                                        \
-  case DType::name:                                                                           \
-    for (int64_t ch = first; ch < end; ch++)                                                  \
-      static_cast<type*>(p)[ch] = narrow<type>(static_cast<acc_t<type>>(values[ch - first])); \
-    return;
-    BNEXT_DTYPES(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
-  BNEXT_UNREACHABLE();
+  with_type(t, [=](auto type) {
+    using T = decltype(type);
+    T* const to = static_cast<T*>(p);
+    for (int64_t ch = first; ch < end; ch++) to[ch] = narrow<T>(static_cast<acc_t<T>>(values[ch - first]));
+  });
 }
 
 // Calls visit(channel, column) for those of the first `limit` columns, whole periods, that belong to channels

@@ -28,7 +28,7 @@ void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan);
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
-    const auto finish = [&](int64_t first, int64_t end, const Welford<double>* stats) {
+    const TakeStats finish = [&](int64_t first, int64_t end, const Welford<double>* stats) {
       A* const mean = static_cast<A*>(p.mean) + first;
       A* const invstd = static_cast<A*>(p.invstd) + first;
       A var[kTogether];

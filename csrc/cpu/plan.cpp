@@ -31,17 +31,18 @@ constexpr int64_t kNarrowestBlock = 64;
 
 int64_t grain_of(const Plan& p) { return p.numel() <= kOneThread ? kOneThread : kGrain; }
 
-// The largest power of two that is not above n, for n > 0.
-int64_t power_of_two(int64_t n) {
+// The next power of two from n up, and the next one from n > 0 down.
+int64_t power_of_two_above(int64_t n) {
   int64_t power = 1;
-  while (power <= n / 2) power *= 2;
+  while (power < n) power *= 2;
   return power;
 }
+int64_t power_of_two_below(int64_t n) { return power_of_two_above(n / 2 + 1); }
 
 void plan_strips(Plan& p) {
   const int64_t strip = p.outer * p.inner, grain = grain_of(p);
   const bool cut = p.channels < kEnoughChannels;
-  const int64_t wanted = cut ? power_of_two(std::clamp<int64_t>(strip / grain, 1, 2 * kTasks / p.channels)) : 1;
+  const int64_t wanted = cut ? power_of_two_below(std::clamp<int64_t>(strip / grain, 1, 2 * kTasks / p.channels)) : 1;
   p.piece = std::max<int64_t>(1, ceil_div(strip, wanted));
   p.pieces = std::max<int64_t>(1, ceil_div(strip, p.piece));
 
@@ -68,8 +69,8 @@ void plan_columns(Plan& p) {
   p.tail = p.outer % fold * period;
   p.pitch = round_up(p.width, kPadding) + kPadding;
 
-  const int64_t tasks = power_of_two(std::clamp<int64_t>(p.numel() / grain_of(p), 1, kTasks));
-  const int64_t down = power_of_two(std::clamp<int64_t>(p.rows / kHeight, 1, tasks));
+  const int64_t tasks = power_of_two_below(std::clamp<int64_t>(p.numel() / grain_of(p), 1, kTasks));
+  const int64_t down = power_of_two_below(std::clamp<int64_t>(p.rows / kHeight, 1, tasks));
   p.block_rows = std::max<int64_t>(1, ceil_div(p.rows, down));
   p.blocks_down = ceil_div(p.rows, p.block_rows);
   const int64_t across = std::clamp<int64_t>(p.width / kNarrowestBlock, 1, tasks / down);
@@ -89,12 +90,12 @@ Plan make_plan(const Shape& shape) {
     p.inner *= p.outer;
     p.outer = 1;
   }
-  // Long grains: memory comes in order within each, and the grains of a thread from the last to the first.
-  int64_t grains = ceil_div(p.numel(), kOneThread);
-  if (1 < grains && grains < kFewGrains) grains = 2 * power_of_two(grains - 1);
-  p.grain = std::max(kOneThread / 2, round_up(ceil_div(p.numel(), std::min(grains, kMostGrains)), 64));
-  p.grains = ceil_div(p.numel(), p.grain);
   if (p.numel() == 0) return p;
+  // Long grains: memory comes in order within each, and the grains of a thread from the last to the first.
+  int64_t grains = std::min(ceil_div(p.numel(), kOneThread), kMostGrains);
+  if (grains < kFewGrains) grains = power_of_two_above(grains);
+  p.grain = round_up(ceil_div(p.numel(), grains), 64);
+  p.grains = ceil_div(p.numel(), p.grain);
   p.by_column = p.channels > 1 && p.inner < kShortestRun;
   if (p.by_column) {
     plan_columns(p);

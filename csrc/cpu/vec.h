@@ -16,10 +16,10 @@
 //   select_or_zero(bits, dy)            the same by bits
 //   load(p) store(p, r)                 of any storage type, with its conversion
 //   load(p, n) store(p, n, r)           of the first n lanes only; the others are 0, untouched
-//   store_all(p, r[]) stream_all(p, r[])  of a whole vector, where that is more than a store for each register:
-//   optional load_double(p) store(float*, r)     a double register from and to floats stream(p, r) stream_fence() a
-//   store past the caches, to a multiple of its size, and the fence that must
-//                                       follow before another thread may look
+//   load_double(p) store(float*, r)     a double register from and to floats
+//   stream(p, r) stream_fence()         a store past the caches, to a multiple of its size, and the
+//                                       fence that must follow before another thread may look
+//   store_all(p, r[]) stream_all(p, r[])  optional: of a vector, where that takes less than its registers
 //   prefetch(p)                         of any address
 //
 // All of it has internal linkage: three object files carry three versions of the same names, and
