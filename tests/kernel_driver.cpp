@@ -648,9 +648,11 @@ std::string describe(const cuda::Plan& plan, bool whole) {
   switch (plan.kind) {
     case cuda::PlanKind::resident: {
       const cuda::Partition& pass = plan.resident;
-      if (pass.columns.tile_channels > 0) return say("packed/%d", static_cast<int>(pass.splits));
+      if (pass.packed()) return say("packed/%d", static_cast<int>(pass.splits));
+      if (pass.by_columns && pass.clustered) return say("tiles/%d", static_cast<int>(pass.splits));
       const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
-      return say("resident/%d/%d", static_cast<int>(pass.splits), static_cast<int>(rounds));
+      return say("%s/%d/%d", pass.again_bytes > 0 ? "partly" : "resident", static_cast<int>(pass.splits),
+                 static_cast<int>(rounds));
     }
     case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));
     default: return two_pass;

@@ -21,6 +21,7 @@ void print(const char* name, const Partition& p) {
             << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.first_wave << "," << p.late_ns << "]"
             << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
             << ",\"shared_bytes\":" << p.shared_bytes << ",\"resident_bytes\":" << p.resident_bytes
+            << ",\"again_bytes\":" << p.again_bytes << ",\"exchange_bytes\":" << p.exchange_bytes
             << ",\"plane_vecs\":" << p.planar.plane_vecs << ",\"stride_planes\":" << p.planar.stride_planes
             << ",\"stride_vecs\":" << p.planar.stride_vecs << ",\"cols\":" << p.columns.cols
             << ",\"tile_vecs\":" << p.columns.tile_vecs << ",\"lanes\":" << p.columns.lanes

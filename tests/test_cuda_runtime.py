@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -267,6 +268,15 @@ def test_every_gpu_whichever_is_current(plan):
 # ---- memory
 
 
+def least_allocated() -> int:
+    """Of bytes. The thread of autograd's that ran a backward lets go of its results some time after the caller has them."""
+    found = []
+    for _ in range(10):
+        found.append(torch.cuda.memory_allocated())
+        time.sleep(0.01)
+    return min(found)
+
+
 @each_format
 @each_plan
 def test_the_steady_state_allocates_outputs_alone(plan, memory_format):
@@ -277,14 +287,14 @@ def test_the_steady_state_allocates_outputs_alone(plan, memory_format):
         for _ in range(3):
             step()
         torch.cuda.synchronize()
-        before, bytes_before = torch.cuda.memory_stats(), torch.cuda.memory_allocated()
+        before, bytes_before = torch.cuda.memory_stats(), least_allocated()
         for _ in range(20):
             step()
         torch.cuda.synchronize()
         after = torch.cuda.memory_stats()
         for unchanged in ("segment.all.allocated", "reserved_bytes.all.current", "num_alloc_retries"):
             assert after[unchanged] == before[unchanged], unchanged
-        assert torch.cuda.memory_allocated() == bytes_before
+        assert least_allocated() == bytes_before
         assert (after["allocation.all.allocated"] - before["allocation.all.allocated"]) / 20 <= 9 + 2
 
 

@@ -227,6 +227,8 @@ def forwards(x, w, b, mean, var, training):
         yield "no_stats", lambda: aten._native_batch_norm_legit.no_stats(x, w, b, training, 0.1, 1e-5)
         return
     yield "legit", lambda: aten._native_batch_norm_legit(x, w, b, mean, var, training, 0.1, 1e-5)
+    if x.is_cuda and x.dtype == torch.float16 and x.data_ptr() % 16:
+        return  # the others are cuDNN's, which loads past an H100's alignment: an error that ends all work on the GPU
     if training:
         yield "with_update", lambda: aten._batch_norm_with_update(x, w, b, mean, var, 0.1, 1e-5)
         yield "functional", lambda: aten._batch_norm_with_update_functional(x, w, b, mean, var, 0.1, 1e-5)
@@ -252,7 +254,11 @@ def test_operators_return_what_torchs_do(dtype, parameter_dtype, training, devic
             running = (torch.zeros(3, **options), torch.ones(3, **options)) if has_running else (None, None)
             parameters = (w, b) if affine else (None, None)
             for name, call in forwards(x, *parameters, *running, training):
-                theirs = call()
+                try:
+                    theirs = call()
+                except RuntimeError as error:  # of cuDNN, which only some of them make a tensor contiguous for
+                    assert device == "cuda" and "is_contiguous" in str(error)
+                    continue
                 with bnext.enable(), runs(1):
                     ours = call()
                 cudnns = 3 if name in ("cudnn", "with_update", "functional") and device == "cuda" else None

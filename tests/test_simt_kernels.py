@@ -65,6 +65,21 @@ PLANES = [(10, 2, 512), (40, 8, 49), (13, 8, 9), (5, 8, 225), (3, 8, 289), (3, 8
 # Blocks of a cluster.
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
+
+def partial_case(rng, op, dtype, act, residual):
+    """Tiles of which two blocks keep some, by the bytes of csrc/cuda/plan.h, and read the rest again: of each share of 11
+    strides, 8 forward and 2 backward."""
+    size, acc = {"f64": 8, "f32": 4}.get(dtype, 2), 8 if dtype == "f64" else 4
+    vec = 8 if residual or act not in ("none", "relu") else 16 // size
+    forward = op == "forward"
+    merge = acc * (2 * vec * 256 + (256 + 16 * vec if forward else 0))
+    stride = 256 * vec * size * (1 if forward else 2)
+    shared = merge + 2048 + (8 if forward else 2) * stride + stride // 2
+    fixed = {"plan": "resident:groups=1,splits=2,tile_vecs=16", "shared": shared, "act": act, "residual": residual}
+    fixed |= {"sms": 0, "cc": 0, "dx": True, "dweight": True}
+    return case(rng, op, dtype, "interleaved", (21 * 16 + 5, 19 * vec, 1), **fixed)
+
+
 # float64 that keeps 12 to 28 KB beside 33 KB of static shared memory, forward with a residual and relu.
 BESIDE_STATIC = {
     "planar": [(4, 32, 49), (4, 16, 81), (4, 64, 196)],
@@ -158,6 +173,13 @@ def cases(op):
         for dtype, cluster in itertools.product(DTYPES, CLUSTER_SIZES):
             fixed = {"plan": f"resident:cluster={cluster}", "shared": 0, "sms": 132, "clusters": 99, "cc": 0}
             out.append(case(rng, op, dtype, "planar", (16, 3, 128), dx=True, dweight=True, **fixed))
+            # Of tiles of columns, which take two blocks at least; of narrow tiles, and of those of 256 bytes.
+            for tile_vecs, shape in itertools.product((4, 16), TALL[1:]) if cluster > 1 else ():
+                plan = f"resident:cluster={cluster},tile_vecs={tile_vecs}"
+                out.append(case(rng, op, dtype, "interleaved", shape, dx=True, dweight=True, **{**fixed, "plan": plan}))
+        for dtype, (act, residual) in itertools.product(DTYPES, [("none", False), ("relu", True), ("silu", True)]):
+            if (dtype, act) != ("f64", "silu"):  # which has no resident kernels
+                out.append(partial_case(rng, op, dtype, act, residual))
     else:
         out += [case(rng, op, *where, rng.choice(LARGE)) for where in grid for _ in range(2)]
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
@@ -227,7 +249,9 @@ def plans_that_ran(printed):
                 assert any(blocks > 1 for blocks, _ in resident) and "packed/1" in plans
             else:
                 assert any(blocks > 1 and rounds > 1 for blocks, rounds in resident)
+                assert "partly/2/2" in plans
     expected = {f"packed/{blocks}" for blocks in CLUSTER_SIZES} | {f"resident/{blocks}/1" for blocks in CLUSTER_SIZES}
+    expected |= {f"tiles/{blocks}" for blocks in CLUSTER_SIZES if blocks > 1}
     assert {plan for *_, plan in ran} >= expected
 
 

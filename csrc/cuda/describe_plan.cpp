@@ -21,7 +21,8 @@ std::string resident(const Partition& partition) {
   } else if (partition.groups < partition.tiles) {
     out += ", " + std::to_string(partition.groups) + " at a time";
   }
-  return out + "; " + std::to_string(partition.shared_bytes + partition.resident_bytes) +
+  if (partition.again_bytes > 0) out += ", " + std::to_string(partition.again_bytes) + " bytes a block read again";
+  return out + "; " + std::to_string(partition.shared_bytes + partition.resident_bytes + partition.exchange_bytes) +
          " bytes of shared memory a block";
 }
 

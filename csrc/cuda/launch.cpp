@@ -10,7 +10,7 @@ template <class Params>
 cudaError_t launch_resident(const Params& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
   const Partition& partition = plan.resident;
   if (!partition.by_columns) return launch_resident_planar(p, partition, scratch, stream);
-  if (partition.clustered) return launch_resident_packed(p, partition, scratch, stream);
+  if (partition.packed()) return launch_resident_packed(p, partition, scratch, stream);
   return launch_resident_interleaved(p, partition, scratch, stream);
 }
 

@@ -6,9 +6,6 @@
 namespace bnext::cuda {
 namespace {
 
-// One block per tile, without a word to any other, as long as a tile stays about this small.
-constexpr int64_t kSmallTileBytes = 64 * 1024;
-
 // A tensor that is larger than this should use the whole device, even if that means reading it twice; one that
 // is not should take one launch.
 constexpr int64_t kSmallBytes = 2 * 1024 * 1024;
@@ -20,6 +17,7 @@ constexpr int64_t kNarrowBytes = 64;
 // So many bytes of partial results make a share of their merge: one for each thread of a block, where they are largest.
 constexpr int64_t kMergeShareBytes = 4 * 1024;
 constexpr int64_t kMaxMergeShares = 8;  // tests/simt has room for as many blocks
+constexpr int64_t kMoreMergeShares = 16;
 
 // Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
 constexpr int64_t kMaxMergedSplits = 256;
@@ -184,7 +182,7 @@ struct Problem {
   int64_t merge_bytes(const Partition& partition) const {
     const int64_t acc = acc_size_of(dtype), numbers = state_bytes / acc;
     if (!partition.by_columns) return planar_merge_bytes(numbers, acc);
-    return partition.clustered ? packed_merge_bytes(numbers, acc) : column_merge_bytes(partition.vec, numbers, acc);
+    return partition.packed() ? packed_merge_bytes(numbers, acc) : column_merge_bytes(partition.vec, numbers, acc);
   }
 };
 
@@ -215,15 +213,17 @@ Partition packed_planes(const Shape& shape, int32_t vec) {
   return partition;
 }
 
-// A pass of resident_planar with clusters of that size: its threads, and what its blocks keep.
-Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
+// A resident pass with clusters of that size: its threads, and what its blocks keep.
+Partition clustered(const Problem& problem, Partition partition, int32_t cluster) {
+  const int64_t vec_bytes = problem.vec_bytes();
   partition.clustered = true;
   partition.groups = partition.tiles;
   partition.splits = cluster;
   partition.steps_per_split = ceil_div(partition.steps, cluster);
   if (partition.by_columns) {
     set_thread_rows(partition, partition.steps_per_split);
-    partition.resident_bytes = partition.columns.packs *
+    if (!partition.packed()) partition.exchange_bytes = partition.tile_width() * problem.state_bytes;
+    partition.resident_bytes = std::max<int64_t>(1, partition.columns.packs) *
                                ceil_div(partition.steps_per_split, partition.columns.thread_rows) * partition.threads *
                                vec_bytes;
   } else {
@@ -236,21 +236,29 @@ Partition clustered(Partition partition, int32_t cluster, int64_t vec_bytes) {
 // How long plans take, in microseconds beyond what their bytes do, after what an H100 took for ResNet-50's layers in
 // bfloat16 (docs/performance.md says how good the choice is).
 struct TimeModel {
-  double start = 1.2;         // a pass of clusters, once
-  double pair = 3.1;          // a wave of them, two blocks to a multiprocessor: one loads while the other exchanges
-  double alone = 4.0;         // of blocks that are alone there
-  double cluster = 1.6;       // of clusters of more than one block, which wait for each other
-  double rank = 0.06;         // and for each block
-  double packed = 1.1;        // of packed planes
-  double grid = 9.0;          // a round of groups, which exchange through memory
-  double alone_inputs = 0.6;  // of blocks that are alone, for each input but the first
-  double one_group = 1.0;     // of groups, where there is but one of two blocks to a multiprocessor
-  double two_pass = 8.0;      // two launches, and the merge in between
-  double covered = 2.0;       // vectors that cover planes, in the first of them
-  double columns = 1.2;       // interleaved layouts, whose merge is longer
-  double block_rate = 44500;  // bytes a microsecond that one block reads and writes
-  double beside = 1.2;        // what blocks that are alone move only then, as they have little in flight; of clusters
-  double grid_beside = 1.6;   // and of groups
+  double start = 1.2;          // a pass of clusters, once
+  double pair = 3.1;           // a wave of them, two blocks to a multiprocessor: one loads while the other exchanges
+  double alone = 4.0;          // of blocks that are alone there
+  double cluster = 1.6;        // of clusters of more than one block, which wait for each other
+  double rank = 0.06;          // and for each block
+  double packed = 1.1;         // of packed planes
+  double tile = 0.04;          // of tiles of interleaved channels, for each byte of a channel's state
+  double grid = 9.0;           // a round of groups, which exchange through memory
+  double alone_inputs = 0.6;   // of blocks that are alone, for each input but the first
+  double one_group = 1.0;      // of groups, where there is but one of two blocks to a multiprocessor
+  double two_pass = 8.0;       // two launches, and the merge in between
+  double covered = 2.0;        // vectors that cover planes, in the first of them
+  double columns = 1.2;        // interleaved layouts, whose merge is longer
+  double block_rate = 44500;   // bytes a microsecond that one block reads and writes,
+  double tile_rate = 34000;    // and one of such tiles
+  double again = 1.0;          // what is read again, of what memory takes for it: from the L2 cache,
+  double from_memory = 1.45;   // and what is no longer there;
+  double again_inputs = 0.15;  // of blocks that are alone, for each input but the first,
+  double again_narrow = 0.13;  // and of rows that are narrow parts of the matrix's
+  double beside = 1.2;         // what blocks that are alone move only then, as they have little in flight: of clusters,
+  double grid_beside = 1.6;    // of groups,
+  double again_beside = 2.0;   // and, also in pairs, of those that read parts of the matrix's rows again,
+  double tile_beside = 2.4;    // and of clusters' tiles of interleaved channels
 };
 constexpr TimeModel kTimes;
 
@@ -259,7 +267,8 @@ double share_of_rows(int64_t bytes) { return bytes >= 256 ? 1.0 : bytes >= 128 ?
 
 // Blocks of a resident pass that find room on a multiprocessor, at most two of them; 0 where one does not.
 int32_t blocks_together(const Problem& problem, const Partition& partition, const DeviceProperties& device) {
-  const int64_t bytes = partition.resident_bytes + reserved_bytes(problem.merge_bytes(partition));
+  const int64_t bytes =
+      partition.resident_bytes + partition.exchange_bytes + reserved_bytes(problem.merge_bytes(partition));
   if (partition.resident_bytes == 0 || bytes > device.shared_per_block) return 0;
   const int32_t most = resident_blocks_per_sm(size_of(problem.dtype), problem.general, partition.by_columns);
   return static_cast<int32_t>(std::min<int64_t>(most, device.shared_per_multiprocessor / bytes));
@@ -273,6 +282,26 @@ int64_t clusters_together(const DeviceProperties& device, int64_t size, int32_t 
   return int64_t{per_sm} * device.clusters_together[i];
 }
 
+// What a wave of clusters takes beyond its bytes.
+double wave_time(const Problem& problem, const Partition& partition, int32_t per_sm) {
+  const auto ranks = static_cast<double>(partition.splits);
+  double us = (per_sm > 1 ? kTimes.pair : kTimes.alone) + kTimes.rank * ranks + (ranks > 1 ? kTimes.cluster : 0);
+  if (partition.packed()) us += kTimes.packed;
+  else if (partition.by_columns) us += kTimes.tile * static_cast<double>(problem.state_bytes);
+  return us;
+}
+
+// A round of groups.
+double round_time(const Problem& problem, const Partition& partition, const DeviceProperties& device, int32_t per_sm) {
+  const double more_inputs = per_sm == 1 ? static_cast<double>(problem.tensors - 1) : 0;
+  const double again = static_cast<double>(partition.again_bytes) * static_cast<double>(partition.blocks());
+  const double cached = std::min(again, static_cast<double>(device.l2_bytes) / 2);
+  const bool narrow = partition.tiles > 1 && partition.tile_width() * size_of(problem.dtype) < 256;
+  return kTimes.grid + kTimes.alone_inputs * more_inputs +
+         (kTimes.again * cached + kTimes.from_memory * (again - cached)) / static_cast<double>(device.bandwidth) *
+             (1 + kTimes.again_inputs * more_inputs + (narrow ? kTimes.again_narrow : 0));
+}
+
 // Tiles are taken in waves of clusters, or in rounds of groups.
 double resident_time(const Problem& problem, const Partition& partition, const DeviceProperties& device) {
   const int32_t per_sm = blocks_together(problem, partition, device);
@@ -281,24 +310,29 @@ double resident_time(const Problem& problem, const Partition& partition, const D
   // Of a wave, in and out; or of one of its blocks, where there are few.
   const double tile = static_cast<double>(problem.bytes()) / static_cast<double>(partition.tiles) *
                       static_cast<double>(problem.tensors + 1) / static_cast<double>(problem.tensors);
-  double rate = static_cast<double>(device.bandwidth), more = kTimes.grid, once = 0, slower = kTimes.grid_beside;
+  auto rate = static_cast<double>(device.bandwidth);
+  double once, more, block_rate, slower;
   if (partition.clustered) {
     once = kTimes.start;
-    slower = kTimes.beside;
-    more = (per_sm > 1 ? kTimes.pair : kTimes.alone) + kTimes.rank * static_cast<double>(partition.splits) +
-           (partition.splits > 1 ? kTimes.cluster : 0) + (partition.by_columns ? kTimes.packed : 0);
+    more = wave_time(problem, partition, per_sm);
+    const bool tile_of_columns = partition.by_columns && !partition.packed();
+    block_rate = tile_of_columns ? kTimes.tile_rate : kTimes.block_rate;
+    slower = tile_of_columns ? kTimes.tile_beside : per_sm == 1 ? kTimes.beside : 1;
   } else {
     // Two blocks of a multiprocessor had better not wait at the same time.
     once = partition.groups < per_sm && partition.splits > 1 ? kTimes.one_group : 0;
-    if (per_sm == 1) more += kTimes.alone_inputs * static_cast<double>(problem.tensors - 1);
+    more = round_time(problem, partition, device, per_sm);
     rate *= share_of_rows(partition.tile_width() * size_of(problem.dtype));
+    block_rate = kTimes.block_rate;
+    slower = partition.again_bytes > 0 && partition.tiles > 1 ? kTimes.again_beside
+             : per_sm == 1                                    ? kTimes.grid_beside
+                                                              : 1;
   }
-  const double beside =
-      tile * static_cast<double>(problem.beside) / static_cast<double>(problem.tensors + 1) * (per_sm > 1 ? 1 : slower);
+  const double beside = tile * static_cast<double>(problem.beside) / static_cast<double>(problem.tensors + 1) * slower;
   // Of so many tiles, in waves or rounds.
   const auto moving = [&](int64_t tiles) {
     return std::max((tile + beside) * static_cast<double>(tiles) / rate,
-                    (tile + beside) / static_cast<double>(partition.splits) / kTimes.block_rate);
+                    (tile + beside) / static_cast<double>(partition.splits) / block_rate);
   };
   const int64_t waves = ceil_div(partition.tiles, std::max<int64_t>(1, together));
   return once + static_cast<double>(waves) * more + static_cast<double>(waves - 1) * moving(together) +
@@ -342,20 +376,28 @@ void set_turns(Partition& partition, const Problem& problem, const DevicePropert
       static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors / device.bandwidth);
 }
 
-// With clusters of the size that takes the least time; or the one that is asked for.
-TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
-  const int32_t vec = problem.vec();
-  const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
-  TimedPartition best;
-  if (base.tiles == 0) return best;
+// With clusters of the size that takes the least time, if that is less than `best` takes; or of the size that is asked
+// for.
+void keep_fastest_cluster(TimedPartition& best, const Problem& problem, const Partition& base,
+                          const DeviceProperties& device, int32_t wanted) {
   const bool has_clusters = device.compute_capability >= 90 && device.clusters;
   for (int32_t cluster = 1; cluster <= kLargeCluster; cluster *= 2) {
     if (wanted > 0 && cluster != wanted) continue;
     if (cluster > base.steps || (cluster > 1 && (!has_clusters || clusters_together(device, cluster, 1) == 0)))
       continue;
-    const Partition partition = clustered(base, cluster, problem.vec_bytes());
+    const Partition partition = clustered(problem, base, cluster);
+    // Where blocks exchange columns, there is a thread to each of them.
+    if (partition.exchange_bytes > 0 && partition.threads < partition.tile_width()) continue;
     if (blocks_together(problem, partition, device) > 0) keep_faster(best, problem, partition, device);
   }
+}
+
+TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
+  const int32_t vec = problem.vec();
+  const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
+  TimedPartition best;
+  if (base.tiles == 0) return best;
+  keep_fastest_cluster(best, problem, base, device, wanted);
   set_turns(best.partition, problem, device);
   return best;
 }
@@ -380,8 +422,28 @@ Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_
   return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
 }
 
-// One block to a tile where that is small; else all blocks that the device holds at a time, in pairs on a
-// multiprocessor or one by one, and tiles as wide, as takes the least time.
+// The same of tiles that do not fit: as much of each block's share as does, in whole resident_strides().
+Partition partly_in_groups(Partition partition, int64_t slots, int64_t capacity, const Problem& problem,
+                           const DeviceProperties& device, const PlanChoice& wanted) {
+  const int64_t groups = wanted.groups ? wanted.groups : 1;
+  const int64_t splits = wanted.splits ? wanted.splits : slots / groups;
+  if (groups > partition.tiles || splits < 2 || groups * splits > slots) return {};
+  set_splits(partition, splits, partition.columns.thread_rows);
+  partition.groups = groups;
+  const int64_t stride_bytes = partition.threads * problem.vec_bytes();
+  const int64_t strides = ceil_div(partition.steps_per_split, partition.columns.thread_rows);
+  const int64_t multiple = resident_strides(problem.tensors), kept = capacity / stride_bytes / multiple * multiple;
+  if (kept == 0 || kept >= strides || partition.splits < 2) return {};
+  if (wanted.splits && wanted.splits != partition.splits) return {};
+  partition.resident_bytes = kept * stride_bytes;
+  partition.again_bytes = (strides - kept) * stride_bytes;
+  const int64_t cached = device.l2_bytes / 2 / partition.blocks() / stride_bytes;
+  partition.l2_steps = std::min(cached, strides - kept) * partition.columns.thread_rows;
+  return partition;
+}
+
+// In clusters, or in groups of all blocks that the device holds at a time, in pairs on a multiprocessor or one by one;
+// and with tiles as wide as take the least time.
 TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
                                 const PlanOptions& options) {
   const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
@@ -394,21 +456,16 @@ TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, cons
   if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, /*merges=*/true);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
-  if (partition.steps * partition.columns.tile_vecs * vec_bytes <= kSmallTileBytes && !wanted.groups &&
-      !wanted.splits) {
-    set_splits(partition, 1, partition.columns.thread_rows);
-    partition.resident_bytes =
-        partition.steps_per_split / partition.columns.thread_rows * partition.threads * vec_bytes;
-    if (partition.resident_bytes + reserved <= device.shared_per_block) return {partition};
-  }
-  if (!device.cooperative) return {};
   TimedPartition best;
   for (int32_t tile_vecs = kMaxTileVecs; tile_vecs >= narrow; tile_vecs /= 2) {
     if (wanted.tile_vecs == 0) set_tile_vecs(partition, ceil_div(vecs, ceil_div(vecs, tile_vecs)), /*merges=*/true);
-    for (int32_t per_sm = max_per_sm; per_sm >= 1; --per_sm) {
+    if (!wanted.grouped()) keep_fastest_cluster(best, problem, partition, device, wanted.cluster);
+    const bool has_groups = device.cooperative && wanted.cluster == 0;
+    for (int32_t per_sm = max_per_sm; per_sm >= 1 && has_groups; --per_sm) {
       const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
       const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
-      const Partition grouped = in_groups(partition, slots, capacity, vec_bytes, wanted);
+      Partition grouped = in_groups(partition, slots, capacity, vec_bytes, wanted);
+      if (grouped.resident_bytes == 0) grouped = partly_in_groups(partition, slots, capacity, problem, device, wanted);
       if (grouped.resident_bytes > 0) keep_faster(best, problem, grouped, device);
     }
     if (wanted.tile_vecs > 0) break;
@@ -437,17 +494,16 @@ TimedPartition resident_partition(const Problem& problem, const DeviceProperties
     return wanted.interleaved_details() ? TimedPartition{} : resident_planar(problem, device, wanted.cluster);
   }
   const int32_t max_per_sm = resident_blocks_per_sm(size_of(problem.dtype), problem.general, true);
-  return wanted.cluster ? TimedPartition{} : resident_columns(problem, max_per_sm, device, options);
+  return resident_columns(problem, max_per_sm, device, options);
 }
 
 // The wish that gives this pass.
 PlanChoice choice_of(const Partition& resident) {
   PlanChoice choice = {};
   choice.kind = PlanKind::resident;
-  if (resident.clustered) {
-    choice.cluster = static_cast<uint8_t>(resident.splits);
-  } else {
-    choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
+  if (resident.clustered) choice.cluster = static_cast<uint8_t>(resident.splits);
+  if (resident.by_columns && !resident.packed()) choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
+  if (!resident.clustered) {
     // Else a block to a tile, of which there may be many.
     if (resident.splits > 1 || resident.groups < resident.tiles) {
       choice.groups = static_cast<uint16_t>(resident.groups);
@@ -462,7 +518,6 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   const PlanChoice& wanted = options.plan;
   const bool is_planar = problem.shape.layout == Layout::planar;
   if (is_planar && wanted.interleaved_details()) return "in a planar layout, the one detail is cluster";
-  if (!is_planar && wanted.cluster) return "in an interleaved layout, the details are groups, splits and tile_vecs";
   if (wanted.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
   const std::string capacity =
       std::to_string(std::max<int64_t>(1, device.multiprocessors - (is_planar ? 0 : options.sm_margin))) +
@@ -476,13 +531,6 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
   return "it does not fit " + capacity + "; " + other;
 }
 
-// Whether the automatic plan takes this resident pass: if that takes less time, or is one of blocks that exchange
-// nothing, for which `plan` has no times, and there are enough of them.
-bool pays(const Problem& problem, const Partition& resident, const Plan& plan, const DeviceProperties& device) {
-  if (plan.resident_us > 0) return plan.resident_us < plan.two_pass_us;
-  return 2 * resident.blocks() >= device.multiprocessors || problem.bytes() <= kSmallBytes;
-}
-
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
                std::string* refusal) {
   const Shape& shape = problem.shape;
@@ -494,13 +542,13 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   const PlanKind requested = options.plan.kind;
   if (shape.numel() > 0 && (requested == PlanKind::automatic || requested == PlanKind::resident)) {
     const TimedPartition resident = resident_partition(problem, device, options);
-    if (resident.partition.clustered || resident.partition.cooperative()) {
+    if (resident.exists()) {
       plan.resident_us = resident.us;
       plan.two_pass_us = two_pass_time(problem, device);
-    }
-    if (resident.exists() && (requested == PlanKind::resident || pays(problem, resident.partition, plan, device))) {
-      plan.kind = PlanKind::resident;
-      plan.resident = resident.partition;
+      if (requested == PlanKind::resident || plan.resident_us < plan.two_pass_us) {
+        plan.kind = PlanKind::resident;
+        plan.resident = resident.partition;
+      }
     }
   }
   const bool fits_caches = problem.bytes() <= kSmallBytes && plan.kind == PlanKind::two_pass;
@@ -536,9 +584,12 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   merging.merge_shares = 1;
   if (plan.kind == PlanKind::two_pass || merging.cooperative()) {
     const int64_t blocks = merging.repeat == 1 ? merging.splits : merging.blocks();
-    const int64_t bytes = blocks * merging.tile_width() * problem.state_bytes;
+    const int64_t states = blocks * merging.tile_width();
+    // More of blocks that are all there, where threads would merge what they have in two batches.
+    const bool batches = states > kMaxMergeShares * kMaxThreads * merge_batch(problem.state_bytes);
+    const int64_t most = merging.cooperative() && batches ? kMoreMergeShares : kMaxMergeShares;
     merging.merge_shares = static_cast<int32_t>(std::clamp<int64_t>(
-        bytes / kMergeShareBytes, 1, std::min({kMaxMergeShares, blocks, int64_t{device.multiprocessors}})));
+        states * problem.state_bytes / kMergeShareBytes, 1, std::min({most, blocks, int64_t{device.multiprocessors}})));
   }
   if (plan.kind == PlanKind::cooperative) ++plan.counters;  // for the barrier
   return plan;

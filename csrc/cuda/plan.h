@@ -49,10 +49,18 @@ constexpr int64_t column_merge_bytes(int64_t width, int64_t numbers, int64_t acc
   return acc_bytes * (2 * width * kMaxThreads + (numbers > 2 ? kMaxThreads + width * kMaxTileVecs : 0));
 }
 
+// Partial results in memory, of so many bytes each, that a thread merges at a time: their loads are all in flight
+// before the first is needed.
+constexpr int merge_batch(int64_t state_bytes) { return state_bytes > 16 ? 4 : state_bytes > 8 ? 8 : 16; }
+
 // Blocks of a cluster, at most: what every GPU that has clusters grants without asking, and what some grant
 // on request, to as many clusters as their layout has room for.
 constexpr int32_t kMaxCluster = 8;
 constexpr int32_t kLargeCluster = 16;
+
+// Where a block keeps a part of its share of a tile, that is whole multiples of so many strides: whole chunks of
+// vectors of any kernel of so many inputs.
+constexpr int32_t resident_strides(int64_t inputs) { return inputs > 1 ? 2 : 8; }
 
 constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
 
@@ -81,14 +89,16 @@ struct Partition {
   int64_t vecs;  // of the tensor
   int32_t threads;
   int64_t tiles;
-  int64_t groups;                // tiles that there are blocks for; all of them, except in an interleaved resident pass
-  int64_t splits;                // blocks that share a tile
-  int32_t merge_shares;          // blocks that share the merge of their partial results: see arrive_for_share()
-  int64_t steps;                 // planar: vectors of a channel; columns: rows
-  int64_t steps_per_split;       // a multiple of what a block takes in one stride
-  int64_t shared_bytes;          // that the threads of a block merge their states in, or share coefficients of columns
-  int64_t resident_bytes;        // dynamic shared memory: a block's share of a tile, in a resident pass
-  int64_t l2_steps;              // of a split, its last: what the L2 cache should keep for the pass that follows
+  int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
+  int64_t splits;           // blocks that share a tile
+  int32_t merge_shares;     // blocks that share the merge of their partial results: see arrive_for_share()
+  int64_t steps;            // planar: vectors of a channel; columns: rows
+  int64_t steps_per_split;  // a multiple of what a block takes in one stride
+  int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
+  int64_t resident_bytes;   // dynamic shared memory: what a resident pass keeps of a block's share of a tile;
+  int64_t again_bytes;      // the rest of that share, which is read again;
+  int64_t exchange_bytes;   // shared memory behind the first: what blocks of a cluster read of each other's columns
+  int64_t l2_steps;         // of a split, its last: what the L2 cache should keep, as it will be read again
   uint32_t first_wave, late_ns;  // clusters that begin together, and how much later their second half: wait_for_turn()
   bool clustered;                // the blocks of a tile are a cluster, and exchange through its shared memory
   bool pdl;                      // the launch may begin while the kernel before, of the same plan, is running
@@ -118,6 +128,7 @@ struct Partition {
   // Blocks of a cluster of the launch, and whether all of its blocks have to be there together.
   constexpr uint32_t cluster() const { return clustered ? static_cast<uint32_t>(splits) : 1; }
   constexpr bool cooperative() const { return resident_bytes > 0 && splits > 1 && !clustered; }
+  constexpr bool packed() const { return columns.tile_channels > 0; }
   // Kernels count blocks, the vectors of a plane and the steps of a split in 32 bits, and so they do all vectors. A
   // tensor beyond that has 2^31 channels, a plane of 2^31 vectors (32 GiB), or 2^32 vectors (64 GiB).
   constexpr bool fits() const {

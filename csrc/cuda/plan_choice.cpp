@@ -80,9 +80,8 @@ PlanChoice parse_choice(const std::string& text) {
     parse_detail(choice, text.substr(begin, comma - begin));
     begin = comma + 1;
   } while (comma != std::string::npos);
-  check(!choice.cluster || !choice.interleaved_details(),
-        "cluster is of plan 'resident' in planar layouts, its other details are of interleaved ones, got " +
-            quoted(text));
+  check(!choice.cluster || !choice.grouped(),
+        "plan 'resident' has clusters, or groups and splits, got " + quoted(text));
   return choice;
 }
 

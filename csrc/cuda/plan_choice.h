@@ -26,12 +26,13 @@ constexpr int32_t kMaxTileVecs = 16;
 // A plan, and details of `resident`, of which 0 leaves one to the plan. 8 bytes, so that an atomic holds it.
 struct PlanChoice {
   PlanKind kind = PlanKind::automatic;
-  uint8_t cluster = 0;    // planar layouts: blocks of a cluster
+  uint8_t cluster = 0;    // blocks of a cluster
   uint8_t tile_vecs = 0;  // interleaved layouts: vectors of a tile's row, up to kMaxTileVecs,
-  uint16_t groups = 0;    // tiles that the device works on at a time,
+  uint16_t groups = 0;    // and, without clusters, tiles that the device works on at a time,
   uint16_t splits = 0;    // and blocks of each
 
-  constexpr bool interleaved_details() const { return tile_vecs || groups || splits; }
+  constexpr bool grouped() const { return groups || splits; }
+  constexpr bool interleaved_details() const { return tile_vecs || grouped(); }
   constexpr bool details() const { return cluster || interleaved_details(); }
 };
 

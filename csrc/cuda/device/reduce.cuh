@@ -17,10 +17,6 @@ namespace bnext::cuda {
 // States that a thread merges at a time. Their loads are all in flight before the first is needed.
 template <class State>
 constexpr int kBatch = sizeof(State) > 16 ? 4 : 8;
-// Of partial results in memory, in a resident block: more of those that merge by additions alone.
-template <class State>
-constexpr int kPartialBatch = sizeof(State) <= 8 ? 16 : kBatch<State>;
-
 // The merge of states `begin`, begin + step, ... below `end` of an array with `stride` between neighbours.
 template <int BATCH, class State>
 __device__ __forceinline__ State merge_strided(const State* states, int begin, int end, int step, int stride) {

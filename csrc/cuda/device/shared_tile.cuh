@@ -10,8 +10,12 @@ namespace bnext::cuda {
 // A block's copies of its part of a tile of the operation's inputs. Passes over the part go through the same chunks, of
 // CHUNK vectors: a thread meets its vectors in the same order in all of them, and reads only what it copied itself, so
 // that there is nothing to synchronise but the thread with its own copies.
-template <class Op, int CHUNK>
+//
+// PARTIAL: there may be room for less than the block's part. It then holds as many of the first chunks as there is room
+// for, whole ones (plan.cpp sees to that); the others are loaded once more.
+template <class Op, int CHUNK, bool PARTIAL = false>
 class SharedTile {
+  static_assert(!PARTIAL || resident_strides(Op::kInputs) % CHUNK == 0);
   using T = typename Op::T;
   static constexpr int N = Op::N;
   using Slot = Vec<T, N>;
@@ -27,18 +31,18 @@ class SharedTile {
   // Loads a walk's chunks into registers, and stores them.
   class Storing {
    public:
-    __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile)
-        : global_(from_global<Op, Reuse::last>(p)), tile_(tile) {}
+    __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
 
     template <int COUNT>
     __device__ __forceinline__ void load(const Chunk<COUNT, true>& chunk, Vecs<COUNT>& vecs) {
-      global_.load(chunk, vecs);
+      if (!tile_.holds(to_)) return from_global<Op, Reuse::again>(p_).load(chunk, vecs);
+      from_global<Op, Reuse::last>(p_).load(chunk, vecs);
       tile_.store(to_, vecs);
       to_ += COUNT * tile_.stride_;
     }
 
    private:
-    decltype(from_global<Op, Reuse::last>(std::declval<const typename Op::Params&>())) global_;
+    const typename Op::Params& p_;
     const SharedTile& tile_;
     uint32_t to_ = 0;
   };
@@ -110,21 +114,26 @@ class SharedTile {
   // Loads chunks once more.
   class Kept {
    public:
-    __device__ __forceinline__ explicit Kept(const SharedTile& tile) : tile_(tile) {}
+    __device__ __forceinline__ Kept(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
 
     template <int COUNT>
-    __device__ __forceinline__ void load(const Chunk<COUNT, true>&, Vecs<COUNT>& vecs) {
+    __device__ __forceinline__ void load(const Chunk<COUNT, true>& chunk, Vecs<COUNT>& vecs) {
+      if (!tile_.holds(from_)) return from_global<Op, Reuse::last>(p_).load(chunk, vecs);
       tile_.load(from_, vecs);
       from_ += COUNT * tile_.stride_;
     }
 
    private:
+    const typename Op::Params& p_;
     const SharedTile& tile_;
     uint32_t from_ = 0;
   };
-  __device__ __forceinline__ Kept kept() const { return Kept(*this); }
+  __device__ __forceinline__ Kept kept(const typename Op::Params& p) const { return Kept(p, *this); }
 
  private:
+  // Whether there is room for the chunk whose first vector's slot is `offset` bytes behind the thread's first.
+  __device__ __forceinline__ bool holds(uint32_t offset) const { return !PARTIAL || offset < input_bytes_; }
+
   // The slot of vector k of a chunk that begins `offset` bytes behind the thread's first slot.
   __device__ __forceinline__ Slot* slot(int input, uint32_t offset, int k) const {
     return reinterpret_cast<Slot*>(slots_ + input * input_bytes_ + offset + k * stride_);

@@ -1,7 +1,7 @@
 // How the blocks of a thread-block cluster, which share a tile, exchange their partial results.
 #pragma once
 
-#include "../device/reduce.cuh"
+#include "block.cuh"
 
 namespace bnext::cuda {
 
@@ -18,6 +18,21 @@ __device__ __forceinline__ void wait_for_turn(const Partition& partition, const 
   if (work.tile >= partition.first_wave / 2 && work.tile < partition.first_wave) __nanosleep(partition.late_ns);
 }
 
+// The merge of what each block of the cluster has there in its shared memory, from rank 0 on: every block merges all
+// ranks by itself, which gives the same bits everywhere, and takes no second exchange.
+template <class State>
+__device__ __forceinline__ State merge_ranks(State* state, unsigned ranks) {
+  State whole = {};
+#pragma unroll 1
+  for (unsigned rank = 0; rank < ranks; rank += kMaxCluster) {
+    State all[kMaxCluster];
+#pragma unroll
+    for (unsigned k = 0; k < kMaxCluster; ++k) all[k] = rank + k < ranks ? *map_shared(state, rank + k) : State{};
+    whole.merge(merge_all(all));
+  }
+  return whole;
+}
+
 // The merge of what all threads of the cluster hold of one channel; in every thread. Every block merges all ranks by
 // itself: the same bits everywhere, and no second exchange. The caller goes on to leave_cluster().
 template <class State>
@@ -32,6 +47,35 @@ __device__ __forceinline__ State merge_cluster(const State& mine, const Partitio
   __syncthreads();
   return merge_strided<kBatch<State>>(ranks, 0, static_cast<int>(size), 1, 1);
 }
+
+// The merges of what all threads of the cluster hold of a tile of columns. The caller goes on to leave_cluster().
+template <class Op>
+class ClusterColumns {
+  using State = typename Op::State;
+
+ public:
+  // Merges what the block's threads hold, and waits until all blocks of the cluster have. All threads must call.
+  __device__ __forceinline__ ClusterColumns(const Partition& partition, const typename Op::ColumnReducer& mine,
+                                            const ColumnPlace<Op::N>& place, void* memory)
+      : states_(reinterpret_cast<State*>(dynamic_shared() + partition.resident_bytes)),
+        ranks_(static_cast<unsigned>(partition.splits)) {
+    const int width = static_cast<int>(partition.tile_width());
+    merge_columns<Op>(mine, place, partition.columns.lanes, memory, [&](int column, const State& merged) {
+      if (column < width) states_[column] = merged;
+    });
+    if (ranks_ > 1) cluster_sync();
+    else __syncthreads();
+  }
+
+  // Of a column of the tile.
+  __device__ __forceinline__ State merge(int column) const {
+    return ranks_ > 1 ? merge_ranks(&states_[column], ranks_) : states_[column];
+  }
+
+ private:
+  State* states_;
+  unsigned ranks_;
+};
 
 // A block's shared memory must outlive its siblings' reads, and stay unchanged until then.
 __device__ __forceinline__ void leave_cluster(const Partition& partition) {

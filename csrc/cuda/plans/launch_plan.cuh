@@ -83,7 +83,7 @@ cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partiti
   if (partition.blocks() == 0) return cudaSuccess;
   if (!partition.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(partition.blocks())), block(partition.threads);
-  const auto shared = static_cast<size_t>(partition.resident_bytes);
+  const auto shared = static_cast<size_t>(partition.resident_bytes + partition.exchange_bytes);
   const unsigned cluster = partition.cluster();
   if (partition.shared_bytes + partition.resident_bytes > 0) {
     const cudaError_t error =

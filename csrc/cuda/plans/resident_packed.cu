@@ -88,17 +88,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     // Every block merges all ranks by itself, from rank 0 on: the same bits everywhere, and no second exchange.
     cluster_sync();
     if (threadIdx.x < channels) {
-      State whole = {};
-#pragma unroll 1
-      for (unsigned rank = 0; rank < ranks; rank += kMaxCluster) {
-        State all[kMaxCluster];
-#pragma unroll
-        for (unsigned k = 0; k < kMaxCluster; ++k) {
-          all[k] = rank + k < ranks ? *map_shared(&block[threadIdx.x], rank + k) : State{};
-        }
-        whole.merge(merge_all(all));
-      }
-      finish(threadIdx.x, whole);
+      finish(threadIdx.x, merge_ranks(&block[threadIdx.x], ranks));
     }
   }
   __syncthreads();
@@ -148,7 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     typename Op::Coefficients coefficients[N];
     of_columns(coefficients, shared_coefficients, p.shape, place.col - first * p.shape.s);
     const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
-    apply_columns<Op, false, kChunk>(p, partition, mine, place, shared_tile.kept(), coefficients);
+    apply_columns<Op, false, kChunk>(p, partition, mine, place, shared_tile.kept(p), coefficients);
   }
   Op::end(p, scratch, 0);
   leave_cluster(partition);

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   const auto mine = reduce_planar<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), Op::centre(known));
   const auto whole = merge_cluster(mine, partition, shared_memory<kPlanarBytes<Op>>());
   if (finishes) Op::finish(p, work.tile, whole, operands);
-  apply_planar<Op, kChunk>(p, walk, shared_tile.kept(), Op::coefficients(p, known, Op::summary(p, whole)));
+  apply_planar<Op, kChunk>(p, walk, shared_tile.kept(p), Op::coefficients(p, known, Op::summary(p, whole)));
   Op::end(p, scratch, 0);
   leave_cluster(partition);
 }
