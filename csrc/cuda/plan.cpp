@@ -16,8 +16,8 @@ constexpr int64_t kNarrowBytes = 64;
 
 // So many bytes of partial results make a share of their merge: one for each thread of a block, where they are largest.
 constexpr int64_t kMergeShareBytes = 4 * 1024;
-constexpr int64_t kMaxMergeShares = 8;  // tests/simt has room for as many blocks
-constexpr int64_t kMoreMergeShares = 16;
+constexpr int64_t kMaxMergeShares = 8;    // tests/simt has room for as many blocks
+constexpr int64_t kMoreMergeShares = 16;  // of resident blocks, where that saves a batch: see merge_batch()
 
 // Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
 constexpr int64_t kMaxMergedSplits = 256;
@@ -265,6 +265,9 @@ constexpr TimeModel kTimes;
 // How much of the memory's bandwidth rows of so many bytes get.
 double share_of_rows(int64_t bytes) { return bytes >= 256 ? 1.0 : bytes >= 128 ? 0.99 : 0.85; }
 
+// Whether the tiles of a resident pass are of interleaved channels.
+bool interleaved(const Partition& partition) { return partition.by_columns && !partition.packed(); }
+
 // Blocks of a resident pass that find room on a multiprocessor, at most two of them; 0 where one does not.
 int32_t blocks_together(const Problem& problem, const Partition& partition, const DeviceProperties& device) {
   const int64_t bytes =
@@ -287,7 +290,7 @@ double wave_time(const Problem& problem, const Partition& partition, int32_t per
   const auto ranks = static_cast<double>(partition.splits);
   double us = (per_sm > 1 ? kTimes.pair : kTimes.alone) + kTimes.rank * ranks + (ranks > 1 ? kTimes.cluster : 0);
   if (partition.packed()) us += kTimes.packed;
-  else if (partition.by_columns) us += kTimes.tile * static_cast<double>(problem.state_bytes);
+  else if (interleaved(partition)) us += kTimes.tile * static_cast<double>(problem.state_bytes);
   return us;
 }
 
@@ -315,9 +318,8 @@ double resident_time(const Problem& problem, const Partition& partition, const D
   if (partition.clustered) {
     once = kTimes.start;
     more = wave_time(problem, partition, per_sm);
-    const bool tile_of_columns = partition.by_columns && !partition.packed();
-    block_rate = tile_of_columns ? kTimes.tile_rate : kTimes.block_rate;
-    slower = tile_of_columns ? kTimes.tile_beside : per_sm == 1 ? kTimes.beside : 1;
+    block_rate = interleaved(partition) ? kTimes.tile_rate : kTimes.block_rate;
+    slower = interleaved(partition) ? kTimes.tile_beside : per_sm == 1 ? kTimes.beside : 1;
   } else {
     // Two blocks of a multiprocessor had better not wait at the same time.
     once = partition.groups < per_sm && partition.splits > 1 ? kTimes.one_group : 0;
@@ -502,7 +504,7 @@ PlanChoice choice_of(const Partition& resident) {
   PlanChoice choice = {};
   choice.kind = PlanKind::resident;
   if (resident.clustered) choice.cluster = static_cast<uint8_t>(resident.splits);
-  if (resident.by_columns && !resident.packed()) choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
+  if (interleaved(resident)) choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
   if (!resident.clustered) {
     // Else a block to a tile, of which there may be many.
     if (resident.splits > 1 || resident.groups < resident.tiles) {

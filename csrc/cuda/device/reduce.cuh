@@ -17,6 +17,7 @@ namespace bnext::cuda {
 // States that a thread merges at a time. Their loads are all in flight before the first is needed.
 template <class State>
 constexpr int kBatch = sizeof(State) > 16 ? 4 : 8;
+
 // The merge of states `begin`, begin + step, ... below `end` of an array with `stride` between neighbours.
 template <int BATCH, class State>
 __device__ __forceinline__ State merge_strided(const State* states, int begin, int end, int step, int stride) {
