@@ -252,9 +252,10 @@ struct TimeModel {
   double block_rate = 44500;   // bytes a microsecond that one block reads and writes,
   double tile_rate = 34000;    // and one of such tiles
   double again = 1.0;          // what is read again, of what memory takes for it: from the L2 cache,
-  double from_memory = 1.45;   // and what is no longer there;
-  double again_inputs = 0.15;  // of blocks that are alone, for each input but the first,
-  double again_narrow = 0.13;  // and of rows that are narrow parts of the matrix's
+  double from_memory = 1.6;    // and what is no longer there;
+  double again_alone = 0.15;   // for each input but the first, of blocks that are alone,
+  double again_pair = -0.22;   // and of pairs, which have enough in flight then;
+  double again_narrow = 0.13;  // of rows that are narrow parts of the matrix's
   double beside = 1.2;         // what blocks that are alone move only then, as they have little in flight: of clusters,
   double grid_beside = 1.6;    // of groups,
   double again_beside = 2.0;   // and, also in pairs, of those that read parts of the matrix's rows again,
@@ -296,13 +297,14 @@ double wave_time(const Problem& problem, const Partition& partition, int32_t per
 
 // A round of groups.
 double round_time(const Problem& problem, const Partition& partition, const DeviceProperties& device, int32_t per_sm) {
-  const double more_inputs = per_sm == 1 ? static_cast<double>(problem.tensors - 1) : 0;
+  const auto more_inputs = static_cast<double>(problem.tensors - 1);
   const double again = static_cast<double>(partition.again_bytes) * static_cast<double>(partition.blocks());
   const double cached = std::min(again, static_cast<double>(device.l2_bytes) / 2);
   const bool narrow = partition.tiles > 1 && partition.tile_width() * size_of(problem.dtype) < 256;
-  return kTimes.grid + kTimes.alone_inputs * more_inputs +
+  return kTimes.grid + (per_sm == 1 ? kTimes.alone_inputs * more_inputs : 0) +
          (kTimes.again * cached + kTimes.from_memory * (again - cached)) / static_cast<double>(device.bandwidth) *
-             (1 + kTimes.again_inputs * more_inputs + (narrow ? kTimes.again_narrow : 0));
+             (1 + (per_sm == 1 ? kTimes.again_alone : kTimes.again_pair) * more_inputs +
+              (narrow ? kTimes.again_narrow : 0));
 }
 
 // Tiles are taken in waves of clusters, or in rounds of groups.
