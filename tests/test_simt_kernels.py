@@ -242,8 +242,10 @@ def plans_that_ran(printed):
         for layout in LAYOUTS:
             plans = {plan for *where, plan in ran if where == [dtype, layout]}
             # blocks of a tile, rounds
-            resident = {tuple(map(int, plan.split("/")[1:])) for plan in plans if plan.startswith("resident")}
-            assert "two_pass" in plans and (1, 1) in resident
+            resident = {
+                tuple(map(int, plan.split("/")[1:])) for plan in plans if plan.startswith(("resident", "partly"))
+            }
+            assert "two_pass" in plans and ((1, 1) in resident if layout == "planar" else "tiles/1" in plans)
             assert any(plan.startswith("cooperative") and plan != "cooperative/1" for plan in plans)
             if layout == "planar":
                 assert any(blocks > 1 for blocks, _ in resident) and "packed/1" in plans
@@ -295,6 +297,7 @@ def test_means_of_many_threads():
 #: Shapes with a plan of each kind that a driver may refuse, on a device of 132 multiprocessors or of 12.
 CLUSTERS = {"layout": "planar", "n": 40, "c": 8, "sms": 132, "plan": "resident"}
 GROUPS = {"layout": "interleaved", "n": 1100, "c": 72, "s": 1, "sms": 12, "shared": 40 * 1024, "plan": "resident"}
+GROUPS["cc"] = 80  # or they would be clusters
 SMALL = {"layout": "interleaved", "n": 33, "c": 15, "s": 9, "plan": "cooperative"}
 
 
@@ -310,7 +313,7 @@ def test_static_shared_memory_counts_towards_48_kb():
         for layout, shapes in BESIDE_STATIC.items()
         for n, c, s in shapes
     ]
-    assert all(plan.startswith(("resident", "packed")) for plan in ran(lines))
+    assert all(plan.startswith(("resident", "partly", "packed", "tiles")) for plan in ran(lines))
 
 
 def test_older_code_runs_without_clusters_and_overlap():
@@ -322,7 +325,7 @@ def test_older_code_runs_without_clusters_and_overlap():
         assert all(int(re.match(r"(?:resident|packed)/(\d+)", plan)[1]) > 1 for plan in newer), newer
         assert all(re.match(r"(resident|packed)/1\b|two_pass", plan) for plan in older), older
         ran(both_directions(**{**shape, "plan": "two_pass"}, code=80))
-    assert all(plan.startswith("resident/") for plan in ran(both_directions(**GROUPS, code=80)))
+    assert all(plan.startswith(("resident/", "partly/")) for plan in ran(both_directions(**GROUPS, code=80)))
     assert all(plan.startswith("cooperative/") for plan in ran(both_directions(**SMALL, code=80)))
 
 
@@ -343,6 +346,11 @@ def test_refused_cooperative_launches_become_two_pass(case):
         assert plan.startswith("two_pass") and plan.endswith("refused:cooperative_launches"), plan
     for plan in ran(both_directions(**{**case, "plan": "automatic"}, refuses=True)):
         assert not plan.startswith(("cooperative", "resident/2")), plan
+
+
+def test_refused_groups_become_clusters_where_there_are_some():
+    forced = {**GROUPS, "cc": 0, "plan": "automatic"}
+    assert all(re.match(r"(tiles|two_pass)", plan) for plan in ran(both_directions(**forced, refuses=True)))
 
 
 @pytest.mark.parametrize("n, s", [(40, 512), (80, 49)])

@@ -473,7 +473,9 @@ def test_instructions_for_an_element(architecture):
                 assert loop.instructions <= NORMALIZE[fused] * elements * loop.stores[16], (kernel, loop)
             for loop in summing:
                 allowed = STATISTICS_AND_COPIES[elements] if loop.copied else STATISTICS
-                assert loop.instructions <= allowed * elements * (loop.kept or loop.loads[16] or loop.given), (
+                # Of the two ways to load that tiles have which may not fit, one is taken.
+                instructions = loop.instructions - max(0, loop.loads[16] - loop.kept) * bool(loop.kept)
+                assert instructions <= allowed * elements * (loop.kept or loop.loads[16] or loop.given), (
                     kernel,
                     loop,
                 )
