@@ -50,7 +50,7 @@ demo: $(BUILT)
 	$(VENV)/bin/python -m examples.compare
 
 test: lint $(BUILT)
-	$(SAY) "Running the whole suite with $(JOBS) processes: about 23 minutes on 2 cores with nvcc."
+	$(SAY) "Running the whole suite with $(JOBS) processes: 25 to 40 minutes on 2 cores with nvcc."
 	$(VENV)/bin/python -m pytest -q -m "" -n $(JOBS) --dist worksteal
 
 bench: $(BUILT)
