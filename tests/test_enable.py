@@ -228,7 +228,7 @@ def forwards(x, w, b, mean, var, training):
         return
     yield "legit", lambda: aten._native_batch_norm_legit(x, w, b, mean, var, training, 0.1, 1e-5)
     if x.is_cuda and x.dtype == torch.float16 and x.data_ptr() % 16:
-        return  # the others are cuDNN's, which loads past an H100's alignment: an error that ends all work on the GPU
+        return  # one of the others ended all work on an H100 by a misaligned access, most likely in cuDNN, which they call
     if training:
         yield "with_update", lambda: aten._batch_norm_with_update(x, w, b, mean, var, 0.1, 1e-5)
         yield "functional", lambda: aten._batch_norm_with_update_functional(x, w, b, mean, var, 0.1, 1e-5)

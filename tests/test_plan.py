@@ -442,7 +442,9 @@ def predicted(plan: dict) -> float:
     return float(re.search(rf"{plan['kind']} ([\d.]+) us", plan["text"].split("predicted:")[1])[1])
 
 
-@pytest.mark.parametrize("layout, problems, mean, worst", [("planar", 220, 1.005, 1.1), ("interleaved", 90, 1.01, 1.1)])
+@pytest.mark.parametrize(
+    "layout, problems, mean, worst", [("planar", 220, 1.005, 1.1), ("interleaved", 90, 1.01, 1.065)]
+)
 def test_automatic_plans_took_little_longer_than_the_best(program, layout, problems, mean, worst):
     """Of those that an H100 was forced to (bench/results/h100-forced.txt); and about as long as predicted."""
     measured: dict[str, dict[str, float]] = {}

@@ -242,7 +242,8 @@ struct TimeModel {
   double cluster = 1.6;        // of clusters of more than one block, which wait for each other
   double rank = 0.06;          // and for each block
   double packed = 1.1;         // of packed planes
-  double tile = 0.04;          // of tiles of interleaved channels, for each byte of a channel's state
+  double tile = 0.04;          // of tiles of interleaved channels, for each byte of a channel's state,
+  double tile_rank = 0.06;     // and for each block besides
   double grid = 9.0;           // a round of groups, which exchange through memory
   double alone_inputs = 0.6;   // of blocks that are alone, for each input but the first
   double one_group = 1.0;      // of groups, where there is but one of two blocks to a multiprocessor
@@ -291,7 +292,8 @@ double wave_time(const Problem& problem, const Partition& partition, int32_t per
   const auto ranks = static_cast<double>(partition.splits);
   double us = (per_sm > 1 ? kTimes.pair : kTimes.alone) + kTimes.rank * ranks + (ranks > 1 ? kTimes.cluster : 0);
   if (partition.packed()) us += kTimes.packed;
-  else if (interleaved(partition)) us += kTimes.tile * static_cast<double>(problem.state_bytes);
+  else if (interleaved(partition))
+    us += kTimes.tile * static_cast<double>(problem.state_bytes) + kTimes.tile_rank * ranks;
   return us;
 }
 

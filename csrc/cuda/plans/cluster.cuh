@@ -33,8 +33,8 @@ __device__ __forceinline__ State merge_ranks(State* state, unsigned ranks) {
   return whole;
 }
 
-// The merge of what all threads of the cluster hold of one channel; in every thread. Every block merges all ranks by
-// itself: the same bits everywhere, and no second exchange. The caller goes on to leave_cluster().
+// The merge of what all threads of the cluster hold of one channel; in every thread. The ranks' states are fetched by a
+// thread each. The caller goes on to leave_cluster().
 template <class State>
 __device__ __forceinline__ State merge_cluster(const State& mine, const Partition& partition, void* memory) {
   __shared__ State block, ranks[kLargeCluster];
