@@ -178,7 +178,7 @@ class Recipe:
 def recipe(csrc: Path, info: Mapping[str, str], toolkit: Toolkit | None, architectures: Sequence[str]) -> Recipe:
     """`info` becomes readable in the compiled file (see `read_info`). Empty `architectures`
     leave the choice to torch, which reads TORCH_CUDA_ARCH_LIST."""
-    patterns = ["bindings/*.cpp", "cpu/*.cpp"] + (["cuda/*.cpp", "cuda/**/*.cu"] if toolkit else [])
+    patterns = ["bindings/*.cpp", "cpu/*.cpp"] + (["cuda/**/*.cpp", "cuda/**/*.cu"] if toolkit else [])
     # No -std: torch adds the one that its headers need; ours are content with C++17 and later.
     cxx = ["-O3", "-g0", "-fopenmp", f"-DBNEXT_BUILD_INFO={_encode(info)}"]
     # The many architectures are alike: compressed, they take an eighth of the space.

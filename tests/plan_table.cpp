@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../csrc/cuda/plan.h"
+#include "../csrc/cuda/planner/plan.h"
 
 using namespace bnext;
 using namespace bnext::cuda;

@@ -43,7 +43,15 @@ def is_binary(path: Path) -> bool:
 TEXT = our_files(ROOT)
 CPP = [path for path in TEXT if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
 #: What a dependency may point to: bindings -> {cuda, cpu} -> core, and never cuda <-> cpu.
-MAY_INCLUDE = {"core": {"core"}, "cpu": {"cpu", "core"}, "cuda": {"cuda", "core"}}
+MAY_INCLUDE = {
+    "core": {"core"},
+    "cpu": {"cpu", "core"},
+    "cuda": {"cuda", "cuda/planner", "cuda/device", "cuda/plans", "core"},
+    "cuda/planner": {"cuda/planner", "core"},
+    "cuda/device": {"cuda/device", "cuda/planner", "core"},
+    "cuda/ops": {"cuda/ops", "cuda/device", "core"},
+    "cuda/plans": {"cuda/plans", "cuda/ops", "cuda/device", "cuda/planner", "cuda", "core"},
+}
 
 
 def shown(path: Path) -> str:
@@ -69,13 +77,17 @@ def test_torch_is_included_by_bindings_alone():
 @pytest.mark.parametrize("folder", MAY_INCLUDE)
 def test_dependencies_point_one_way(folder):
     csrc = ROOT / "csrc"
-    paths = [path for path in CPP if csrc / folder in path.parents]
+    paths = [path for path in CPP if path.parent == csrc / folder]
     assert paths
     for path in paths:
         for included in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text()):
-            target = (path.parent / included).resolve()
-            if csrc in target.parents and target.exists():
-                assert target.relative_to(csrc).parts[0] in MAY_INCLUDE[folder], f"{shown(path)} includes {included}"
+            target = (path.parent / included).resolve().parent
+            assert target.relative_to(csrc).as_posix() in MAY_INCLUDE[folder], f"{shown(path)} includes {included}"
+
+
+def test_every_folder_of_kernels_has_its_dependencies_named():
+    folders = {path.parent.relative_to(ROOT / "csrc").as_posix() for path in CPP if ROOT / "csrc" in path.parents}
+    assert folders == {*MAY_INCLUDE, "bindings"}
 
 
 def test_python_does_not_import_upward():

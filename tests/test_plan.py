@@ -35,7 +35,7 @@ def compile_table(folder: Path) -> Path:
     program = folder / "plan_table"
     sources = [
         ROOT / "tests" / "plan_table.cpp",
-        *(ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("plan", "plan_choice", "describe_plan")),
+        *sorted((ROOT / "csrc" / "cuda" / "planner").glob("*.cpp")),
     ]
     command = [compiler, "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *map(str, sources)]
     subprocess.run([*command, "-o", str(program)], check=True)
@@ -116,7 +116,7 @@ def unit_size(dtype: str, masked: int) -> int:
 
 
 def check_pass(p: dict, shape: tuple[int, int, int], gpu: str, merges: bool = True) -> None:
-    """What the kernels rely on: see csrc/cuda/plan.h."""
+    """What the kernels rely on: see csrc/cuda/planner/partition.h."""
     n, c, s = shape
     assert p["threads"] % 32 == 0 and 32 <= p["threads"] <= 256
     assert p["splits"] >= 1 and p["fits"] == (n * c * s <= p["vec"] * (2**32 - 1))

@@ -18,7 +18,7 @@ from tests.simt import build
 pytestmark = pytest.mark.slow
 
 KERNELS = sorted(build.ROOT.glob("csrc/cuda/plans/*.cu"))
-HOST = sorted(build.ROOT.glob("csrc/cuda/*.cpp"))
+HOST = sorted(build.ROOT.glob("csrc/cuda/**/*.cpp"))
 KERNEL_DRIVER, DEVICE_DRIVER = "tests/kernel_driver.cpp", "tests/device_driver.cpp"
 DEFINES = ["BNEXT_SIMT"]
 
@@ -67,7 +67,7 @@ CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 
 def partial_case(rng, op, dtype, act, residual):
-    """Tiles of which two blocks keep some, by the bytes of csrc/cuda/plan.h, and read the rest again: of each share of 11
+    """Tiles of which two blocks keep some, by the bytes of csrc/cuda/planner/partition.h, and read the rest again: of each share of 11
     strides, 8 forward and 2 backward."""
     size, acc = {"f64": 8, "f32": 4}.get(dtype, 2), 8 if dtype == "f64" else 4
     vec = 8 if residual or act not in ("none", "relu") else 16 // size

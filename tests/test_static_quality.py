@@ -487,7 +487,7 @@ def test_instructions_for_an_element(architecture):
 
 
 def test_resident_blocks_fit_as_the_plan_counts_on():
-    """Static shared memory is at most what plan.cpp's reserved_bytes() sets aside, less 1 KB that the system takes."""
+    """Static shared memory is at most what reserved_bytes() of the planner sets aside, less 1 KB that the system takes."""
     for plan, architecture in itertools.product(RESIDENT, ARCHITECTURES):
         shared_by = static_shared(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture)
         assert shared_by

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "device/cuda_compat.h"
-#include "plan.h"
+#include "planner/plan.h"
 
 namespace bnext::cuda {
 

@@ -6,14 +6,9 @@
 #include "../core/merge.h"
 #include "../core/params.h"
 #include "device/cuda_compat.h"
-#include "plan.h"
+#include "planner/plan.h"
 
 namespace bnext::cuda {
-
-struct Scratch {
-  void* partials;      // plan.partial_bytes, 16-byte aligned, need not be initialised
-  uint32_t* counters;  // plan.counters, all 0 before the call; 0 again once the call has run
-};
 
 // Properties of a device that plans depend on; slow. Whoever launches goes by Device, which remembers them.
 cudaError_t query_device(int device, DeviceProperties* properties);

@@ -41,7 +41,7 @@ __device__ __forceinline__ int take_share(uint32_t* counter, uint32_t blocks, ui
 }
 
 // The same for blocks that need not all be on the device together. Those with a share wait for fewer than `shares`; a
-// device has room for as many (plan.cpp), and all blocks without a share leave: so those come.
+// device has room for as many (planner/plan.cpp), and all blocks without a share leave: so those come.
 __device__ __forceinline__ int arrive_for_share(uint32_t* counter, uint32_t blocks, uint32_t shares) {
   // It is back at 0 when the last has come, and no other launch uses it before this one is over.
   return take_share(counter, blocks, shares, blocks - 1, [](uint32_t count) { return count == 0; });

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "../../core/half.h"
-#include "../plan.h"
+#include "../planner/partition.h"
 #include "cuda_compat.h"
 #include "tile_iterator.cuh"
 

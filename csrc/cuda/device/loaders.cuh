@@ -2,7 +2,7 @@
 // a tensor's elements goes through this header and vec.cuh.
 #pragma once
 
-#include "../plan.h"
+#include "../planner/partition.h"
 #include "vec.cuh"
 
 namespace bnext::cuda {

@@ -8,7 +8,6 @@
 
 #include <cstring>
 
-#include "../launch.h"
 #include "barrier.cuh"
 #include "tile_iterator.cuh"
 

@@ -12,7 +12,7 @@ namespace bnext::cuda {
 // that there is nothing to synchronise but the thread with its own copies.
 //
 // PARTIAL: there may be room for less than the block's part. It then holds as many of the first chunks as there is room
-// for, whole ones (plan.cpp sees to that); the others are loaded once more.
+// for, whole ones (the planner sees to that); the others are loaded once more.
 template <class Op, int CHUNK, bool PARTIAL = false>
 class SharedTile {
   static_assert(!PARTIAL || resident_strides(Op::kInputs) % CHUNK == 0);

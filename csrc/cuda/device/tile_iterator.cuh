@@ -1,5 +1,5 @@
-// How a block goes through its work tile (see Partition in plan.h): in chunks of several vectors, whose loads are all
-// in flight at once. A walk gives one vector after the other: next(chunk, k).
+// How a block goes through its work tile (see Partition in planner/partition.h): in chunks of several vectors, whose
+// loads are all in flight at once. A walk gives one vector after the other: next(chunk, k).
 #pragma once
 
 #include "loaders.cuh"

@@ -11,7 +11,6 @@
 #include "../device/channels.cuh"
 #include "../device/loaders.cuh"
 #include "../device/pairwise_sum.cuh"
-#include "../launch.h"
 
 namespace bnext {
 

@@ -56,7 +56,7 @@ cudaError_t with_op(const BatchNormBackwardParams& p, F&& f) {
   });
 }
 
-// The same for the plan `resident`, of the operations that it is compiled for; plan.cpp asks for no others.
+// The same for the plan `resident`, of the operations that it is compiled for; the planner asks for no others.
 template <class Params, class F>
 cudaError_t with_resident_op(const Params& p, F&& f) {
   return with_op(p, [&](auto op) {

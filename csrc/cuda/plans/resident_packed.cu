@@ -40,7 +40,7 @@ __device__ __forceinline__ void of_columns(C (&out)[N], const C* channels, const
 // pack; finish(k, state) gets the state of the tile's channel k, in thread k of each block, and what it leaves in
 // shared memory is there for all threads. The caller goes on to leave_cluster().
 //
-// A vector's columns are of two channels at most, since planes are no shorter than that (plan.cpp): each thread merges
+// A vector's columns are of two channels at most, since planes are no shorter than that (planner/partitioning.cpp): each thread merges
 // those of each, and leaves two states for those threads that share out what belongs to a channel.
 template <class Op, class Reduce, class Finish>
 __device__ __forceinline__ void merge_packed(const Partition& partition, const Shape& shape, const WorkTile& work,

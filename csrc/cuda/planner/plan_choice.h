@@ -20,9 +20,6 @@ enum class PlanKind : uint8_t {
 constexpr std::array<const char*, 4> kPlanNames = {"automatic", "resident", "cooperative", "two_pass"};
 constexpr const char* name_of(PlanKind kind) { return kPlanNames[static_cast<size_t>(kind)]; }
 
-// Vectors of a tile of columns, at most. Wider rows than these 256 bytes, or 512 of float64 with a mask, gain nothing.
-constexpr int32_t kMaxTileVecs = 16;
-
 // A plan, and details of `resident`, of which 0 leaves one to the plan. 8 bytes, so that an atomic holds it.
 struct PlanChoice {
   PlanKind kind = PlanKind::automatic;

@@ -1,27 +1,10 @@
-// Which kernels a shape gets, with what grids: a pure function of the problem and the device, so
-// that a table test on any machine can check it. Nothing here touches CUDA.
+// How the blocks of one pass share out a tensor, and what kernels and plans have to agree on. Nothing here touches
+// CUDA.
 #pragma once
 
-#include <array>
-#include <string>
-
-#include "../core/params.h"
-#include "plan_choice.h"
+#include "../../core/params.h"
 
 namespace bnext::cuda {
-
-struct DeviceProperties {
-  int32_t compute_capability;  // 10 * major + minor, of the device and of the code that runs there
-  int32_t multiprocessors;
-  int64_t shared_per_multiprocessor;  // bytes
-  int64_t shared_per_block;           // with opt-in
-  int64_t l2_bytes;
-  int64_t bandwidth;  // of its memory, in bytes a microsecond, as far as a copy gets
-  // So many clusters of 2, 4, 8 and 16 blocks, each with all the shared memory it may have, are there together.
-  std::array<int32_t, 4> clusters_together;
-  bool cooperative = true;  // grids whose blocks are all there together
-  bool clusters = true;     // from compute capability 9.0 on
-};
 
 // What launch bounds and plans have to agree on: threads of a block, and how many such blocks the
 // registers of a multiprocessor must hold. 3 allow 80 registers a thread, 2 allow 128: for threads that
@@ -37,6 +20,9 @@ constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general, bo
 
 // Threads of a warp.
 constexpr int32_t kWarp = 32;
+
+// Vectors of a tile of columns, at most. Wider rows than these 256 bytes, or 512 of float64 with a mask, gain nothing.
+constexpr int32_t kMaxTileVecs = 16;
 
 // Shared memory in which the threads of a block merge what they have, in states of so many numbers of `acc_bytes`: see
 // device/reduce.cuh. A state a thread of planar layouts, two of packed planes (plans/resident_packed.cu); of `width`
@@ -129,6 +115,7 @@ struct Partition {
   constexpr uint32_t cluster() const { return clustered ? static_cast<uint32_t>(splits) : 1; }
   constexpr bool cooperative() const { return resident_bytes > 0 && splits > 1 && !clustered; }
   constexpr bool packed() const { return columns.tile_channels > 0; }
+  constexpr bool interleaved() const { return by_columns && !packed(); }
   // Kernels count blocks, the vectors of a plane and the steps of a split in 32 bits, and so they do all vectors. A
   // tensor beyond that has 2^31 channels, a plane of 2^31 vectors (32 GiB), or 2^32 vectors (64 GiB).
   constexpr bool fits() const {
@@ -138,36 +125,10 @@ struct Partition {
   constexpr int64_t tile_width() const { return by_columns ? int64_t{columns.tile_vecs} * vec : 1; }
 };
 
-struct Plan {
-  PlanKind kind;          // the stages on their own, and eval mode, take a plan of two_pass
-  Partition resident;     // of that kind
-  Partition reduce;       // of the others: stats, backward_reduce
-  Partition apply;        // and normalize, backward_input
-  int64_t blocks;         // of the kind `cooperative`
-  int64_t partial_bytes;  // scratch that the kind needs
-  // Predicted times, where the automatic plan chooses by them; else 0.
-  double resident_us, two_pass_us;
-  int64_t counters;  // 32-bit counters likewise; the last is the barrier's of `cooperative`, or counts blocks that have
-                     // read num_batches_tracked
+// Memory of the device in which the blocks of a launch exchange partial results.
+struct Scratch {
+  void* partials;      // plan.partial_bytes, 16-byte aligned, need not be initialised
+  uint32_t* counters;  // plan.counters, all 0 before the call; 0 again once the call has run
 };
-
-// What a caller may ask for.
-struct PlanOptions {
-  PlanChoice plan = {};
-  int32_t sm_margin = 0;  // multiprocessors that kernels whose blocks all have to be there together leave to others
-};
-
-// The plans of a forward (with its stages stats and normalize) and of a backward. They look at shape,
-// dtype, activation, whether there are a residual (forward) or a mask (backward), whether the forward
-// averages cumulatively and counts, and which gradients are wanted: of those that one pass makes, the plan is two_pass.
-// It also is where the shape or the device does not allow what `options` ask for; *refusal then says why, and what
-// they would allow.
-Plan plan_forward(const BatchNormForwardParams&, const DeviceProperties&, const PlanOptions& = {},
-                  std::string* refusal = nullptr);
-Plan plan_backward(const BatchNormBackwardParams&, const DeviceProperties&, const PlanOptions& = {},
-                   std::string* refusal = nullptr);
-
-// One line for people: launches, grids, shared memory, scratch.
-std::string describe(const Plan&);
 
 }  // namespace bnext::cuda

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "partition.h"
+
 namespace bnext::cuda {
 namespace {
 

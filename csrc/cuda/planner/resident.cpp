@@ -1,0 +1,194 @@
+#include "resident.h"
+
+#include <algorithm>
+
+#include "partitioning.h"
+#include "time_model.h"
+
+namespace bnext::cuda {
+namespace {
+
+// A column tile is kMaxTileVecs vectors wide: 256-byte rows. In a resident pass it may be as narrow as 64 bytes: still
+// whole sectors, and more tiles out of few channels, of which more rows fit the device.
+constexpr int64_t kNarrowBytes = 64;
+
+// A resident pass with clusters of that size: its threads, and what its blocks keep.
+Partition clustered(const Problem& problem, Partition partition, int32_t cluster) {
+  const int64_t vec_bytes = problem.vec_bytes();
+  partition.clustered = true;
+  partition.groups = partition.tiles;
+  partition.splits = cluster;
+  partition.steps_per_split = ceil_div(partition.steps, cluster);
+  if (partition.by_columns) {
+    set_thread_rows(partition, partition.steps_per_split);
+    if (!partition.packed()) partition.exchange_bytes = partition.tile_width() * problem.state_bytes;
+    partition.resident_bytes = std::max<int64_t>(1, partition.columns.packs) *
+                               ceil_div(partition.steps_per_split, partition.columns.thread_rows) * partition.threads *
+                               vec_bytes;
+  } else {
+    set_planar_threads(partition, threads_for(ceil_div(partition.steps_per_split, kVecsPerThread)));
+    partition.resident_bytes = partition.steps_per_split * vec_bytes;
+  }
+  return partition;
+}
+
+// Keeps the faster of two passes, the first of equals.
+void keep_faster(TimedPartition& best, const Problem& problem, const Partition& other, const DeviceProperties& device) {
+  const double us = resident_time(problem, other, device);
+  if (!best.exists() || us < best.us) best = {other, us};
+}
+
+// Of pairs of blocks to a multiprocessor that take several waves, the second of the first wave wait for as long as it
+// takes the first to load what they keep.
+void set_turns(Partition& partition, const Problem& problem, const DeviceProperties& device) {
+  if (partition.resident_bytes == 0 || blocks_together(problem, partition, device) < 2) return;
+  const int64_t together = clusters_together(device, partition.splits, 2);
+  if (partition.tiles <= together) return;
+  partition.first_wave = static_cast<uint32_t>(together);
+  partition.late_ns =
+      static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors / device.bandwidth);
+}
+
+// With clusters of the size that takes the least time, if that is less than `best` takes; or of the size that is asked
+// for.
+void keep_fastest_cluster(TimedPartition& best, const Problem& problem, const Partition& base,
+                          const DeviceProperties& device, int32_t wanted) {
+  const bool has_clusters = device.compute_capability >= 90 && device.clusters;
+  for (int32_t cluster = 1; cluster <= kLargeCluster; cluster *= 2) {
+    if (wanted > 0 && cluster != wanted) continue;
+    if (cluster > base.steps || (cluster > 1 && (!has_clusters || clusters_together(device, cluster, 1) == 0)))
+      continue;
+    const Partition partition = clustered(problem, base, cluster);
+    // Where blocks exchange columns, there is a thread to each of them.
+    if (partition.exchange_bytes > 0 && partition.threads < partition.tile_width()) continue;
+    if (blocks_together(problem, partition, device) > 0) keep_faster(best, problem, partition, device);
+  }
+}
+
+TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
+  const int32_t vec = problem.vec();
+  const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
+  TimedPartition best;
+  if (base.tiles == 0) return best;
+  keep_fastest_cluster(best, problem, base, device, wanted);
+  set_turns(best.partition, problem, device);
+  return best;
+}
+
+// Groups of blocks that together fill `slots`, and take the tiles in turn: in the fewest rounds whose shares fit into
+// `capacity` bytes of a block, or with as many groups, or blocks in each, as are asked for. resident_bytes is 0 where
+// nothing fits.
+Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_t vec_bytes, const PlanChoice& wanted) {
+  const int64_t stride_bytes = partition.threads * vec_bytes;
+  const int64_t max_steps = capacity / stride_bytes * partition.columns.thread_rows;
+  if (max_steps <= 0) return {};
+  const int64_t splits = wanted.splits ? wanted.splits : ceil_div(partition.steps, max_steps);
+  const int64_t most = std::min(partition.tiles, slots / splits);
+  if (most == 0 || wanted.groups > most) return {};
+  const int64_t groups = wanted.groups   ? wanted.groups
+                         : wanted.splits ? most
+                                         : ceil_div(partition.tiles, ceil_div(partition.tiles, most));
+  set_splits(partition, wanted.splits ? wanted.splits : slots / groups, partition.columns.thread_rows);
+  partition.groups = groups;
+  partition.resident_bytes = partition.steps_per_split / partition.columns.thread_rows * stride_bytes;
+  const bool fits = partition.blocks() <= slots && partition.resident_bytes <= capacity;
+  return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
+}
+
+// The same of tiles that do not fit: as much of each block's share as does, in whole resident_strides().
+Partition partly_in_groups(Partition partition, int64_t slots, int64_t capacity, const Problem& problem,
+                           const DeviceProperties& device, const PlanChoice& wanted) {
+  const int64_t groups = wanted.groups ? wanted.groups : 1;
+  const int64_t splits = wanted.splits ? wanted.splits : slots / groups;
+  if (groups > partition.tiles || splits < 2 || groups * splits > slots) return {};
+  set_splits(partition, splits, partition.columns.thread_rows);
+  partition.groups = groups;
+  const int64_t stride_bytes = partition.threads * problem.vec_bytes();
+  const int64_t strides = ceil_div(partition.steps_per_split, partition.columns.thread_rows);
+  const int64_t multiple = resident_strides(problem.tensors), kept = capacity / stride_bytes / multiple * multiple;
+  if (kept == 0 || kept >= strides || partition.splits < 2) return {};
+  if (wanted.splits && wanted.splits != partition.splits) return {};
+  partition.resident_bytes = kept * stride_bytes;
+  partition.again_bytes = (strides - kept) * stride_bytes;
+  const int64_t cached = device.l2_bytes / 2 / partition.blocks() / stride_bytes;
+  partition.l2_steps = std::min(cached, strides - kept) * partition.columns.thread_rows;
+  return partition;
+}
+
+// In clusters, or in groups of all blocks that the device holds at a time, in pairs on a multiprocessor or one by one;
+// and with tiles as wide as take the least time.
+TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, const DeviceProperties& device,
+                                const PlanOptions& options) {
+  const int64_t row_bytes = problem.vec() * size_of(problem.dtype);
+  const auto narrow = static_cast<int32_t>(std::max<int64_t>(1, kNarrowBytes / row_bytes));
+  Partition partition = columns(problem.shape, problem.vec(), problem.shape.c, 1, narrow, /*merges=*/true);
+  if (partition.repeat > 1) return {};
+  const PlanChoice& wanted = options.plan;
+  const int64_t vecs = partition.columns.cols / partition.vec;
+  if (wanted.tile_vecs > vecs) return {};
+  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, /*merges=*/true);
+  const int64_t vec_bytes = problem.vec_bytes();
+  const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
+  TimedPartition best;
+  for (int32_t tile_vecs = kMaxTileVecs; tile_vecs >= narrow; tile_vecs /= 2) {
+    if (wanted.tile_vecs == 0) set_tile_vecs(partition, ceil_div(vecs, ceil_div(vecs, tile_vecs)), /*merges=*/true);
+    if (!wanted.grouped()) keep_fastest_cluster(best, problem, partition, device, wanted.cluster);
+    const bool has_groups = device.cooperative && wanted.cluster == 0;
+    for (int32_t per_sm = max_per_sm; per_sm >= 1 && has_groups; --per_sm) {
+      const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
+      const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
+      Partition grouped = in_groups(partition, slots, capacity, vec_bytes, wanted);
+      if (grouped.resident_bytes == 0) grouped = partly_in_groups(partition, slots, capacity, problem, device, wanted);
+      if (grouped.resident_bytes > 0) keep_faster(best, problem, grouped, device);
+    }
+    if (wanted.tile_vecs > 0) break;
+  }
+  return best;
+}
+
+// The wish that gives this pass.
+PlanChoice choice_of(const Partition& resident) {
+  PlanChoice choice = {};
+  choice.kind = PlanKind::resident;
+  if (resident.clustered) choice.cluster = static_cast<uint8_t>(resident.splits);
+  if (resident.interleaved()) choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
+  if (!resident.clustered) {
+    // Else a block to a tile, of which there may be many.
+    if (resident.splits > 1 || resident.groups < resident.tiles) {
+      choice.groups = static_cast<uint16_t>(resident.groups);
+      choice.splits = static_cast<uint16_t>(resident.splits);
+    }
+  }
+  return choice;
+}
+
+}  // namespace
+
+TimedPartition resident_partition(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+  const PlanChoice& wanted = options.plan;
+  if (problem.general && problem.dtype == DType::f64) return {};  // not compiled: see Op::kResident
+  if (problem.shape.layout == Layout::planar) {
+    return wanted.interleaved_details() ? TimedPartition{} : resident_planar(problem, device, wanted.cluster);
+  }
+  const int32_t max_per_sm = resident_blocks_per_sm(size_of(problem.dtype), problem.general, true);
+  return resident_columns(problem, max_per_sm, device, options);
+}
+
+std::string why_not_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+  const PlanChoice& wanted = options.plan;
+  const bool is_planar = problem.shape.layout == Layout::planar;
+  if (is_planar && wanted.interleaved_details()) return "in a planar layout, the one detail is cluster";
+  if (wanted.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
+  const std::string capacity =
+      std::to_string(std::max<int64_t>(1, device.multiprocessors - (is_planar ? 0 : options.sm_margin))) +
+      " multiprocessors of " + std::to_string(device.shared_per_multiprocessor) + " bytes of shared memory";
+  if (!wanted.details()) return "its channels do not fit " + capacity + ", or make no whole vecs of 16 bytes";
+  PlanOptions open = options;
+  open.plan = {PlanKind::resident};
+  const TimedPartition allowed = resident_partition(problem, device, open);
+  const std::string other =
+      allowed.exists() ? "'" + to_string(choice_of(allowed.partition)) + "' does" : "nor does any other 'resident'";
+  return "it does not fit " + capacity + "; " + other;
+}
+
+}  // namespace bnext::cuda
