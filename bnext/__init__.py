@@ -17,6 +17,7 @@ of torch's own:
     ...     y = model(torch.randn(8, 3, 14, 14))
 """
 
+import re
 import sys
 
 __version__ = "0.1.0"
@@ -58,8 +59,11 @@ __all__ = [
     "update_statistics",
 ]
 
-# `python -m bnext.doctor` imports this first, and has to run where what is below does not import.
-if not any(argument.endswith("bnext.doctor") for argument in sys.orig_argv[1:3]):
+# `python -m bnext.doctor` imports this first, and has to run where what is below does not import. Python's
+# own options come before the module's name, whose place follows from what comes after it: sys.argv begins
+# with one entry for the program. "-m" may be a part of the same argument, as in -umbnext.doctor.
+_program = sys.orig_argv[-len(sys.argv) :][:1]
+if not any(re.fullmatch(r"(-\w*m)?bnext\.doctor", argument) for argument in _program):
     from bnext import activation, cuda, functional, keras, nn, ops, reference, switch, sync
     from bnext.activation import Activation
     from bnext.checkpointing import hold_statistics, update_once

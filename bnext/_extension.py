@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,12 +156,21 @@ def _import(path: Path) -> ModuleType:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be compiled into `folder`, which need not exist yet; None where it can. Makes nothing."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    """Why nothing can be compiled into `folder`, which need not exist yet; None where it can. Leaves nothing behind.
+
+    It tries, since permissions say too little: root has all of them, in /proc and on a read-only disk as well. It tries
+    under another name, since another process may be about to compile into `folder`."""
+    # A link that leads nowhere counts as existing: no folder can be made in its place.
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not existing.is_dir():
         return f"{existing} is not a folder"
-    if not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryDirectory(prefix=".bnext-", dir=existing) as probe:
+            Path(probe, "file").write_bytes(b"0")
+    except PermissionError:
         return f"{existing} is not writable for this user{_owner(existing)}"
+    except OSError as error:
+        return f"no file can be written in {existing}: {error.strerror}"
     return None
 
 

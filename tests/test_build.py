@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -654,13 +655,50 @@ def test_the_doctor_runs_where_torch_does_not_import(package):
     assert f"{sys.executable} -m pip install torch" in done.stdout
 
 
-def test_the_doctor_runs_on_the_real_package_where_torch_does_not_import(tmp_path):
+@pytest.fixture
+def package_without_torch(tmp_path):
+    """A folder with the real package in it, where torch does not import."""
     shutil.copytree(ROOT / "bnext", tmp_path / "bnext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "torch.py").write_text("raise ImportError('no such luck')\n")
-    done = python(tmp_path, "-m", "bnext.doctor", check=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "-m bnext.doctor",
+        "-m bnext.doctor and more",
+        "-mbnext.doctor",
+        "-u -m bnext.doctor",
+        "-B -s -m bnext.doctor -m pytest",
+        "-X dev -W ignore -m bnext.doctor",
+        "-Bum bnext.doctor",
+        "-Bumbnext.doctor",
+    ],
+)
+def test_the_doctor_runs_on_the_real_package_where_torch_does_not_import(package_without_torch, arguments):
+    """However Python is told to run it."""
+    done = python(package_without_torch, *arguments.split(), check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert "no such luck" in done.stdout
-    assert python(tmp_path, "-c", "import bnext", check=False).returncode == 1
+    assert "bnext does not work: torch does not import." in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-c", "import bnext"),
+        ("-c", "import bnext.doctor"),
+        ("-c", "import bnext", "-m", "bnext.doctor"),
+        ("-m", "bnext.nn"),
+        ("-m", "bnext.nn", "-m", "bnext.doctor"),
+    ],
+)
+def test_the_package_is_whole_wherever_the_doctor_is_not_what_runs(package_without_torch, arguments):
+    """It then fails with torch, instead of going without half of its names."""
+    done = python(package_without_torch, *arguments, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ImportError: no such luck\n")
 
 
 def test_the_doctor_runs_where_the_package_does_not_import(package):
@@ -677,20 +715,55 @@ def test_the_doctor_refuses_a_wrong_bnext_build(package):
     assert "BNEXT_BUILD must be 'aot', 'jit' or unset, got 'maybe'" in done.stdout
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_refused(package, tmp_path):
-    """Users of any rights cannot make a folder below a file."""
+@pytest.mark.parametrize(
+    "cache, says",
+    [
+        ("{}/file", "{}/file is not a folder"),
+        ("{}/link", "{}/link is not a folder"),
+        # As root, whom no permission stops: "no file can be written in". Anybody else: "/proc is not writable".
+        ("/proc/nowhere", "/proc"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_said_and_refused(package, tmp_path, cache, says):
+    """Users of any rights cannot make a folder below a file, behind a link to nothing, or in /proc."""
     (tmp_path / "file").touch()
-    nowhere = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "file")}
-    done = python(package, "-m", "bnext.doctor", check=False, **nowhere)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    cache, says = cache.format(tmp_path), says.format(tmp_path)
+    done = python(package, "-m", "bnext.doctor", check=False, TORCH_EXTENSIONS_DIR=cache)
     assert done.returncode == 1
-    assert f"{tmp_path / 'file'} is not a folder" in done.stdout
+    assert re.search(rf"^  cache .*{says}", done.stdout, re.MULTILINE)
+    assert "bnext does not work: there is nothing to load, and it cannot be compiled." in done.stdout
     assert "set TORCH_EXTENSIONS_DIR to a folder that you can write to" in done.stdout
-    refused = python(package, "-c", LOAD, check=False, **nowhere)
-    assert (
-        f"ImportError: bnext: no extension was compiled ahead of time, and one cannot be compiled into {tmp_path / 'file'}"
-        in refused.stderr
-    )
+    refused = python(package, "-c", LOAD, check=False, TORCH_EXTENSIONS_DIR=cache)
+    error = "ImportError: bnext: no extension was compiled ahead of time, and one cannot be compiled into "
+    assert error + cache in refused.stderr
+    assert says in refused.stderr.partition(error + cache)[2]
     assert refused.stderr.rstrip().endswith("set TORCH_EXTENSIONS_DIR to a folder of yours")
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_whether_a_cache_can_be_written_is_tried_not_asked(monkeypatch, tmp_path, call, code):
+    """Folders and files both; and whatever comes of it, nothing is left behind."""
+    folder = tmp_path / "not" / "yet"
+    assert _extension.unwritable(folder) is None
+    assert _extension.unwritable(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(code, os.strerror(code), str(path))
+
+    with monkeypatch.context() as patched:
+        if call == "mkdir":
+            patched.setattr(os, "mkdir", refuse)
+        else:
+            patched.setattr(Path, "write_bytes", refuse)
+        reason = _extension.unwritable(folder)
+    if code == errno.EACCES:
+        assert reason == f"{tmp_path} is not writable for this user"
+    else:
+        assert reason == f"no file can be written in {tmp_path}: {os.strerror(code)}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_of_somebody_else_is_refused_with_a_name(monkeypatch, tmp_path):
@@ -701,7 +774,7 @@ def test_a_cache_of_somebody_else_is_refused_with_a_name(monkeypatch, tmp_path):
 
     theirs = os.stat_result((0o040755, 0, 0, 1, os.getuid() + 1, 0, 0, 0, 0, 0))
     monkeypatch.setattr(_extension, "open", denied, raising=False)
-    monkeypatch.setattr(os, "access", lambda *args: False)
+    monkeypatch.setattr(os, "mkdir", denied)
     assert _extension.unwritable(tmp_path) == f"{tmp_path} is not writable for this user"
     monkeypatch.setattr(Path, "owner", lambda self: "somebody")
     stat = Path.stat
