@@ -3,6 +3,8 @@ answer has to be."""
 
 import torch
 
+from bnext import reference
+
 #: (of the input, of the parameters and the running statistics)
 DTYPES = [
     (torch.float32, torch.float32),
@@ -105,6 +107,8 @@ class Tolerance:
     """
 
     STEPS = {torch.float32: 8, torch.float64: 64}
+    #: Upper bounds of |f'| and |f''| of activations: hardswish' is at most 1.5, silu' 1.1; tanh'' 0.77, silu'' 0.5.
+    STEEPEST, BENT = 1.5, 0.8
 
     def __init__(self, x, mean, invstd, weight, parameter_dtype):
         def channel(t):
@@ -132,6 +136,15 @@ class Tolerance:
 
     def y(self, exact, *addends):
         return self.z(*addends) + self.rounded(exact, self.dtype) + torch.finfo(self.dtype).tiny
+
+    def activated(self, exact, z):
+        """Of an activation's value, whose argument is z off; and it takes some roundings itself."""
+        own = self.u * (in_float64(exact).abs() + 1)
+        return self.STEEPEST * z + own + self.rounded(exact, self.dtype) + torch.finfo(self.dtype).tiny
+
+    def dz(self, dy, z):
+        """Of dy times the derivative of a smooth activation there."""
+        return in_float64(dy).abs() * (self.BENT * z + self.u)
 
     def dx(self, exact, dy):
         dy = in_float64(dy).abs()
@@ -169,3 +182,59 @@ def assert_within(actual, exact, tolerance, what=""):
             f"{what}: {int((~ok).sum())} of {ok.numel()} elements are off; element {worst} is {got!r}, expected "
             f"{wanted!r} +- {tolerance.expand_as(excess).flatten()[worst].item():.3g}"
         )
+
+
+def assert_exact(
+    found,
+    x,
+    weight=None,
+    bias=None,
+    running_mean=None,
+    running_var=None,
+    *,
+    dy=None,
+    residual=None,
+    activation=None,
+    training=True,
+    **options,
+):
+    """`found`, results of one forward and backward by their names in bnext.reference, against bnext.reference on the
+    same operands; and their dtypes. The running statistics are those before; `options` are reference.forward's.
+
+    The activation is None, "relu" or a smooth one. dweight and dbias may be lists, of what each process has of the sum.
+    """
+    parameter_dtype = next((t.dtype for t in (weight, bias, running_mean) if t is not None), x.dtype)
+    operands = (x, weight, bias, running_mean, running_var, residual, dy)
+    operands = (None if t is None else in_float64(t) for t in operands)
+    x64, weight, bias, running_mean, running_var, residual, dy = operands
+    fused = {"activation": activation, "residual": residual}
+    forward = reference.forward(x64, weight, bias, running_mean, running_var, training=training, **fused, **options)
+    tolerance = Tolerance(x, forward.mean, forward.invstd, weight, parameter_dtype)
+    addends = [] if bias is None else [bias.view(-1, *[1] * (x.dim() - 2))]
+    addends += [] if residual is None else [residual]
+    z_off, smooth = tolerance.z(*addends), activation not in (None, "relu")
+    exact = vars(forward)
+    bounds = {"y": tolerance.activated(forward.y, z_off) if smooth else tolerance.y(forward.y, *addends)}
+    if training and running_mean is not None:
+        m = x.numel() // x.shape[1]
+        bounds["running_mean"] = tolerance.running_mean(forward.running_mean, running_mean)
+        bounds["running_var"] = tolerance.running_var(forward.running_var, running_var, forward.var * m / (m - 1))
+    if dy is not None:
+        if activation == "relu":  # next to 0 rounding decides what passes, and y says what it decided
+            dy, fused = dy * (in_float64(found["y"]) > 0), {}
+        backward = reference.backward(dy, x64, forward.mean, forward.invstd, weight, bias, training=training, **fused)
+        dz_off = smooth * tolerance.dz(dy, z_off)
+        # The bounds are linear in |dz|, and an error of dz spreads as dz itself does.
+        dz = backward.dresidual.abs() + dz_off / tolerance.u
+        exact = exact | vars(backward)
+        bounds |= {name: getattr(tolerance, name)(exact[name], dz) for name in ("dx", "dweight", "dbias")}
+        # Without an activation, or behind relu, it is dy or 0, to the bit.
+        bounds["dresidual"] = dz_off + smooth * tolerance.rounded(backward.dresidual, x.dtype)
+    for name, results in found.items():
+        dtype, bound = x.dtype if name in ("y", "dx", "dresidual") else parameter_dtype, bounds[name]
+        if isinstance(results, list):  # each of which was rounded by itself
+            bound = bound + sum(tolerance.rounded(t, dtype) for t in results)
+        else:
+            results = [results]
+        assert all(t.dtype == dtype for t in results), f"{name} is {[t.dtype for t in results]}"
+        assert_within(sum(map(in_float64, results)), exact[name], bound, name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from compiler import cxx
+from test_build import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +19,7 @@ def run(folder: Path, source: str, *flags: str) -> str:
     warnings = ("-Wall", "-Wextra", "-Werror")
     command = [compiler, "-std=c++17", "-g", "-O1", *warnings, *flags, str(ROOT / "tests" / source), "-o", str(program)]
     subprocess.run(command, check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from compiler import cxx
+from test_build import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tests" / "plans"
@@ -37,7 +38,15 @@ def compile_table(folder: Path) -> Path:
         ROOT / "tests" / "plan_table.cpp",
         *sorted((ROOT / "csrc" / "cuda" / "planner").glob("*.cpp")),
     ]
-    command = [compiler, "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover", *map(str, sources)]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-Werror=switch",
+        "-fsanitize=undefined",
+        "-fno-sanitize-recover",
+        *map(str, sources),
+    ]
     subprocess.run([*command, "-o", str(program)], check=True)
     return program
 
@@ -514,7 +523,9 @@ def test_pairs_of_blocks_take_turns_where_they_take_waves(program):
 def test_awkward_planes_do_not_take_long_to_plan(program):
     """Of a prime number of elements, and of as many divisors as there can be."""
     problems = [f"{GPUS['H100']} planar bf16 2 8 {s} forward 0 automatic 0" for s in (2**31 - 1, 735134400)] * 1000
-    subprocess.run([program], input="\n".join(problems), text=True, check=True, timeout=10, capture_output=True)
+    # In seconds of the processor, whatever else it does meanwhile: they take 0.1.
+    limited = ["sh", "-c", 'ulimit -t 10 && exec "$0"', program]
+    subprocess.run(limited, input="\n".join(problems), text=True, check=True, timeout=PATIENCE, capture_output=True)
 
 
 def test_clusters_of_16_are_taken_where_enough_of_them_fit(program):

@@ -12,6 +12,7 @@ import re
 import subprocess
 
 import pytest
+from test_build import PATIENCE
 
 from tests.simt import build
 
@@ -378,7 +379,7 @@ def test_devices_are_queried_prepared_and_remembered():
     names = subprocess.run([executable], capture_output=True, text=True, check=True).stdout.split()
     assert len(names) >= 12
     for name in names:
-        done = subprocess.run([executable, name], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([executable, name], capture_output=True, text=True, timeout=PATIENCE)
         assert (done.returncode, done.stdout) == (0, f"{name}: ok\n"), done.stderr
 
 

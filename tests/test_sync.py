@@ -1,4 +1,4 @@
-"""SyncBatchNorm in processes, each with a part of a batch, against the ordinary layer on the whole of it."""
+"""SyncBatchNorm in processes, each with a part of a batch, against float64 and the ordinary layer on the whole of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from problems import channels_last, contiguous, every_second
+from problems import assert_exact, channels_last, contiguous, every_second
 from processes import Processes
 from torch import nn
 
@@ -68,11 +68,11 @@ class Case:
         return self.layouts[index](whole.split(self.sizes)[index])
 
 
-def assert_equal_to_rounding(actual, expected, dtype, what):
-    """The two take the same sums in another order."""
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    assert actual.dtype == expected.dtype, what
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}")
+def gathered(part, group):
+    """By name, a list of what each process of the group has."""
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, {name: t.detach() for name, t in part.items()}, group=group)
+    return {name: [p[name] for p in parts] for name in part}
 
 
 def check(rank, case, ranks=(0, 1, 2), steps=2):
@@ -81,33 +81,31 @@ def check(rank, case, ranks=(0, 1, 2), steps=2):
     if rank not in ranks:
         return
     index = ranks.index(rank)
-    ordinary = {2: bnext.BatchNorm1d, 4: bnext.BatchNorm2d}[2 + len(case.plane)]
-    whole, part = case.layer(ordinary), case.layer(bnext.SyncBatchNorm, process_group=group)
+    layer = case.layer(bnext.SyncBatchNorm, process_group=group)
     for step in range(steps):
-        tensors = [case.tensor(10 * step + k) for k in range(3)]
-        x, residual, dy = (t.requires_grad_() for t in tensors)
-        px, presidual, pdy = (case.part(t.detach(), index).requires_grad_() for t in tensors)
-        y = whole(x, residual if case.residual else None)
-        py = part(px, presidual if case.residual else None)
+        x, residual, dy = (case.tensor(10 * step + k) for k in range(3))
+        px, presidual, pdy = (case.part(t, index).requires_grad_() for t in (x, residual, dy))
+        before = [None if b is None else b.clone() for b in (layer.running_mean, layer.running_var)]
+        py = layer(px, presidual if case.residual else None)
         assert py.stride() == torch.empty_like(px).stride()
-        y.backward(dy.detach())
         py.backward(pdy.detach())
 
-        equal = functools.partial(assert_equal_to_rounding, dtype=case.dtype)
-        equal(py, y.split(case.sizes)[index], what="y")
-        equal(px.grad, x.grad.split(case.sizes)[index], what="dx")
-        if case.residual:
-            equal(presidual.grad, residual.grad.split(case.sizes)[index], what="dresidual")
-        for (name, expected), gradient in zip(whole.named_parameters(), part.parameters(), strict=True):
-            total = gradient.grad.double()
-            dist.all_reduce(total, group=group)
-            equal(total.to(case.parameters), expected.grad, what=f"d{name}")
-            expected.grad = gradient.grad = None
-        for (name, expected), buffer in zip(whole.named_buffers(), part.buffers(), strict=True):
-            if expected is not None:
-                assert_equal_to_rounding(buffer, expected, case.parameters, name)
-    if whole.track_running_stats:  # without, each process evaluates by its own batch
-        equal(part.eval()(px), whole.eval()(x).split(case.sizes)[index], what="evaluation")
+        part = {"y": py, "dx": px.grad} | ({"dresidual": presidual.grad} if case.residual else {})
+        found = {name: torch.cat(parts) for name, parts in gathered(part, group).items()}
+        found |= gathered({f"d{name}": p.grad for name, p in layer.named_parameters()}, group)
+        if layer.track_running_stats:  # each process has those of the whole
+            found |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
+            assert layer.num_batches_tracked == step + 1
+        operands = x, layer.weight, layer.bias, *before
+        options = {"dy": dy, "activation": case.activation, "residual": residual if case.residual else None}
+        options["momentum"] = layer.momentum or 1 / (step + 1)
+        options["unbiased"] = dict(case.options).get("unbiased", True)
+        assert_exact(found, *operands, **options)
+        layer.zero_grad()
+    if layer.track_running_stats:  # without, each process evaluates by its own batch
+        operands = x, layer.weight, layer.bias, layer.running_mean, layer.running_var
+        y = torch.cat(gathered({"y": layer.eval()(px)}, group)["y"])
+        assert_exact({"y": y}, *operands, activation=case.activation, training=False)
 
 
 CASES = {
