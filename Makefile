@@ -1,13 +1,15 @@
 ## bnext: batch normalization for PyTorch on hand-written CUDA and CPU kernels.
 ##
-##   make demo     trains LeNet without batch normalization, with torch.nn's and with bnext's: a table, a picture
-##   make test     everything: style, types, and the whole test suite
-##   make lint     style and types alone
-##   make bench    times bnext and torch.nn on ResNet-50's layers: build/bench.json, build/bench.png
+##   make demo     trains LeNet without batch normalization, with torch.nn's and with bnext's: a table, a picture;
+##                 about 2 minutes
+##   make test     everything: style, types, and the whole test suite; 25 to 40 minutes on 2 cores with nvcc
+##   make lint     style and types alone; a minute the first time, then seconds
+##   make bench    times bnext and torch.nn on ResNet-50's layers: build/bench.json, build/bench.png; about 3 minutes
 ##   make clean    removes .venv and all that was built
 ##
-## The first of these sets up .venv, which downloads TORCH (default: torch, several GB where it comes
-## with CUDA) and compiles. Another torch:   make TORCH="torch==2.13.0" test
+## The first of these also sets up .venv. It downloads TORCH (default: torch; 3 GB where it comes with CUDA, 0.5 GB
+## where not): 1 to 10 minutes. All but lint then compile, once: on 2 cores a minute for the CPU, and about 5 more for
+## CUDA, where there is a compiler for it. Another torch:   make TORCH="torch==2.13.0" test
 ##
 ##   make gpu      on a machine with a GPU, in steps of less than nine minutes that are targets of their
 ##                 own: gpu-build, gpu-smoke, gpu-table, gpu-probe, gpu-tables, gpu-test, gpu-sanitize.

@@ -1,4 +1,4 @@
-# What torch.ops.bnext.* take: the schemas in csrc/bindings/library.cpp, as Python. A test compares them.
+# What torch.ops.bnext.* take: the schemas of bnext/operators.py, as Python. A test compares them.
 
 from collections.abc import Sequence
 
