@@ -41,6 +41,35 @@ def test_statistics_are_nearly_correctly_rounded(device, dtype, layout, ratio):
         assert (np.abs(mean - exact.mean(axes)) <= 4 * np.spacing(size)).all()
 
 
+def uneven(where, length):
+    """Data whose parts have other means than the whole: what comes before is a bad guess at what comes next."""
+    values, place = torch.randn(length, dtype=torch.float64), torch.arange(length) / length
+    if isinstance(where, int):  # one outlier
+        values[min(where, length - 1)] = 1e6
+        return values
+    return (
+        values * 1e-3 + {"step": place > 0.5, "early": place > 1e-3, "late": place > 0.999, "trend": place}[where] * 100
+    )
+
+
+@pytest.mark.parametrize("where", [0, 1, 31, 32, 2047, 2048, 2049, 10**9, "step", "early", "late", "trend"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_statistics_of_uneven_data(dtype, layout, where):
+    """The CPU sums up deviations from the mean of what came before. 32 units allow for the squares of one sign that a
+    float32 lane adds up, 32 of them, at most half a unit each, and twice as much where the centre is as far off as
+    docs/math.md allows. A centre from a single value, as planes of 2049 have blocks of one, would take thousands."""
+    for shape in [(3, 2, 2049), (5, 2, 4097), (40, 2, 49), (1, 2, 20000)]:
+        n, _, s = shape
+        x = torch.stack([uneven(where, n * s).view(n, s) for _ in range(2)], 1)
+        x = layout(x.to(dtype))
+        mean, var = (t.numpy() for t in bnext.ops.batch_norm_stats(x))
+        exact = x.double().numpy().astype(np.longdouble)
+        size = np.abs(exact).mean((0, 2)).astype(mean.dtype)
+        assert (np.abs(var - exact.var((0, 2))) <= 32 * np.spacing(var)).all()
+        assert (np.abs(mean - exact.mean((0, 2))) <= 16 * np.spacing(size)).all()
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalize_is_within_two_ulp(device, dtype, layout):

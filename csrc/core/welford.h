@@ -1,7 +1,7 @@
 // Statistics of a set of numbers, mergeable in any grouping without cancellation.
 //
-// The mean is kept as shift + offset, where shift is one of the numbers: differences to it are
-// exact or nearly so (Sterbenz), so that |mean| / std of 1e4 costs float32 nothing, and a constant
+// The mean is kept as shift + offset, where shift is one of the numbers or near their mean: differences
+// to it are exact or nearly so (Sterbenz), so that |mean| / std of 1e4 costs float32 nothing, and a constant
 // set has offset and variance exactly 0. The variance is kept as such, not as a sum of squares,
 // so that values of 1e18 do not overflow float32. Merging is Chan, Golub and LeVeque's pairwise
 // update ("Updating formulae and a pairwise algorithm for computing sample variances", 1979,

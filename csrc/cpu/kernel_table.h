@@ -8,18 +8,23 @@
 namespace bnext::cpu {
 namespace {
 
+// In the order of the fields of Kernels; arrays in the order of their enumerations, then false and true.
 template <class T>
 constexpr Kernels<acc_t<T>> kernels_of() {
   return {
+      centre<T>,
       moments<T>,
       column_moments<T>,
+      // y: without a residual, with one, with a mask besides, and with any activation.
       {{normalize<T, Addend::none, false>, normalize<T, Addend::none, true>},
        {normalize<T, Addend::residual, false>, normalize<T, Addend::residual, true>},
        {normalize<T, Addend::residual_with_mask, false>, normalize<T, Addend::residual_with_mask, true>},
        {normalize_general<T, false>, normalize_general<T, true>}},
+      // Sums, which no other kernel needs: of a block, and of each of its columns.
       {sums<T, Derivative::none>, sums<T, Derivative::relu>, sums<T, Derivative::mask>, sums<T, Derivative::general>},
       {column_sums<T, Derivative::none>, column_sums<T, Derivative::relu>, column_sums<T, Derivative::mask>,
        column_sums<T, Derivative::general>},
+      // dx, in eval mode and in training.
       {{{gradient<T, Derivative::none, false, false>, gradient<T, Derivative::none, false, true>},
         {gradient<T, Derivative::none, true, false>, gradient<T, Derivative::none, true, true>}},
        {{gradient<T, Derivative::relu, false, false>, gradient<T, Derivative::relu, false, true>},

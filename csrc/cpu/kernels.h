@@ -25,7 +25,7 @@ constexpr int64_t kPadding = 16;
 constexpr int64_t kColumnRows = 32;
 // Elements that a row kernel sums up likewise, each row rounded up to kRowStep, its 4 vectors of
 // float: 32 to a lane. Their squares may reach 4e36 without overflow, and they stay in the
-// first-level cache for the second look.
+// first-level cache for a second look.
 constexpr int64_t kRowStep = 64;
 constexpr int64_t kRowElements = 32 * kRowStep;
 // Columns of a block of a column kernel, at most.
@@ -80,9 +80,10 @@ struct BackwardArgs {
 
 template <class A>
 struct Kernels {
-  // Statistics of the block as a whole, within kRowElements.
+  // Mean of the block as a whole, within kRowElements; and statistics, around a number that should be near the mean.
   // Meanwhile the block that begins at element `next` is fetched into cache.
-  Welford<double> (*moments)(const void* x, const SubMatrix&, int64_t next);
+  A (*centre)(const void* x, const SubMatrix&);
+  Welford<double> (*moments)(const void* x, const SubMatrix&, A centre, int64_t next);
   // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
   void (*column_moments)(const void* x, const SubMatrix&, A* shift, double* offset, double* var);
 

@@ -1,6 +1,6 @@
-// Statistics of one block, in two passes over data that the first pass has brought into cache:
-// deviations from a first guess give the mean, deviations from the mean the variance. As cheap as
-// sums of squares, and nothing cancels.
+// Statistics of one block: sums of the deviations from a centre near its mean, and of their squares, in one sweep over
+// the data. Where the centre is the mean of as many numbers of the same channel, cancellation costs nothing:
+// docs/math.md has the bound. Only where there are not so many before it does a block need a sweep for its centre.
 #pragma once
 
 #include "kernels.h"
@@ -9,21 +9,17 @@
 namespace bnext::cpu {
 namespace {
 
-// The first guess is the block's first element, so that differences to it are exact where
-// |mean| >> std. The centre of the second pass, and the shift of the result, is the mean rounded
-// to A; what the rounding lost is put right in the end, because it is known in double.
+// The block's mean, rounded. It is the first element and the mean of the differences to it, which are exact where
+// |mean| >> std.
 template <class T>
-[[gnu::flatten]] Welford<double> moments(const void* x, const SubMatrix& block, int64_t next) {
+[[gnu::flatten]] acc_t<T> centre(const void* x, const SubMatrix& block) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const T* p = static_cast<const T*>(x) + block.first;
-  A shift;
-  {
-    A lanes[V::lanes];
-    store(lanes, Full{}, load(p, Partial{1}));
-    shift = lanes[0];
-  }
-  const V k(shift);
+  A first[V::lanes];
+  store(first, Full{}, load(p, Partial{1}));
+  // Any element would do; this one is sure to be there.
+  const V k(first[0]);
   V deviations[4] = {V(0), V(0), V(0), V(0)};
   sum_rows<A>(
       block.rows, block.width, [&](int64_t r) { return p + r * block.stride; },
@@ -31,31 +27,37 @@ template <class T>
         V& d = deviations[which.value];
         d = d + counted(part, load(row + i, part) - k);
       });
-  const double count = static_cast<double>(block.rows * block.width);
-  const double offset = sum(deviations) / count;
+  return static_cast<A>(first[0] + sum(deviations) / static_cast<double>(block.rows * block.width));
+}
 
-  const A centre = static_cast<A>(shift + offset);
+// The mean is left as centre + offset, in double: so it has lost nothing where the next block takes it, or the end
+// result.
+template <class T>
+[[gnu::flatten]] Welford<double> moments(const void* x, const SubMatrix& block, acc_t<T> centre, int64_t next) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const T* p = static_cast<const T*>(x) + block.first;
   const V c(centre);
-  V squares[4] = {V(0), V(0), V(0), V(0)};
-  // The second look finds its data in cache: time to fetch the next block's.
+  // Four of each, so that an addition need not wait for the one before.
+  V deviations[4] = {V(0), V(0), V(0), V(0)}, squares[4] = {V(0), V(0), V(0), V(0)};
+  // A strip jumps from image to image, which no hardware prefetcher foresees.
   const Ahead<T> ahead(x, next);
   sum_rows<A>(
       block.rows, block.width, [&](int64_t r) { return r * block.stride; },
       [&](int64_t row, int64_t i, auto which, auto part) {
         ahead.fetch(row + i);
         const V d = counted(part, load(p + row + i, part) - c);
+        deviations[which.value] = deviations[which.value] + d;
         squares[which.value] = fma(d, d, squares[which.value]);
       });
-  // sum((x - mean)^2) = sum((x - centre)^2) - count * (mean - centre)^2, where the last term is a rounding error
-  // squared.
-  const double lost = (static_cast<double>(centre) - shift) - offset;
-  return {count, centre, -lost, sum(squares) / count - lost * lost};
+  const double count = static_cast<double>(block.rows * block.width);
+  const double offset = sum(deviations) / count, var = sum(squares) / count - offset * offset;
+  return {count, centre, offset, var < 0 ? 0 : var};  // a NaN stays one
 }
 
-// The same for each column, kColumnRows rows at a time, which are merged into the columns' state
-// in double. The first guess is the first row, and from then on the means of the first rows. During
-// the loop `var` holds M2, the sum of squared deviations: all columns share their counts, so that a
-// merge takes no division.
+// The same for each column. The first kColumnRows rows get their centre by a sweep of their own; from then on it is the
+// mean of all rows before, for twice as many rows each time. Sums of kColumnRows rows go on in double, before they lose
+// digits to their own size. During the loop `var` holds M2, the sum of squared deviations.
 template <class T>
 [[gnu::flatten]] void column_moments(const void* x, const SubMatrix& block, acc_t<T>* shift, double* offset,
                                      double* var) {
@@ -64,80 +66,78 @@ template <class T>
   using D = Vec<double>;
   const T* p = static_cast<const T*>(x) + block.first;
   const int64_t width = block.width, stride = block.stride;
-  // Columns have one sum each: none comes twice. What stands in the lanes behind the last one is never read.
+  // Columns have sums of their own: none comes twice. What stands in the lanes behind the last one is never read.
   const auto each_vector = [&](auto f) { for_each_vector<A>(width, Tail::partial, f); };
-  // The first row is each column's first guess.
-  each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
+  const auto each_double = [&](auto f) {
+    for (int64_t j = 0; j < width; j += D::lanes) f(j);
+  };
 
-  A sums[kColumns + kPadding], centre[kColumns + kPadding];
-  for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
-    const int64_t rows = block.rows - begin < kColumnRows ? block.rows - begin : kColumnRows;
-    const T* q = p + begin * stride;
-
-    // Row after row, as memory comes, but 4 at once, to spare the traffic of the sums.
-    each_vector([&](int64_t j, auto) { store(sums + j, Full{}, V(0)); });
-    for (int64_t r = 0; r < rows; r += 4) {
-      const T* row = q + r * stride;
-      if (r + 4 <= rows) {
-        each_vector([&](int64_t j, auto part) {
-          const V k = load(shift + j, Full{});
-          const V a = (load(row + j, part) - k) + (load(row + stride + j, part) - k);
-          const V b = (load(row + 2 * stride + j, part) - k) + (load(row + 3 * stride + j, part) - k);
-          store(sums + j, Full{}, load(sums + j, Full{}) + (a + b));
-        });
-      } else {
-        for (int64_t i = r; i < rows; i++, row += stride)
-          each_vector([&](int64_t j, auto part) {
-            const V k = load(shift + j, Full{});
-            store(sums + j, Full{}, load(sums + j, Full{}) + (load(row + j, part) - k));
-          });
-      }
-    }
-
-    const D each_row(1.0 / static_cast<double>(rows));
-    for (int64_t j = 0; j < width; j += D::lanes)
-      store(centre + j, Full{}, wide(shift + j) + wide(sums + j) * each_row);
-
-    // Now down the columns: the rows are in cache, and the squares in a register.
-    const D count(static_cast<double>(rows));
-    const double seen = static_cast<double>(begin), total = seen + static_cast<double>(rows);
-    const D weight(static_cast<double>(rows) / total), spread(seen * (static_cast<double>(rows) / total));
+  A sums[kColumns + kPadding], squares[kColumns + kPadding];
+  // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
+  const auto add_rows = [&](const T* row, auto rows, auto wants_squares) {
     each_vector([&](int64_t j, auto part) {
-      const V c = load(centre + j, Full{});
-      V even(0), odd(0);  // two, so that an addition need not wait for the one before
-      int64_t r = 0;
-      for (; r + 2 <= rows; r += 2) {
-        const V d = load(q + r * stride + j, part) - c;
-        const V e = load(q + (r + 1) * stride + j, part) - c;
-        even = fma(d, d, even);
-        odd = fma(e, e, odd);
+      const V k = load(shift + j, Full{});
+      V sum(0), square(0);
+      for (int r = 0; r < rows.value; r++) {
+        const V d = load(row + r * stride + j, part) - k;
+        sum = sum + d;
+        if constexpr (wants_squares.value) square = fma(d, d, square);
       }
-      if (r < rows) {
-        const V d = load(q + r * stride + j, part) - c;
-        even = fma(d, d, even);
-      }
-      A squares[V::lanes];
-      store(squares, Full{}, even + odd);
-      for (int64_t i = 0; i < V::lanes; i += D::lanes) {
-        const int64_t d = j + i;
-        const D mean = wide(sums + d) * each_row;
-        const D lost = (wide(centre + d) - wide(shift + d)) - mean;
-        const D m2 = fnma(lost * lost, count, wide(squares + i));
-        if (begin == 0) {
-          store(shift + d, Full{}, wide(centre + d));
-          store(offset + d, Full{}, D(0.0) - lost);
-          store(var + d, Full{}, m2);
-          continue;
-        }
-        const D delta = mean - wide(offset + d);
-        store(offset + d, Full{}, fma(delta, weight, wide(offset + d)));
-        store(var + d, Full{}, wide(var + d) + fma(delta * delta, spread, m2));
-      }
+      store(sums + j, Full{}, load(sums + j, Full{}) + sum);
+      if constexpr (wants_squares.value) store(squares + j, Full{}, load(squares + j, Full{}) + square);
+    });
+  };
+  // The sums of at most kColumnRows rows.
+  const auto sum_chunk = [&](int64_t begin, int64_t end, auto wants_squares) {
+    each_vector([&](int64_t j, auto) {
+      store(sums + j, Full{}, V(0));
+      store(squares + j, Full{}, V(0));
+    });
+    int64_t r = begin;
+    for (; r + 4 <= end; r += 4) add_rows(p + r * stride, Index<4>{}, wants_squares);
+    for (; r < end; r++) add_rows(p + r * stride, Index<1>{}, wants_squares);
+  };
+
+  const int64_t some = std::min(block.rows, kColumnRows);
+  each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
+  sum_chunk(0, some, Index<false>{});
+  const D each_of_some(1.0 / static_cast<double>(some));
+  each_double([&](int64_t j) {
+    store(shift + j, Full{}, fma(wide(sums + j), each_of_some, wide(shift + j)));
+    store(offset + j, Full{}, D(0.0));
+    store(var + j, Full{}, D(0.0));
+  });
+
+  // Rows [begin, end) share a centre.
+  double sums_of_all[kColumns + kPadding], squares_of_all[kColumns + kPadding];
+  for (int64_t begin = 0, end = some; begin < block.rows; begin = end, end = std::min(2 * end, block.rows)) {
+    each_double([&](int64_t j) {
+      store(sums_of_all + j, Full{}, D(0.0));
+      store(squares_of_all + j, Full{}, D(0.0));
+    });
+    for (int64_t r = begin; r < end; r += kColumnRows) {
+      sum_chunk(r, std::min(r + kColumnRows, end), Index<true>{});
+      each_double([&](int64_t j) {
+        store(sums_of_all + j, Full{}, wide(sums_of_all + j) + wide(sums + j));
+        store(squares_of_all + j, Full{}, wide(squares_of_all + j) + wide(squares + j));
+      });
+    }
+    // Chan's update, and the mean, as far as it can be represented, as the next centre. All columns share their counts,
+    // so that it takes no division.
+    const double seen = static_cast<double>(begin), rows = static_cast<double>(end - begin), total = seen + rows;
+    const D each_row(1.0 / rows), weight(rows / total), spread(seen * (rows / total)), count(rows);
+    each_double([&](int64_t j) {
+      const D k = wide(shift + j), mean = wide(sums_of_all + j) * each_row;
+      const D m2 = max_keep_nan(D(0.0), fnma(mean * mean, count, wide(squares_of_all + j)));
+      const D delta = mean - wide(offset + j), moved = fma(delta, weight, wide(offset + j));
+      store(var + j, Full{}, wide(var + j) + fma(delta * delta, spread, m2));
+      store(shift + j, Full{}, k + moved);
+      store(offset + j, Full{}, (k - wide(shift + j)) + moved);
     });
   }
 
   const D each_row(1.0 / static_cast<double>(block.rows));
-  for (int64_t j = 0; j < width; j += D::lanes) store(var + j, Full{}, wide(var + j) * each_row);
+  each_double([&](int64_t j) { store(var + j, Full{}, wide(var + j) * each_row); });
 }
 
 }  // namespace
