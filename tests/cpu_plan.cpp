@@ -2,7 +2,6 @@
 // Arguments: planar or interleaved, n, c, s.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 
 #include "../csrc/cpu/plan.h"
 
@@ -21,7 +20,8 @@ void print_groups(const char* name, const Plan& plan, int64_t each) {
 }  // namespace
 
 int main(int, char** argv) {
-  const Layout layout = std::strcmp(argv[1], "planar") == 0 ? Layout::planar : Layout::interleaved;
+  Layout layout = {};
+  if (!find_name(kLayoutNames, argv[1], &layout)) return 1;
   const Plan plan = make_plan({layout, std::atoll(argv[2]), std::atoll(argv[3]), std::atoll(argv[4])});
   if (!plan.by_column && plan.pieces == 1) {
     print_groups("whole", plan, plan.channels_per_task);

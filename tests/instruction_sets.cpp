@@ -168,10 +168,10 @@ int main() {
               cases++;
               if (found == expected) return;
               different++;
-              std::printf("%s: %s %lldx%lldx%lld, dtype %d, activation %d%s%s\n", what,
-                          shape.layout == Layout::planar ? "planar" : "interleaved", static_cast<long long>(shape.n),
-                          static_cast<long long>(shape.c), static_cast<long long>(shape.s), static_cast<int>(dtype),
-                          static_cast<int>(activation), residual ? ", residual" : "", beyond_cache ? ", streams" : "");
+              std::printf("%s: %s %lldx%lldx%lld, %s, %s%s%s\n", what, name_of(shape.layout),
+                          static_cast<long long>(shape.n), static_cast<long long>(shape.c),
+                          static_cast<long long>(shape.s), name_of(dtype), name_of(activation),
+                          residual ? ", residual" : "", beyond_cache ? ", streams" : "");
             };
             compare("tasks in another order", run(c, one_by_one_backwards));
             cpu::chosen = &cpu::avx512_kernels();

@@ -136,11 +136,11 @@ struct Case {
   bool backward() const { return op.rfind("backward", 0) == 0; }
 };
 
-template <class T>
-T pick(const std::string& value, const std::map<std::string, T>& choices) {
-  auto found = choices.find(value);
-  if (found == choices.end()) throw std::runtime_error("unknown value " + value);
-  return found->second;
+template <class T, size_t count>
+T value_of(const char* const (&names)[count], const std::string& name) {
+  T value = {};
+  if (!find_name(names, name, &value)) throw std::runtime_error("unknown value " + name);
+  return value;
 }
 
 Case parse(const std::string& line) {
@@ -150,16 +150,8 @@ Case parse(const std::string& line) {
   auto flag = [](bool& to) -> Set { return [&](const std::string& v) { to = v != "0"; }; };
   auto integer = [](auto& to) -> Set { return [&](const std::string& v) { to = std::stoll(v); }; };
   auto number = [](double& to) -> Set { return [&](const std::string& v) { to = std::stod(v); }; };
-  auto dtype = [](DType& to) -> Set {
-    return [&](const std::string& v) {
-      to = pick<DType>(v, {{"f32", DType::f32}, {"f64", DType::f64}, {"f16", DType::f16}, {"bf16", DType::bf16}});
-    };
-  };
-  auto layout = [](Layout& to) -> Set {
-    return [&](const std::string& v) {
-      to = pick<Layout>(v, {{"planar", Layout::planar}, {"interleaved", Layout::interleaved}});
-    };
-  };
+  auto dtype = [](DType& to) -> Set { return [&](const std::string& v) { to = value_of<DType>(kDTypeNames, v); }; };
+  auto layout = [](Layout& to) -> Set { return [&](const std::string& v) { to = value_of<Layout>(kLayoutNames, v); }; };
   const std::map<std::string, Set> set = {
       {"op", text(out.op)},
       {"dtype", dtype(out.dtype)},
@@ -655,8 +647,10 @@ std::string describe(const cuda::Plan& plan, bool whole) {
                  static_cast<int>(rounds));
     }
     case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));
-    default: return two_pass;
+    case cuda::PlanKind::automatic:
+    case cuda::PlanKind::two_pass: break;
   }
+  return two_pass;
 }
 
 // ---- Forward -------------------------------------------------------------------------------------

@@ -54,11 +54,8 @@ int main(int argc, char** argv) {
          shape.n >> shape.c >> shape.s >> direction >> masked >> wish >> margin) {
     const PlanOptions options = {parse_choice(wish), margin};
     refusal.clear();
-    shape.layout = layout == "planar" ? Layout::planar : Layout::interleaved;
-    const DType type = dtype == "f32"   ? DType::f32
-                       : dtype == "f64" ? DType::f64
-                       : dtype == "f16" ? DType::f16
-                                        : DType::bf16;
+    DType type = {};
+    if (!find_name(kLayoutNames, layout, &shape.layout) || !find_name(kDTypeNames, dtype, &type)) return 1;
     Plan plan;
     uint8_t present = 0;  // plans look at whether a pointer is null only
     if (direction == "forward") {

@@ -42,7 +42,7 @@ def test_avx2_and_avx512_give_the_same_bits(tmp_path):
         *(f for f in sorted(CPU.glob("*.cpp")) if f.name not in not_linked),
     ]
     # Kernels take half a minute to optimize, and emulated ones more: longer than they run as they are.
-    flags = ["-std=c++17", "-O0", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c"]
+    flags = ["-std=c++17", "-O0", "-Werror=switch", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c"]
     parts = {"kernels": [kernels, CPU / "kernels_avx2.cpp"], "common": common}
     compilers, objects = [], []
     for name, sources in parts.items():

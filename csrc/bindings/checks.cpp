@@ -77,13 +77,10 @@ DType to_dtype(const char* name, at::ScalarType t) {
 }
 
 Activation parse_activation(std::string_view name, double param) {
-#define BNEXT_PARSE(activation, type) \
-  if (name == #activation) return parsed(Activation::activation, param);
-  BNEXT_ACTIVATIONS(BNEXT_PARSE)
-#undef BNEXT_PARSE
-#define BNEXT_QUOTED(activation, type) "'" #activation "'",
-  const std::vector<std::string> names = {BNEXT_ACTIVATIONS(BNEXT_QUOTED)};
-#undef BNEXT_QUOTED
+  Activation activation;
+  if (find_name(kActivationNames, name, &activation)) return parsed(activation, param);
+  std::vector<std::string> names;
+  for (const std::string known : kActivationNames) names.push_back("'" + known + "'");
   TORCH_CHECK_VALUE(false, "activation should be ", alternatives(names), ", not '", name, "'");
 }
 

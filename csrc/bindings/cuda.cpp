@@ -164,7 +164,7 @@ struct Cuda {
 
 }  // namespace
 
-std::vector<std::string> plans() { return {cuda::kPlanNames.begin(), cuda::kPlanNames.end()}; }
+std::vector<std::string> plans() { return {std::begin(cuda::kPlanKindNames), std::end(cuda::kPlanKindNames)}; }
 
 std::string force_plan(const std::string& plan) {
   return cuda::to_string(Options::instance().plan.exchange(parse_plan(plan)));

@@ -28,11 +28,7 @@ namespace bnext {
   X(sigmoid, Sigmoid)        \
   X(tanh, Tanh)
 
-enum class Activation : int32_t {
-#define BNEXT_NAME(name, type) name,
-  BNEXT_ACTIVATIONS(BNEXT_NAME)
-#undef BNEXT_NAME
-};
+BNEXT_NAMED_ENUM(Activation, int32_t, BNEXT_ACTIVATIONS)
 
 // Without a residual z follows from x, and the backward keeps nothing more. Behind a residual it does not.
 enum class Kept : int32_t {
@@ -174,26 +170,16 @@ BNEXT_HD V kept_bit(const V& z) {
   return Act::grad(z, constant_like(z, 0));
 }
 
-// f(Relu{}), say. `otherwise` is returned for a value that is no activation.
-template <class F, class R>
-BNEXT_HD R with_activation(Activation activation, R otherwise, F&& f) {
+// f(Relu{}), say.
+template <class F>
+BNEXT_HD auto with_activation(Activation activation, F&& f) {
   switch (activation) {
 #define BNEXT_CASE(name, type) \
   case Activation::name: return f(type{});
     BNEXT_ACTIVATIONS(BNEXT_CASE)
 #undef BNEXT_CASE
   }
-  return otherwise;
-}
-
-template <class F>
-BNEXT_HD void with_activation(Activation activation, F&& f) {
-  switch (activation) {
-#define BNEXT_CASE(name, type) \
-  case Activation::name: f(type{}); return;
-    BNEXT_ACTIVATIONS(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
+  BNEXT_UNREACHABLE();
 }
 
 // The same of those that share kernels, for their derivatives alone: none is not among them, and relu's derivative is
@@ -207,18 +193,8 @@ BNEXT_HD void with_general_activation(Activation activation, F&& f) {
   });
 }
 
-inline const char* name_of(Activation activation) {
-  switch (activation) {
-#define BNEXT_CASE(name, type) \
-  case Activation::name: return #name;
-    BNEXT_ACTIVATIONS(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
-  return "unknown";
-}
-
 inline Kept kept_of(Activation activation) {
-  return with_activation(activation, Kept::nothing, [](auto act) { return decltype(act)::kept; });
+  return with_activation(activation, [](auto act) { return decltype(act)::kept; });
 }
 
 // CUDA kernels of the others share one instance of every plan, with uniform branches on the activation.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "names.h"
+
 #if defined(__CUDACC__)
 #define BNEXT_HD __host__ __device__ __forceinline__
 #define BNEXT_HD_CALLED inline __host__ __device__ __noinline__  // whose code is too long for a copy in every place
@@ -32,16 +34,12 @@ struct bf16 { uint16_t bits; };
   X(f16, f16, "float16")    \
   X(bf16, bf16, "bfloat16")
 
-enum class DType : int32_t {
-#define BNEXT_ENUMERATOR(name, type, python) name,
-  BNEXT_DTYPES(BNEXT_ENUMERATOR)
-#undef BNEXT_ENUMERATOR
-};
+BNEXT_NAMED_ENUM(DType, int32_t, BNEXT_DTYPES)
 
-enum class Layout : int32_t {
-  planar,       // (n, c, s), s contiguous: NCHW and friends
-  interleaved,  // (n * s, c), c contiguous: NHWC and every (N, C) input
-};
+// planar: (n, c, s), s contiguous: NCHW and friends. interleaved: (n * s, c), c contiguous: NHWC and every (N, C)
+// input.
+#define BNEXT_LAYOUTS(X) X(planar) X(interleaved)
+BNEXT_NAMED_ENUM(Layout, int32_t, BNEXT_LAYOUTS)
 
 BNEXT_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

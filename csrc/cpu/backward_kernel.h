@@ -11,7 +11,7 @@ namespace {
 // derivatives, of a compare and a selection, are taken on the way; x - mean is there for the sums anyway.
 template <class T, Derivative from, bool by_column> struct DyPrime {
   using A = acc_t<T>;
-  const T* dy;
+  const T* dy;  // at the row's first element, which has bit `first` of the mask
   const uint8_t* mask;
   int64_t first;
   Parameter<A, by_column> scale, bias;
@@ -48,6 +48,7 @@ template <class T, bool by_column>
                                                         int64_t channel, int64_t width, acc_t<T>* row) {
   using A = acc_t<T>;
   if (args.mask == nullptr) {
+    // z as the forward found it, then its derivative in place.
     arguments_of_row<T, by_column>(args, first, channel, width, row);
     derivatives(args.activation, args.activation_param, row, width);
     return;
@@ -81,6 +82,7 @@ template <class T, Derivative from>
                            double* sum_dy_xmu) {
   using A = acc_t<T>;
   using V = Vec<A>;
+  // Four of each, so that an addition need not wait for the one before.
   V dys[4] = {V(0), V(0), V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
   Derivatives<A, from> derivatives;
   const V mean(args.mean[block.param]);
@@ -96,13 +98,16 @@ template <class T, Derivative from>
     next_x.fetch(i - block.first);
     const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
     V dy = dy_prime(j, part, xmu);
+    // Derivatives that took a loop of their own are not found twice: the gradient reads dy' instead.
     if constexpr (from == Derivative::general) {
       if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
     }
+    // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
     dy = counted(part, dy);
     dys[which.value] = dys[which.value] + dy;
     products[which.value] = fma(dy, counted(part, xmu), products[which.value]);
   });
+  // In double from here on: what is added up next are blocks, of which there may be thousands.
   *sum_dy = sum(dys);
   *sum_dy_xmu = sum(products);
 }
@@ -116,7 +121,7 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   const Parameter<A, true> mean(args.mean + param);
   const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
   const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
-  // Columns have sums of their own: none comes twice.
+  // Columns have sums of their own: none comes twice. The sums are loaded and stored once for all of these rows.
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) {
     const V m = mean.at(j);
     V dy_sum = load(dys + j, Full{}), product = load(products + j, Full{});
@@ -148,6 +153,7 @@ template <class T, Derivative from>
     store(sum_dy_xmu + j, Full{}, D(0.0));
   }
   Derivatives<A, from> derivatives;
+  // Arrays of a block's columns, of 2 KB each, stay in the first-level cache beside the rows that pass.
   A dys[kColumns + kPadding], products[kColumns + kPadding];
   for (int64_t begin = 0; begin < block.rows; begin += kColumnRows) {
     const int64_t end = begin + kColumnRows < block.rows ? begin + kColumnRows : block.rows;
@@ -179,7 +185,7 @@ template <class T, Derivative from, bool training, bool by_column>
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = Parameter<A, by_column>;
-  // Otherwise dx does not depend on x, which may be missing.
+  // Otherwise dx does not depend on x, which may be missing, and must not: an infinite x would make it NaN.
   constexpr bool reads_x = training || from == Derivative::relu;
   Derivatives<A, from> derivatives;
   for (int64_t r = 0; r < block.rows; r++) {
@@ -199,6 +205,7 @@ template <class T, Derivative from, bool training, bool by_column>
     const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
     for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
       V xmu(0);
+      // Rows of columns load parameters besides, among which the hardware loses track of dy and x.
       if constexpr (by_column) dy_ahead.fetch(j);
       if constexpr (by_column && reads_x) x_ahead.fetch(j);
       if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);

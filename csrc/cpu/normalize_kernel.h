@@ -45,6 +45,7 @@ template <class T, bool by_column, class Args>
     if constexpr (by_column) ahead.fetch(j);
     return affine(load(x + j, part), j);
   };
+  // Two loops rather than a test in one: this is all that a general kernel does per element beside the activation.
   if (args.residual == nullptr) {
     fill_row(z, width, normalized);
   } else {
@@ -67,6 +68,7 @@ template <class T, Addend addend, bool by_column>
     const T* x = static_cast<const T*>(args.x) + first;
     const T* residual = static_cast<const T*>(args.residual) + (addend == Addend::none ? 0 : first);
     T* y = static_cast<T*>(args.y) + first;
+    // Decided for each row, since rows begin at any place of a cache line.
     const Streaming streaming(args.stream, block.width, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
@@ -76,6 +78,7 @@ template <class T, Addend addend, bool by_column>
       if constexpr (by_column) ahead.fetch(j);
       V v = affine(load(x + j, part), j);
       if constexpr (addend != Addend::none) v = v + load(residual + j, part);
+      // The bit is of the sum before it is rounded to T: the backward asks for the very z that relu saw.
       if constexpr (masked) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
       store(y + j, part, max_keep_nan(low, v));
     });
@@ -88,6 +91,7 @@ template <class T, Addend addend, bool by_column>
 template <class T, bool by_column>
 [[gnu::flatten]] void normalize_general(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
+  // 8 KB each of float: both stay in the first-level cache.
   A z[kGeneralRow + kPadding], kept[kGeneralRow + kPadding];
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;

@@ -57,8 +57,12 @@ cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams& p, const P
 
 cudaError_t launch_batch_norm_forward(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
                                       cudaStream_t stream) {
-  if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
-  if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
+  switch (plan.kind) {
+    case PlanKind::automatic: return cudaErrorInvalidValue;  // plans have decided
+    case PlanKind::resident: return launch_resident(p, plan, scratch, stream);
+    case PlanKind::cooperative: return launch_cooperative_plan(p, plan, scratch, stream);
+    case PlanKind::two_pass: break;
+  }
   const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
   if (error != cudaSuccess) return error;
   BatchNormForwardParams second = p;  // the running statistics are done; only the counter is left
@@ -77,8 +81,12 @@ cudaError_t launch_batch_norm_backward_input(const BatchNormBackwardParams& p, c
 
 cudaError_t launch_batch_norm_backward(const BatchNormBackwardParams& p, const Plan& plan, const Scratch& scratch,
                                        cudaStream_t stream) {
-  if (plan.kind == PlanKind::resident) return launch_resident(p, plan, scratch, stream);
-  if (plan.kind == PlanKind::cooperative) return launch_cooperative_plan(p, plan, scratch, stream);
+  switch (plan.kind) {
+    case PlanKind::automatic: return cudaErrorInvalidValue;  // plans have decided
+    case PlanKind::resident: return launch_resident(p, plan, scratch, stream);
+    case PlanKind::cooperative: return launch_cooperative_plan(p, plan, scratch, stream);
+    case PlanKind::two_pass: break;
+  }
   if (!p.reduces()) return p.elementwise() ? launch_batch_norm_backward_input(p, plan, stream) : cudaSuccess;
   if (!p.elementwise()) return launch_batch_norm_backward_reduce(p, plan, scratch, stream);
   const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);

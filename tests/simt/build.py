@@ -25,7 +25,7 @@ MODES = ("plain", "sanitize", "race")
 # Strict aliasing is off because nvcc's is; contraction, so that all modes and machines compute alike; a
 # fixed address lets race.cpp keep code addresses in 31 bits. Line numbers are all that reports need of -g,
 # which otherwise takes half of the time.
-COMMON = "-std=c++17 -g1 -fno-strict-aliasing -ffp-contract=off -fno-pie -pthread -Wall -Wextra -Wno-unknown-pragmas"
+COMMON = "-std=c++17 -g1 -fno-strict-aliasing -ffp-contract=off -fno-pie -pthread -Wall -Wextra -Werror=switch -Wno-unknown-pragmas"
 # kernel.cpp follows relocations, which calls within a section do without.
 COMMON += " -ffunction-sections"
 LINK = "-no-pie -pthread -Wl,--emit-relocs"

@@ -33,6 +33,7 @@ cudaError_t launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Params...
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
+// Without an attribute.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, cudaStream_t stream,
                    Args&&... args) {
@@ -91,7 +92,7 @@ cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t 
 
 // A kernel launched as overlapping may take up its blocks' places from now on.
 __device__ __forceinline__ void launch_dependent_grids() {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900  // a hint: without it the next kernel begins when this one is over
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
@@ -109,6 +110,8 @@ __device__ __forceinline__ void wait_on_dependent_grids() {
 // Loads 16 bytes that the L2 cache should keep in preference to others, or let go of first.
 __device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, [[maybe_unused]] bool keep) {
 #if __CUDA_ARCH__ >= 800
+  // Both policies are made anew at each load as far as the source goes; the compiler moves them out of the loop, since
+  // these two have no side effects (no `volatile`).
   uint64_t last, first;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));

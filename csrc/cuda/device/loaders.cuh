@@ -1,5 +1,6 @@
-// Where a block gets the vectors of its input tensors from, and how it stores its outputs: every access of a kernel to
-// a tensor's elements goes through this header and vec.cuh.
+// Where a block gets the vectors of its input tensors from, and how it stores its outputs: a vector's address is
+// computed here and nowhere else. What is not a vector the operations access themselves: a byte of mask to a vector,
+// and the elements that the end of an interleaved tensor cuts off.
 #pragma once
 
 #include "../planner/partition.h"
@@ -37,6 +38,7 @@ __device__ __forceinline__ Vec<T, N> load_at(const T* p, const Chunk<COUNT, WHOL
 template <int N, int COUNT, bool WHOLE, class T>
 __device__ __forceinline__ void store_at(T* p, const Chunk<COUNT, WHOLE>& chunk, int k, const Vec<T, N>& vec) {
   T* to = vec_at<N>(p, chunk.vec[k]);
+  // A vector that covers a plane's end is mostly whole all the same: one store then, and not N.
   if (WHOLE || (chunk.lo[k] == 0 && chunk.hi[k] == N)) {
     store_vec<T, N>(to, vec);
   } else {
@@ -76,6 +78,7 @@ struct Loaders {
   }
 };
 
+// Loaders of all that the operation reads in both passes.
 template <class Op, Reuse REUSE>
 __device__ __forceinline__ auto from_global(const typename Op::Params& p) {
   using Loader = FromGlobal<typename Op::T, Op::N, REUSE>;

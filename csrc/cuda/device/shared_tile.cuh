@@ -28,7 +28,8 @@ class SharedTile {
         stride_(blockDim.x * sizeof(Slot)),
         slots_(dynamic_shared() + index * Op::kInputs * input_bytes_ + threadIdx.x * sizeof(Slot)) {}
 
-  // Loads a walk's chunks into registers, and stores them.
+  // Loads a walk's chunks into registers, and stores them. A chunk for which there is no room is left to the L2 cache:
+  // it will be read again.
   class Storing {
    public:
     __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
@@ -59,6 +60,7 @@ class SharedTile {
 
     template <int COUNT>
     __device__ __forceinline__ void load(const Chunk<COUNT, true>&, Vecs<COUNT>& vecs) {
+      // The copies before the waiting: so kAhead chunks are under way while the thread is busy with this one.
       if constexpr (COUNT == CHUNK) copy();
       else commit_copies();  // nothing is left to copy
       wait_for_copies<kAhead>();
@@ -111,7 +113,7 @@ class SharedTile {
     else return Storing(p, *this);
   }
 
-  // Loads chunks once more.
+  // Loads chunks once more, in the same order: from the tile, or from memory where there was no room.
   class Kept {
    public:
     __device__ __forceinline__ Kept(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
@@ -139,6 +141,7 @@ class SharedTile {
     return reinterpret_cast<Slot*>(slots_ + input * input_bytes_ + offset + k * stride_);
   }
 
+  // Slots of adjacent threads are adjacent, as their vectors are: neither side of a copy conflicts.
   template <int COUNT>
   __device__ __forceinline__ void copy(const typename Op::Params& p, uint32_t offset,
                                        const Chunk<COUNT, true>& chunk) const {
@@ -173,6 +176,7 @@ class SharedTile {
     }
   }
 
+  // 32 bits: shared memory is small, and 64-bit additions take two instructions.
   uint32_t input_bytes_, stride_;  // of an input; from one slot of the thread to the next
   unsigned char* slots_;           // the thread's first
 };

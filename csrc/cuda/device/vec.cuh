@@ -73,6 +73,7 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& vec) {
   }
 }
 
+// All elements at once, for code that goes over them more than once.
 template <class T, int N>
 __device__ __forceinline__ void widen_vec(const Vec<T, N>& vec, acc_t<T> (&a)[N]) {
 #pragma unroll
@@ -94,6 +95,7 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> narrow_vec(const acc_t<T> (&a)[N]) {
   Vec<T, N> vec;
+  // Words are assembled in registers: a store of single elements would be N instructions, and N transactions.
 #pragma unroll
   for (int e = 0; e < N; ++e) {
     if constexpr (sizeof(T) == 2) {
@@ -112,6 +114,8 @@ __device__ __forceinline__ Vec<T, N> narrow_vec(const acc_t<T> (&a)[N]) {
 template <Reuse REUSE, int N, class T>
 __device__ __forceinline__ Vec<T, N> load_within(const T* p, int64_t offset, int64_t numel, bool keep) {
   if (offset + N <= numel) return load_vec<REUSE, T, N>(p + offset, keep);
+  // By way of the accumulation type, which is exact both ways: the last vector of a tensor is not worth code of its
+  // own.
   acc_t<T> a[N];
 #pragma unroll
   for (int e = 0; e < N; ++e) a[e] = offset + e < numel ? widen(p[offset + e]) : acc_t<T>(0);

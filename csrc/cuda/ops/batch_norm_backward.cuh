@@ -103,6 +103,7 @@ struct BatchNormBackward {
   // One thread's part of a channel: up to 4 independent sums, for short chains of dependent additions.
   struct PlanarReducer {
     static constexpr int kSums = N < 4 ? N : 4;
+    // One channel's, for x - mean, and for the activation's argument where there is one.
     Affine<A> affine;
     Sums<A> sums[kSums] = {};
 
@@ -151,11 +152,14 @@ struct BatchNormBackward {
           });
     }
 
-    // What merge_rows() takes.
+    // What merge_rows() takes: of each column all threads' sums are adjacent, so that the lanes of merge() read without
+    // bank conflicts.
     __device__ __forceinline__ void store(const ColumnPlace<N>&, void* memory) const {
 #pragma unroll
       for (int e = 0; e < N; ++e) static_cast<State*>(memory)[e * kMaxThreads + threadIdx.x] = sums[e];
     }
+    // What a lane of the merging warp has of column `e`: the sums of every 32nd thread, one of each warp. A warp that
+    // the block does not have counts as 0, so that the loop has a constant length.
     __device__ __forceinline__ static State merge(void* memory, int e, int lane, int) {
       constexpr int kWarps = kMaxThreads / kWarp;
       State some[kWarps];
@@ -167,7 +171,8 @@ struct BatchNormBackward {
       return merge_all(some);
     }
 
-    // Of columns [begin, end) together, which are of one channel.
+    // Of columns [begin, end) together, which are of one channel. The bounds are known at run time only, and registers
+    // have constant indices: all columns take part, those outside with 0.
     __device__ __forceinline__ State over(int begin, int end) const {
       State some[N];
 #pragma unroll
@@ -202,7 +207,8 @@ struct BatchNormBackward {
     }
   }
 
-  // Writes a channel's sums, and the gradients of its parameters.
+  // Writes a channel's sums, and the gradients of its parameters: of the bias sum_dy itself, of the weight sum_dy_xmu
+  // with the factor that turns x - mean into xhat.
   __device__ __forceinline__ static void finish(const BatchNormBackwardParams& p, int64_t channel, const State& whole,
                                                 const Operands& operands) {
     static_cast<A*>(p.sum_dy)[channel] = whole.dy;
@@ -243,6 +249,7 @@ struct BatchNormBackward {
   __device__ __forceinline__ static Coefficients coefficients(const BatchNormBackwardParams& p, const Known& known,
                                                               const Summary& sums) {
     const Affine<A> affine = centre(known);
+    // In evaluation mode mean and invstd are constants, and dx = dy' * scale.
     if (!p.training) return {affine, {affine.mean, affine.scale, A(0), A(0)}};
     const A inverse = A(1) / static_cast<A>(p.count);
     // The order of the products is part of the result: invstd squared by itself may overflow where the sum is small.
@@ -281,7 +288,7 @@ struct BatchNormBackward {
           if (p.training) {
 #pragma unroll
             for (int e = 0; e < N; ++e) dx[e] = at(e).gradient(dy[e], x[e]);
-          } else {  // x must not touch the gradient, not even an infinite x
+          } else {  // x must not touch the gradient, not even an infinite x: inf * 0 would be NaN
 #pragma unroll
             for (int e = 0; e < N; ++e) dx[e] = dy[e] * at(e).gradient.scale;
           }
@@ -290,9 +297,11 @@ struct BatchNormBackward {
   }
 
  private:
+  // Whether the derivative comes from the bits that the forward kept: a constant, but for kernels that look it up.
   __device__ __forceinline__ static bool masked(const BatchNormBackwardParams& p) {
     return DERIVATIVE == Derivative::mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
   }
+  // Whether the activation's argument, which is to be found again, has the residual in it.
   __device__ __forceinline__ static bool adds(const BatchNormBackwardParams& p) {
     return kGeneral && !masked(p) && p.residual != nullptr;
   }
@@ -318,6 +327,7 @@ struct BatchNormBackward {
           for (int e = 0; e < N; ++e) derivative[k][e] = bits[k] >> (e % 8) & 1 ? A(1) : param;
         }
       } else {
+        // First the argument, in the registers that the derivative then takes.
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
           widen_vec<T, N>(vecs[1][k], derivative[k]);

@@ -145,6 +145,7 @@ struct BatchNormForward {
     template <int COUNT, bool WHOLE>
     __device__ __forceinline__ void add(const BatchNormForwardParams&, const Chunk<COUNT, WHOLE>& chunk,
                                         const Vec<T, N> (&vecs)[1][COUNT], const Nothing&) {
+      // Widened once: both sums below take the values from these registers.
       A value[COUNT][N];
       int n = 0;
 #pragma unroll
@@ -162,6 +163,7 @@ struct BatchNormForward {
         }
       }
 
+      // The count of a whole chunk is a constant, and so is what divides by it.
       const A inverse = WHOLE ? A(1) / A(COUNT * N) : reciprocal(static_cast<A>(n));
       const A mean = inverse * pairwise_sum<COUNT * N>([&](int i) {
                        A& v = value[i / N][i % N];
@@ -175,6 +177,7 @@ struct BatchNormForward {
       state.add(static_cast<A>(n), mean, var);
     }
 
+    // Recentred, since from here on the state is merged with those of many threads.
     __device__ __forceinline__ State result() {
       state.recentre();
       return state;
@@ -229,6 +232,8 @@ struct BatchNormForward {
             shifts(counts + kMaxThreads) {}
     };
 
+    // Of each column all threads' parts are adjacent, so that the lanes of merge() read without bank conflicts. Shifts
+    // are the same in all rows: the first row's threads leave them.
     __device__ __forceinline__ void store(const ColumnPlace<N>& place, void* memory) const {
       const Memory to(memory);
       to.counts[threadIdx.x] = count;
@@ -239,6 +244,8 @@ struct BatchNormForward {
       }
     }
 
+    // What a lane of the merging warp has of column `e`: the parts of every 32nd thread, one of each warp. A warp that
+    // the block does not have counts as empty, so that the loop has a constant length.
     __device__ __forceinline__ static State merge(void* memory, int e, int lane, int lanes) {
       const Memory from(memory);
       constexpr int kWarps = kMaxThreads / kWarp;
@@ -261,6 +268,8 @@ struct BatchNormForward {
     // Of columns [begin, end) together, which are of one channel.
     __device__ __forceinline__ State over(int begin, int end) const {
       State whole = {};
+      // `begin` and `end` are known at run time only, and registers have constant indices: all columns take part, those
+      // outside with 0. The shift is that of column `begin`.
 #pragma unroll
       for (int e = N - 1; e >= 0; --e) whole.shift = e >= begin ? shift[e] : whole.shift;
       const A inverse = reciprocal(static_cast<A>(max(end - begin, 1)));

@@ -33,7 +33,8 @@ std::string describe(const Plan& plan) {
   switch (plan.kind) {
     case PlanKind::resident: out += ": 1 launch of " + resident(plan.resident); break;
     case PlanKind::cooperative: out += ": 1 launch of " + counted(plan.blocks, "block"); break;
-    default:
+    case PlanKind::automatic:  // never a plan
+    case PlanKind::two_pass:
       out +=
           ": 2 launches, of " + grid(plan.reduce) +
           (plan.reduce.merge_shares > 1 ? ", the last " + std::to_string(plan.reduce.merge_shares) + " merging" : "") +

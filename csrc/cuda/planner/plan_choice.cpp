@@ -68,12 +68,10 @@ void parse_detail(PlanChoice& choice, const std::string& text) {
 
 PlanChoice parse_choice(const std::string& text) {
   const size_t colon = text.find(':');
-  const auto name = std::find(kPlanNames.begin(), kPlanNames.end(), text.substr(0, colon));
-  check(
-      name != kPlanNames.end(),
-      "plan should be " + alternatives(kPlanNames, [](const char* n) { return quoted(n); }) + ", not " + quoted(text));
   PlanChoice choice;
-  choice.kind = static_cast<PlanKind>(name - kPlanNames.begin());
+  check(find_name(kPlanKindNames, text.substr(0, colon), &choice.kind),
+        "plan should be " + alternatives(kPlanKindNames, [](const char* n) { return quoted(n); }) + ", not " +
+            quoted(text));
   if (colon == std::string::npos) return choice;
   check(choice.kind == PlanKind::resident, "only plan 'resident' has details, got " + quoted(text));
   size_t begin = colon + 1, comma;

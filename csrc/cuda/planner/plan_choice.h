@@ -1,24 +1,20 @@
 // The plans by name, and what a caller may ask one for: "resident", or "resident:cluster=4".
 #pragma once
 
-#include <array>
-#include <cstddef>
 #include <cstdint>
 #include <string>
 
+#include "../../core/names.h"
+
 namespace bnext::cuda {
 
-enum class PlanKind : uint8_t {
-  automatic,    // only as a wish
-  resident,     // one launch: blocks keep their shares in shared memory between the two passes
-  cooperative,  // one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
-                // do not fit `resident` and are small enough to come from the caches the second time
-  two_pass,     // two launches: a split reduction with a fixed-order merge, then an elementwise pass
-};
-
-// In the order of PlanKind.
-constexpr std::array<const char*, 4> kPlanNames = {"automatic", "resident", "cooperative", "two_pass"};
-constexpr const char* name_of(PlanKind kind) { return kPlanNames[static_cast<size_t>(kind)]; }
+// automatic:    the fastest of the others; what is asked for, never what runs
+// resident:     one launch: blocks keep their shares in shared memory between the two passes
+// cooperative:  one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
+//               do not fit `resident` and are small enough to come from the caches the second time
+// two_pass:     two launches: a split reduction with a fixed-order merge, then an elementwise pass
+#define BNEXT_PLANS(X) X(automatic) X(resident) X(cooperative) X(two_pass)
+BNEXT_NAMED_ENUM(PlanKind, uint8_t, BNEXT_PLANS)
 
 // A plan, and details of `resident`, of which 0 leaves one to the plan. 8 bytes, so that an atomic holds it.
 struct PlanChoice {

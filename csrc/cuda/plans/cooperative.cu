@@ -67,6 +67,7 @@ cudaError_t launch_any(const Params& p, const Plan& plan, const Scratch& scratch
     using Plain = typename Family<T>::template Op<kVec<T, false>>;
     using Masked = typename Family<T>::template Op<kVec<T, true>>;
     using Reduce = std::conditional_t<Family<T>::kReducesMasked, Masked, Plain>;
+    // Plans give masked problems vectors of 8 elements, in the passes that have to do with the mask.
     const auto kernel = plan.apply.vec == Plain::N ? kernel_of<Plain, Plain>(plan) : kernel_of<Reduce, Masked>(plan);
     const cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), kMaxThreads, 0, 1);
     if (error != cudaSuccess) return error;

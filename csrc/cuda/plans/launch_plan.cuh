@@ -23,7 +23,8 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// f(BatchNormForward<...>{}) of the parameters' dtype and epilogue.
+// f(BatchNormForward<...>{}) of the parameters' dtype and epilogue. Each of these is a kernel of every plan: what is
+// not told apart here is not compiled for each plan either.
 template <class F>
 cudaError_t with_op(const BatchNormForwardParams& p, F&& f) {
   return with_dtype(p.dtype, [&](auto element) {
@@ -83,8 +84,10 @@ cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partiti
   if (partition.blocks() == 0) return cudaSuccess;
   if (!partition.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(partition.blocks())), block(partition.threads);
+  // shared_bytes are static: of a size that the kernel knows. What depends on the shape is dynamic.
   const auto shared = static_cast<size_t>(partition.resident_bytes + partition.exchange_bytes);
   const unsigned cluster = partition.cluster();
+  // Beyond 48 KB, and for clusters of 16, a kernel needs leave, which the device gives once.
   if (partition.shared_bytes + partition.resident_bytes > 0) {
     const cudaError_t error =
         allow_kernel_resources(reinterpret_cast<const void*>(kernel), partition.threads, shared, cluster);
@@ -94,6 +97,7 @@ cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partiti
   if (partition.cooperative()) {
     return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   }
+  // A cluster of one block would be launched as any other, but for an attribute that older devices refuse.
   if (cluster == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   return launch_cluster(kernel, grid, block, cluster, shared, stream, std::forward<Args>(args)...);
 }

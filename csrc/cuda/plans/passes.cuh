@@ -19,6 +19,7 @@ __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
   const typename Op::Centre centre = Op::centre(Op::known(p, work.tile));
+  // The block that finishes the channel, whichever that will be, finds what it needs in the L2 cache.
   if (work.split == 0 && threadIdx.x == 0) Op::prefetch(p, work.tile);
   const State mine = reduce_planar<Op, Op::template kPlanarReduceChunk<ALIGNED>>(
       p, PlanarWalk<Op::N, ALIGNED>(partition, p.shape, work), from_global<Op, Reuse::again>(p), centre);
@@ -45,6 +46,7 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
   const ColumnPlace<Op::N> place(partition, work);
+  // First the channels' centres, then the threads' states, in the same memory: see shared_memory().
   void* const memory = shared_memory<kColumnBytes<Op>>();
   if (work.split == 0) prefetch_operands<Op>(p, partition, work);
   typename Op::Centre centres[Op::N] = {};
@@ -71,6 +73,7 @@ __device__ __forceinline__ typename Op::Coefficients load_coefficients(const typ
 template <class Op, bool OF_PASS>
 __device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
+  // One thread of one block of each channel writes what evaluation mode saves.
   const bool saves = work.split == 0 && threadIdx.x == 0;
   apply_planar<Op, Op::template kApplyChunk<false>>(p, PlanarWalk<Op::N, true>(partition, p.shape, work),
                                                     from_global<Op, Reuse::last>(p),
@@ -80,6 +83,7 @@ __device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, 
 template <class Op, bool OF_PASS>
 __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
+  // A tile's channels are loaded once a block, by as many threads, and not by each thread for its N columns.
   using Share = ColumnShare<Op::N, typename Op::Coefficients>;
   __shared__ uint4 memory[Share::kBytes / sizeof(uint4)];
   const ColumnPlace<Op::N> place(partition, work);

@@ -40,8 +40,8 @@ __device__ __forceinline__ void of_columns(C (&out)[N], const C* channels, const
 // pack; finish(k, state) gets the state of the tile's channel k, in thread k of each block, and what it leaves in
 // shared memory is there for all threads. The caller goes on to leave_cluster().
 //
-// A vector's columns are of two channels at most, since planes are no shorter than that (planner/partitioning.cpp): each thread merges
-// those of each, and leaves two states for those threads that share out what belongs to a channel.
+// A vector's columns are of two channels at most, since planes are no shorter than that (planner/partitioning.cpp):
+// each thread merges those of each, and leaves two states for those threads that share out what belongs to a channel.
 template <class Op, class Reduce, class Finish>
 __device__ __forceinline__ void merge_packed(const Partition& partition, const Shape& shape, const WorkTile& work,
                                              void* memory, Reduce&& reduce, Finish&& finish) {
@@ -49,6 +49,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
   using State = typename Op::State;
   const auto& columns = partition.columns;
   const int channels = columns.tile_channels, plane = static_cast<int>(shape.s);
+  // Threads that merge for a channel side by side: thread t is for channel t % channels.
   const int sharers = blockDim.x / channels, sharer = threadIdx.x / channels;
   const int channel = threadIdx.x - sharer * channels;
   State* const slots = static_cast<State*>(memory);
@@ -78,6 +79,7 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     }
   }
 
+  // Where the other blocks of the cluster read what this one has of each channel.
   __shared__ State block[kMaxTileChannels];
   const unsigned ranks = static_cast<unsigned>(partition.splits);
   merge_states(total, channels, memory, [&](int k, const State& whole) {
@@ -130,6 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         if (work.split == 0) Op::finish(p, first + channel, whole, operands);
       });
 
+  // The second pass, from shared memory, by the same packs.
 #pragma unroll 1
   for (int32_t pack = 0; pack < partition.columns.packs; ++pack) {
     const WorkTile mine = pack_of(partition, work, pack);
