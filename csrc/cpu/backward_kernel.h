@@ -82,8 +82,8 @@ template <class T, Derivative from>
                            double* sum_dy_xmu) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  // Four of each, so that an addition need not wait for the one before.
-  V dys[4] = {V(0), V(0), V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
+  // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
+  V dys[2] = {V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
   Derivatives<A, from> derivatives;
   const V mean(args.mean[block.param]);
   // A strip jumps from image to image, which no hardware prefetcher foresees.
@@ -104,7 +104,8 @@ template <class T, Derivative from>
     }
     // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
     dy = counted(part, dy);
-    dys[which.value] = dys[which.value] + dy;
+    V& sum = dys[which.value / 2];
+    sum = sum + dy;
     products[which.value] = fma(dy, counted(part, xmu), products[which.value]);
   });
   // In double from here on: what is added up next are blocks, of which there may be thousands.

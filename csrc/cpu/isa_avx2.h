@@ -72,17 +72,22 @@ inline __m256d shift_to_exponent(__m256d v) {
 
 // 8 values of 16 bits <-> 8 floats.
 inline __m256 widen(__m128i v, const f16*) { return _mm256_cvtph_ps(v); }
+// A bf16 is the upper half of a float. The 8 values go to both halves of the register, which a load does by the way,
+// and from there each to its place: a conversion to 32 bits and a shift would be two instructions.
 inline __m256 widen(__m128i v, const bf16*) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  const __m256i upper_halves = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                                -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(v), upper_halves));
 }
 inline __m128i narrow(__m256 v, const f16*) {
   return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Integer rounding to nearest even, of what is no NaN.
+// Integer rounding to nearest even, of what is no NaN: adds 0x7fff, and 1 where the last bit that stays is set. (A
+// comparison gives -1, in place of a shift: some processors have but one unit for shifts.)
 inline __m256i rounded(__m256 v) {
-  const __m256i u = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i u = _mm256_castps_si256(v), last = _mm256_set1_epi32(0x10000);
+  const __m256i odd = _mm256_cmpeq_epi32(_mm256_and_si256(u, last), last);
+  return _mm256_sub_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
 }
 // The same, and a NaN stays one.
 inline __m256i rounded_or_nan(__m256 v) {

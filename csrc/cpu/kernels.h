@@ -31,6 +31,9 @@ constexpr int64_t kRowElements = 32 * kRowStep;
 // Columns of a block of a column kernel, at most.
 constexpr int64_t kColumns = 512;
 
+// Numbers whose deviations are summed up around one centre, for each number that the centre is the mean of.
+constexpr int64_t kPerCentre = 4;
+
 // Kernels come in variants. Without an activation and with relu, the two that are everywhere, an element takes an
 // instruction or two, and has kernels of its own. All other activations share the `general` variant, which keeps a
 // row's z, the activation's argument, in a buffer, and goes over that with one activation's loop. Rows of the `general`
@@ -80,7 +83,8 @@ struct BackwardArgs {
 
 template <class A>
 struct Kernels {
-  // Mean of the block as a whole, within kRowElements; and statistics, around a number that should be near the mean.
+  // A centre for the block as a whole, within kRowElements; and statistics around it, or around another that is good
+  // enough (kPerCentre).
   // Meanwhile the block that begins at element `next` is fetched into cache.
   A (*centre)(const void* x, const SubMatrix&);
   Welford<double> (*moments)(const void* x, const SubMatrix&, A centre, int64_t next);

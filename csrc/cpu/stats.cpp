@@ -40,16 +40,16 @@ Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan
   const int64_t strip = plan.outer * plan.inner, begin = piece * plan.piece;
   Merger merger;
   double seen = 0, mean = 0;
-  for_each_block_of_strip(plan, channel, begin, std::min(begin + plan.piece, strip),
-                          [&](const SubMatrix& block, int64_t next) {
-                            const double count = static_cast<double>(block.rows * block.width);
-                            // The mean of what came before, if that is as many numbers: else it may be far from theirs.
-                            const A centre = count <= seen ? static_cast<A>(mean) : k.centre(p.x, block);
-                            const Welford<double> part = k.moments(p.x, block, centre, next);
-                            seen += count;
-                            mean += (part.mean() - mean) * (count / seen);
-                            merger.add(part);
-                          });
+  const auto add = [&](const SubMatrix& block, int64_t next) {
+    const double count = static_cast<double>(block.rows * block.width);
+    // The mean of what came before, if that is enough: else it may be far from theirs.
+    const A centre = count <= kPerCentre * seen ? static_cast<A>(mean) : k.centre(p.x, block);
+    const Welford<double> part = k.moments(p.x, block, centre, next);
+    seen += count;
+    mean += (part.mean() - mean) * (count / seen);
+    merger.add(part);
+  };
+  for_each_block_of_strip(plan, channel, begin, std::min(begin + plan.piece, strip), add);
   return merger.total();
 }
 

@@ -1,6 +1,6 @@
-// Statistics of one block: sums of the deviations from a centre near its mean, and of their squares, in one sweep over
-// the data. Where the centre is the mean of as many numbers of the same channel, cancellation costs nothing:
-// docs/math.md has the bound. Only where there are not so many before it does a block need a sweep for its centre.
+// Statistics of one block: sums of the deviations from a centre, and of their squares, in one sweep over the data. The
+// centre is the mean of a fourth as many numbers of the same channel: docs/math.md shows that cancellation then costs
+// little, whatever the data. Only where there are not so many before it does a block need a look at its own.
 #pragma once
 
 #include "kernels.h"
@@ -9,10 +9,13 @@
 namespace bnext::cpu {
 namespace {
 
-// The block's mean, rounded. It is the first element and the mean of the differences to it, which are exact where
-// |mean| >> std.
+// The mean of the block's first fourth, rounded. It is the first element and the mean of the differences to it, which
+// are exact where |mean| >> std.
 template <class T>
 [[gnu::flatten]] acc_t<T> centre(const void* x, const SubMatrix& block) {
+  const bool few = block.rows < kPerCentre;  // then a fourth of each
+  const int64_t rows = few ? block.rows : ceil_div(block.rows, kPerCentre);
+  const int64_t width = few ? ceil_div(block.width, kPerCentre) : block.width;
   using A = acc_t<T>;
   using V = Vec<A>;
   const T* p = static_cast<const T*>(x) + block.first;
@@ -22,12 +25,12 @@ template <class T>
   const V k(first[0]);
   V deviations[4] = {V(0), V(0), V(0), V(0)};
   sum_rows<A>(
-      block.rows, block.width, [&](int64_t r) { return p + r * block.stride; },
+      rows, width, [&](int64_t r) { return p + r * block.stride; },
       [&](const T* row, int64_t i, auto which, auto part) {
         V& d = deviations[which.value];
         d = d + counted(part, load(row + i, part) - k);
       });
-  return static_cast<A>(first[0] + sum(deviations) / static_cast<double>(block.rows * block.width));
+  return first[0] + rough_sum(deviations) / static_cast<A>(rows * width);
 }
 
 // The mean is left as centre + offset, in double: so it has lost nothing where the next block takes it, or the end
@@ -38,8 +41,8 @@ template <class T>
   using V = Vec<A>;
   const T* p = static_cast<const T*>(x) + block.first;
   const V c(centre);
-  // Four of each, so that an addition need not wait for the one before.
-  V deviations[4] = {V(0), V(0), V(0), V(0)}, squares[4] = {V(0), V(0), V(0), V(0)};
+  // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
+  V deviations[2] = {V(0), V(0)}, squares[4] = {V(0), V(0), V(0), V(0)};
   // A strip jumps from image to image, which no hardware prefetcher foresees.
   const Ahead<T> ahead(x, next);
   sum_rows<A>(
@@ -47,7 +50,8 @@ template <class T>
       [&](int64_t row, int64_t i, auto which, auto part) {
         ahead.fetch(row + i);
         const V d = counted(part, load(p + row + i, part) - c);
-        deviations[which.value] = deviations[which.value] + d;
+        V& sum = deviations[which.value / 2];
+        sum = sum + d;
         squares[which.value] = fma(d, d, squares[which.value]);
       });
   const double count = static_cast<double>(block.rows * block.width);
@@ -55,8 +59,8 @@ template <class T>
   return {count, centre, offset, var < 0 ? 0 : var};  // a NaN stays one
 }
 
-// The same for each column. The first kColumnRows rows get their centre by a sweep of their own; from then on it is the
-// mean of all rows before, for twice as many rows each time. Sums of kColumnRows rows go on in double, before they lose
+// The same for each column. The first rows get their centre by a sweep over a fourth of them; from then on it is the
+// mean of all rows before, for kPerCentre times as many. Sums of kColumnRows rows go on in double, before they lose
 // digits to their own size. During the loop `var` holds M2, the sum of squared deviations.
 template <class T>
 [[gnu::flatten]] void column_moments(const void* x, const SubMatrix& block, acc_t<T>* shift, double* offset,
@@ -98,10 +102,10 @@ template <class T>
     for (; r < end; r++) add_rows(p + r * stride, Index<1>{}, wants_squares);
   };
 
-  const int64_t some = std::min(block.rows, kColumnRows);
+  const int64_t some = std::min(block.rows, kColumnRows), fourth = ceil_div(some, kPerCentre);
   each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
-  sum_chunk(0, some, Index<false>{});
-  const D each_of_some(1.0 / static_cast<double>(some));
+  sum_chunk(0, fourth, Index<false>{});
+  const D each_of_some(1.0 / static_cast<double>(fourth));
   each_double([&](int64_t j) {
     store(shift + j, Full{}, fma(wide(sums + j), each_of_some, wide(shift + j)));
     store(offset + j, Full{}, D(0.0));
@@ -110,7 +114,8 @@ template <class T>
 
   // Rows [begin, end) share a centre.
   double sums_of_all[kColumns + kPadding], squares_of_all[kColumns + kPadding];
-  for (int64_t begin = 0, end = some; begin < block.rows; begin = end, end = std::min(2 * end, block.rows)) {
+  for (int64_t begin = 0, end = some; begin < block.rows;
+       begin = end, end = std::min((1 + kPerCentre) * end, block.rows)) {
     each_double([&](int64_t j) {
       store(sums_of_all + j, Full{}, D(0.0));
       store(squares_of_all + j, Full{}, D(0.0));

@@ -149,17 +149,30 @@ Vec<double> wide(const A* p) {
   return Vec<double>::each([&](int i) { return load_double(p + i * Vec<double>::lanes_each); });
 }
 
-// The sum of four vectors in double, by a fixed tree.
-template <class A>
-double sum(const Vec<A> (&v)[4]) {
-  A lanes[4][Vec<A>::lanes];
-  for (int k = 0; k < 4; k++) store(lanes[k], Full{}, v[k]);
+// The sum of two or four vectors in double, by a fixed tree.
+template <class A, int count>
+double sum(const Vec<A> (&v)[count]) {
+  A lanes[count][Vec<A>::lanes];
+  for (int k = 0; k < count; k++) store(lanes[k], Full{}, v[k]);
   Vec<double> total(0.0);
-  for (int i = 0; i < Vec<A>::lanes; i += Vec<double>::lanes)
-    total = total + ((wide(lanes[0] + i) + wide(lanes[1] + i)) + (wide(lanes[2] + i) + wide(lanes[3] + i)));
+  for (int i = 0; i < Vec<A>::lanes; i += Vec<double>::lanes) {
+    Vec<double> some = wide(lanes[0] + i) + wide(lanes[1] + i);
+    if constexpr (count == 4) some = some + (wide(lanes[2] + i) + wide(lanes[3] + i));
+    total = total + some;
+  }
   double t[Vec<double>::lanes];
   store(t, Full{}, total);
   return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]));
+}
+
+// The same to within some roundings of A, in half the time.
+template <class A>
+A rough_sum(const Vec<A> (&v)[4]) {
+  A lanes[Vec<A>::lanes];
+  store(lanes, Full{}, (v[0] + v[1]) + (v[2] + v[3]));
+  for (int64_t n = Vec<A>::lanes / 2; n > 0; n /= 2)
+    for (int64_t i = 0; i < n; i++) lanes[i] += lanes[i + n];
+  return lanes[0];
 }
 
 // For rows [0, rows) of `width` elements, which are summed up: calls begin(row), and for the row's vectors
