@@ -87,6 +87,22 @@ struct BatchNormBackwardParams {
   BNEXT_HD bool reduces() const { return dweight || dbias || (training && dx); }
 };
 
+// What follows the affine step of a forward. All but `general` have kernels of their own on both backends.
+enum class Epilogue : int32_t {
+  none,
+  relu,
+  add,       // a residual
+  add_relu,  // which keeps a bit an element, where there is a mask
+  general,   // any activation, residual or not
+  run_time,  // none or relu, residual or not, looked up: for CUDA kernels that instructions do not bound
+};
+
+inline Epilogue epilogue_of(const BatchNormForwardParams& p) {
+  if (p.activation == Activation::none) return p.residual != nullptr ? Epilogue::add : Epilogue::none;
+  if (p.activation == Activation::relu) return p.residual != nullptr ? Epilogue::add_relu : Epilogue::relu;
+  return Epilogue::general;
+}
+
 // Where a backward finds the activation's derivative. All but `general` have kernels of their own on both backends.
 enum class Derivative : int32_t {
   none,      // there is no activation

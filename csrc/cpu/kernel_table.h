@@ -15,10 +15,11 @@ constexpr Kernels<acc_t<T>> kernels_of() {
       centre<T>,
       moments<T>,
       column_moments<T>,
-      // y: without a residual, with one, with a mask besides, and with any activation.
-      {{normalize<T, Addend::none, false>, normalize<T, Addend::none, true>},
-       {normalize<T, Addend::residual, false>, normalize<T, Addend::residual, true>},
-       {normalize<T, Addend::residual_with_mask, false>, normalize<T, Addend::residual_with_mask, true>},
+      // y and the mask.
+      {{normalize<T, Epilogue::none, false>, normalize<T, Epilogue::none, true>},
+       {normalize<T, Epilogue::relu, false>, normalize<T, Epilogue::relu, true>},
+       {normalize<T, Epilogue::add, false>, normalize<T, Epilogue::add, true>},
+       {normalize<T, Epilogue::add_relu, false>, normalize<T, Epilogue::add_relu, true>},
        {normalize_general<T, false>, normalize_general<T, true>}},
       // Sums, which no other kernel needs: of a block, and of each of its columns.
       {sums<T, Derivative::none>, sums<T, Derivative::relu>, sums<T, Derivative::mask>, sums<T, Derivative::general>},

@@ -47,22 +47,13 @@ struct NormalizeArgs {
   void* y;
   uint8_t* mask;
   const A *mean, *scale, *bias;
-  A low;  // relu is max(v, 0), no activation is max(v, -infinity)
   Activation activation;
   A activation_param;
   bool stream;  // y is too large to be found in cache by whoever reads it next
 };
 
-// What is added before the activation, and what is kept of the sum.
-enum class Addend : int32_t {
-  none,
-  residual,
-  residual_with_mask,
-  general,  // as residual and mask say, with any activation
-};
-constexpr int kAddends = 4;
-
-// Values of Derivative that kernels here have.
+// Values of Epilogue and of Derivative that kernels here have.
+constexpr int kEpilogues = 5;
 constexpr int kDerivatives = 4;
 
 template <class A>
@@ -91,8 +82,8 @@ struct Kernels {
   // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
   void (*column_moments)(const void* x, const SubMatrix&, A* shift, double* offset, double* var);
 
-  // y and, with a residual, the mask.
-  void (*normalize[kAddends][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [addend][by column]
+  // y and, where it is given, the mask.
+  void (*normalize[kEpilogues][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [epilogue][by column]
 
   // Sums of dy' and of dy' * (x - mean), of the block as a whole or of each column: same limits.
   void (*sums[kDerivatives])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,

@@ -1,19 +1,9 @@
 // x, residual? -> y, mask?. Reads x and the residual once, writes y and a bit for each element.
 #include <algorithm>
-#include <limits>
 
 #include "stages.h"
 
 namespace bnext::cpu {
-namespace {
-
-Addend addend_of(const BatchNormForwardParams& p) {
-  if (p.activation != Activation::none && p.activation != Activation::relu) return Addend::general;
-  if (p.residual == nullptr) return Addend::none;
-  return p.mask == nullptr ? Addend::residual : Addend::residual_with_mask;
-}
-
-}  // namespace
 
 template <class A>
 Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
@@ -26,14 +16,13 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
   args_.mean = mean_.data();
   args_.scale = scale_.data();
   args_.bias = bias_.data();
-  args_.low = p.activation == Activation::relu ? A(0) : -std::numeric_limits<A>::infinity();
   args_.activation = p.activation;
   args_.activation_param = static_cast<A>(p.activation_param);
   const int64_t tensors = p.residual == nullptr ? 2 : 3;
   args_.stream = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
-  const Addend addend = addend_of(p);
-  widest_ = widest_row(addend == Addend::general);
-  kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(addend)][plan.by_column];
+  const Epilogue epilogue = epilogue_of(p);
+  widest_ = widest_row(epilogue == Epilogue::general);
+  kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue)][plan.by_column];
 }
 
 template <class A>

@@ -54,19 +54,18 @@ template <class T, bool by_column, class Args>
   }
 }
 
-// Without an activation, and with relu, which differ by `low` alone: two kernels would be twice the code for nothing,
-// as the pass waits for memory.
-template <class T, Addend addend, bool by_column>
+// Without an activation, and with relu.
+template <class T, Epilogue epilogue, bool by_column>
 [[gnu::flatten]] void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  constexpr bool masked = addend == Addend::residual_with_mask;
-  const V low(args.low);
+  constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
+  const V zero(0);
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + first;
-    const T* residual = static_cast<const T*>(args.residual) + (addend == Addend::none ? 0 : first);
+    const T* residual = static_cast<const T*>(args.residual) + (adds ? first : 0);
     T* y = static_cast<T*>(args.y) + first;
     // Decided for each row, since rows begin at any place of a cache line.
     const Streaming streaming(args.stream, block.width, y);
@@ -77,10 +76,13 @@ template <class T, Addend addend, bool by_column>
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
       V v = affine(load(x + j, part), j);
-      if constexpr (addend != Addend::none) v = v + load(residual + j, part);
+      if constexpr (adds) v = v + load(residual + j, part);
       // The bit is of the sum before it is rounded to T: the backward asks for the very z that relu saw.
-      if constexpr (masked) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
-      store(y + j, part, max_keep_nan(low, v));
+      if constexpr (epilogue == Epilogue::add_relu) {
+        if (args.mask != nullptr) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
+      }
+      if constexpr (epilogue == Epilogue::relu || epilogue == Epilogue::add_relu) v = max_keep_nan(zero, v);
+      store(y + j, part, v);
     });
   }
   if (args.stream) stream_fence();

@@ -10,7 +10,7 @@
 //   select_le(a, b, r, s)               a <= b ? r : s, hence s where either is NaN
 //   shift_to_exponent(v)                2^n for v = n + 1.5 * 2^23 (double: 2^52), whose low bits are n's
 //   max_keep_nan(low, v)                low > v ? low : v, so that NaN passes: relu with low 0 (its
-//                                       -0 is as good as 0), nothing with low -infinity
+//                                       -0 is as good as 0)
 //   positive_bits(v)                    a bit for each lane: epilogue.h's is_positive(v)
 //   select_if_positive(v, dy)           is_positive(v) ? dy : 0
 //   select_or_zero(bits, dy)            the same by bits

@@ -60,23 +60,8 @@ __device__ __forceinline__ Welford<A> merge_all(const Welford<A> (&states)[COUNT
 
 namespace bnext::cuda {
 
-// What follows the affine step. The common cases are template arguments and fold.
-enum class Epilogue {
-  none,
-  relu,
-  add,
-  add_relu,
-  general,   // any activation and residual, read from the parameters with uniform branches
-  run_time,  // likewise, but relu or none: for kernels that instructions do not bound
-};
-
+// Vectors of these are of 8 elements, whose bits are a byte.
 constexpr bool masks(Epilogue e) { return e >= Epilogue::add_relu; }
-
-inline Epilogue epilogue_of(const BatchNormForwardParams& p) {
-  if (p.activation == Activation::none) return p.residual ? Epilogue::add : Epilogue::none;
-  if (p.activation == Activation::relu) return p.residual ? Epilogue::add_relu : Epilogue::relu;
-  return Epilogue::general;
-}
 
 template <class Element, Epilogue EPILOGUE, int VEC = kVec<Element, masks(EPILOGUE)>>
 struct BatchNormForward {
