@@ -167,11 +167,14 @@ def training() -> Figure:
     for style, text in (("-", "learning rate 1"), ("--", "learning rate 0.1")):
         curves.plot([], [], style, color=GREY, linewidth=2, label=text)
     curves.legend(frameon=False, fontsize=9, loc="lower left", handlelength=1.8, borderaxespad=0)
-    for axes, label in ((rates, "learning rate"), (scales, "scale of the initial weights")):
+    for axes, title, label in (
+        (rates, "accuracy by learning rate", "learning rate"),
+        (scales, "accuracy by initial scale", "scale of the initial weights"),
+    ):
         axes.set_xscale("log")
         axes.set_ylim(0, 1.02)
         axes.set_xlabel(label, fontsize=11)
-        axes.set_title("held-out accuracy", fontsize=11, loc="left")
+        axes.set_title(title, fontsize=11, loc="left")
         axes.minorticks_off()
     rates.set_xticks((0.01, 0.1, 1, 10), ("0.01", "0.1", "1", "10"))
     scales.set_xticks((0.01, 0.1, 1, 10), ("0.01", "0.1", "1", "10"))

@@ -1,6 +1,6 @@
 """What comes after training: statistics of the whole training set, and networks of torch.nn and of Keras.
 
-python -m examples.train --checkpoint build/lenet.pt
+python -m examples.train
 python -m examples.after_training build/lenet.pt
 """
 

@@ -149,8 +149,9 @@ class Experiment:
         runs: dict[str, Callable[[], float]] = {
             f"a batch of {self.batch_size}": lambda: accuracy(self.batch_size),
             "a batch of 2": lambda: accuracy(2),
-            f"{PROCESSES} processes, each\nwith a batch of 2": lambda: accuracy(joined, 2),  # as ghost batches of 2
-            "the same, with\nSyncBatchNorm": lambda: self.in_processes(joined),
+            # By ghost batches of 2, which are what each process would have.
+            f"{PROCESSES} processes, each\nwith a batch of 2\n(simulated)": lambda: accuracy(joined, 2),
+            f"{PROCESSES} processes, with\nSyncBatchNorm": lambda: self.in_processes(joined),
             f"{self.batch_size} in ghost\nbatches of 16": lambda: accuracy(self.batch_size, 16),
         }
         for name, run in shown(list(runs.items()), "small batches"):

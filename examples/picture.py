@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ STYLES: dict[str, dict[str, Any]] = {
     "bnext fused": {"color": "#00525f", "linewidth": 2, "linestyle": (0, (1, 1.6))},
 }
 LABELS = {"none": "without normalization", "torch": "torch.nn", "bnext": "bnext", "bnext fused": "bnext, fused"}
+#: How one network is evaluated: no network's colours.
+RUNNING, BATCH, UPDATED = "#8e44ad", "#d9822b", "#2e8b57"
+#: A bar of bnext whose statistics are of two images.
+FAINT = "#ecb1b8"
 INK, PALE = "#22303c", "#e3e8ec"
 
 
@@ -68,7 +73,7 @@ def _losses(axes: Axes, results: Results) -> None:
         thin = {"linewidth": STYLES[name]["linewidth"] * 0.8}
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=LABELS[name], **STYLES[name] | thin)
     axes.set_yscale("log")
-    _frame(axes, "It learns at once, bnext as torch", "step", "training loss")
+    _frame(axes, "bnext's loss falls like torch.nn's", "step", "training loss")
 
 
 def _accuracies(axes: Axes, results: Results) -> None:
@@ -92,11 +97,11 @@ def _sweep(axes: Axes, found: dict[str, Points], y: str, title: str, x: str) -> 
 
 def _evaluation(axes: Axes, results: Results) -> None:
     lines: dict[str, tuple[list[float], dict[str, Any]]] = {
-        "by the running averages: eval()": (results.evaluation.running, {"color": "#d1495b", "linestyle": "-"}),
-        "by each batch: train()": (results.evaluation.batch, {"color": "#8d99a6", "linestyle": "-"}),
+        "by the running averages: eval()": (results.evaluation.running, {"color": RUNNING, "linestyle": "-"}),
+        "by each batch: train()": (results.evaluation.batch, {"color": BATCH, "linestyle": "-"}),
         "by bnext.update_statistics, then eval()": (
             results.evaluation.updated,
-            {"color": "#00525f", "linestyle": "--"},
+            {"color": UPDATED, "linestyle": "--"},
         ),
     }
     for label, (accuracies, style) in lines.items():
@@ -105,13 +110,14 @@ def _evaluation(axes: Axes, results: Results) -> None:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     _percent(axes)
     axes.legend(loc="lower right", frameon=False)
-    _frame(axes, "Running averages lag behind at first", "epoch", "test accuracy of one network")
+    _frame(axes, "Running averages lag at first", "epoch", "test accuracy of one network")
 
 
 def _small(axes: Axes, results: Results) -> None:
     values = [100 * accuracy for accuracy in results.small.values()]
-    colors = ["#c8d0d8" if name.endswith("2") else "#d1495b" for name in results.small]  # grey: statistics of two
-    bars = axes.barh(list(results.small), values, color=colors, height=0.62)
+    colors = [FAINT if re.search(r"\bof 2\b", name) else STYLES["bnext"]["color"] for name in results.small]
+    hatches = ["//" if "simulated" in name else "" for name in results.small]
+    bars = axes.barh(list(results.small), values, color=colors, hatch=hatches, edgecolor="white", height=0.62)
     axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=5, fontweight="bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 118)
@@ -120,7 +126,7 @@ def _small(axes: Axes, results: Results) -> None:
     axes.tick_params(axis="y", length=0)
     _frame(
         axes,
-        "Two images are too few for statistics",
+        "Two images are too few",
         f"test accuracy after {results.experiment.small_epochs} epochs",
         "",
     )

@@ -1,12 +1,14 @@
 """Trains LeNet, ResNet-18 or DenseNet, with bnext's batch normalization, with torch.nn's, or without:
 
     python -m examples.train
-    python -m examples.train --model resnet18 --fuse --epochs 3 --checkpoint build/resnet18.pt
+    python -m examples.train --model resnet18 --fuse --epochs 3 --checkpoint build/fused.pt
+    python -m examples.train --epochs 20 --resume build/lenet.pt
     python -m examples.train --model densenet --data cifar10 --root data --download --device cuda --amp bf16
     torchrun --nproc-per-node 2 -m examples.train --model lenet
 
-The checkpoint is what the last whole epoch left, also after Ctrl-C; --resume goes on from it to the same result that
-training without a break gives. Several processes share each batch, and normalize by the statistics of all of it.
+The checkpoint, build/MODEL.pt unless something else is said, is what the last whole epoch left, also after Ctrl-C;
+--resume goes on from it to the same result that training without a break gives, and saves to the same file. Several
+processes share each batch, and normalize by the statistics of all of it.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Training:
         training.load_state(read(options.resume, options))
     images = f"{len(data.train)} images of {data.train.size}"
     say(f"{options.model}, norm {options.norm}, on {data.name} ({images}), {device}")
+    say(f"checkpoint after each epoch: {options.checkpoint}")
 
     def after_each() -> None:
         epoch = training.epochs[-1]
@@ -74,15 +77,14 @@ def run(options: argparse.Namespace, device: torch.device) -> Training:
         training.train(options.epochs, after_each)
     except KeyboardInterrupt:
         say(f"Interrupted after {len(training.epochs)} whole epochs.")
-        if options.checkpoint:
-            say(f"To go on: --resume {options.checkpoint}")
+        say(f"To go on: --resume {options.checkpoint}")
         raise SystemExit(130) from None
     return training
 
 
-def write(path: Path | None, training: Training, options: argparse.Namespace) -> None:
+def write(path: Path, training: Training, options: argparse.Namespace) -> None:
     """Whole or not at all: what was there stays until the new one is complete."""
-    if path is None or rank() > 0:
+    if rank() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -122,11 +124,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="bnext.recompute: less memory")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is a GPU")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="file that is written after each epoch")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="file that is written after each epoch; default: --resume's, or build/MODEL.pt"
+    )
     parser.add_argument("--resume", type=Path, help="file that --checkpoint wrote, by the same model, data and rates")
     options = parser.parse_args(arguments)
     if options.norm != "bnext" and (options.fuse or options.recompute):
         parser.error(f"--fuse and --recompute need --norm bnext, not {options.norm}")
+    options.checkpoint = options.checkpoint or options.resume or Path(f"build/{options.model}.pt")
     options.size = options.size or (28 if options.model == "lenet" else 32)
     return options
 

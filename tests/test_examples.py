@@ -26,37 +26,44 @@ def identity(network: nn.Module) -> nn.Module:
 KINDS = pytest.mark.parametrize("kind", [identity, bnext.convert, bnext.fuse, without_norms], ids=lambda f: f.__name__)
 
 
+def shapes_by_stage(model: nn.Module, x: torch.Tensor) -> list[tuple[int, ...]]:
+    """Of what each child of the model gives, without the batch dimension: what the first layer in the next one takes.
+    The graph of bnext.fuse calls the layers, and not the children that they are in."""
+    taken: dict[str, tuple[int, ...]] = {}
+    for name, layer in model.named_modules():
+        if not list(layer.children()):
+            child = name.split(".")[0]
+            layer.register_forward_pre_hook(
+                lambda layer, args, child=child: taken.setdefault(child, tuple(args[0].shape[1:])) and None
+            )
+    with torch.no_grad():
+        y = model(x)
+    assert list(taken) == [name for name, _ in model.named_children()]
+    return [*list(taken.values())[1:], tuple(y.shape[1:])]
+
+
 @KINDS
 def test_lenet(kind):
+    shapes = [
+        *[(6, 24, 24)] * 3, (6, 12, 12), *[(16, 8, 8)] * 3, (16, 4, 4), (256,), *[(120,)] * 3, *[(84,)] * 3, (10,)
+    ]  # fmt: skip
+    if kind is bnext.fuse:  # batch norm and Sigmoid are one
+        shapes = [s for s, layer in zip(shapes, LeNet(), strict=True) if not isinstance(layer, nn.Sigmoid)]
     model = kind(LeNet())
-    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert shapes_by_stage(model, torch.randn(2, 1, 28, 28)) == shapes
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert [m.num_features for m in norms] == ([] if kind is without_norms else [6, 16, 120, 84])
     assert kind(LeNet(3, 7, 32))(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
-def shapes_by_stage(model: nn.Module, x: torch.Tensor) -> list[tuple[int, ...]]:
-    """Of what the children of the model give, without the batch dimension."""
-    shapes = []
-    stages = [model.get_submodule(name) for name, _ in model.named_children()]
-    with torch.no_grad():
-        for stage in stages:
-            x = stage(x)
-            shapes.append(tuple(x.shape[1:]))
-    return shapes
-
-
-STAGES = pytest.mark.parametrize("kind", [identity, bnext.convert, without_norms], ids=lambda f: f.__name__)
-
-
-@STAGES
+@KINDS
 def test_resnet18(kind):
     assert shapes_by_stage(kind(ResNet18()), torch.randn(1, 1, 224, 224)) == [
         (64, 112, 112), (64, 56, 56), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7), (10,)
     ]  # fmt: skip
 
 
-@STAGES
+@KINDS
 def test_densenet(kind):
     assert shapes_by_stage(kind(DenseNet()), torch.randn(1, 1, 96, 96)) == [
         (64, 24, 24), (192, 24, 24), (96, 12, 12), (224, 12, 12), (112, 6, 6), (240, 6, 6), (120, 3, 3), (248, 3, 3), (10,)
@@ -134,24 +141,93 @@ def test_curves_lie_on_those_of_torch_nn(compare):
     assert activations.count("sigmoid") == 4
 
 
-def small(load):
+def last_bits(network: nn.Module, seed: int) -> None:
+    """Moves each weight to one of its two neighbours in float32."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            up = torch.rand(p.shape, generator=random) < 0.5
+            p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet18", "densenet"])
+def test_losses_part_from_torch_nn_as_torch_nn_parts_from_itself(compare, model):
+    """LeNet's losses stay together: the test above. Training these two in float32 is chaotic: a ReLU whose argument
+    rounds to the other side of 0 changes all that follows, so that after ten steps no two ways of rounding agree in
+    more than two digits. What can be asked of bnext is that it parts from torch.nn no more than torch.nn does from itself,
+    when it begins from weights that differ in the last bit: in the first loss, when nothing has grown yet, and over all
+    steps, in the geometric mean. With other seeds and rates, bnext's gap was 2 times and 1.2 times torch.nn's at most.
+    """
+    few = experiment(compare, model=model, data=small(load)("digits", 32), batch_size=16)
+
+    def losses(norm, **more):
+        training = few.training(norm, **more)
+        training.train(2)
+        return np.array(training.losses)
+
+    def gaps(other):
+        relative = np.maximum(abs(other / reference - 1), 2**-24)
+        return np.array([relative[0], np.exp(np.log(relative).mean())])
+
+    reference = losses("torch")
+    control = [gaps(losses("torch", change=functools.partial(last_bits, seed=seed))) for seed in range(4)]
+    for fuse in (False, True):
+        assert (gaps(losses("bnext", fuse=fuse)) <= 8 * np.max(control, axis=0)).all()
+    assert (np.max(control, axis=0) < (1e-5, 0.1)).all()  # else anything would pass
+
+
+def small(load, images=96):
     """The first images of each of its data sets."""
 
     @functools.wraps(load)
     def loaded(*arguments):
         data = load(*arguments)
-        parts = [Images(part.pixels[:96], part.labels[:96], part.size) for part in (data.train, data.test)]
+        parts = [Images(part.pixels[:images], part.labels[:images], part.size) for part in (data.train, data.test)]
         return replace(data, train=parts[0], test=parts[1])
 
     return loaded
 
 
-def test_comparison(compare, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare, "load", small(load))
+def drawn(monkeypatch, draw):
+    """What `draw` gives, and the figures that it closes."""
+    from examples import picture
+
+    figures: list = []
+    monkeypatch.setattr(picture.pyplot, "close", figures.append)
+    return draw(), figures
+
+
+def check_panels(figure) -> None:
+    """Each has a title of its own, which fits; a colour means one thing."""
+    panels = figure.axes
+    titles = [panel.get_title(loc="left") for panel in panels]
+    assert len(set(titles)) == len(panels) == 6
+    renderer = figure.canvas.get_renderer()
+    for panel in panels:
+        title = panel._left_title.get_window_extent(renderer)
+        assert title.width < 0.95 * panel.get_window_extent(renderer).width, panel.get_title(loc="left")
+    networks, evaluations = ({line.get_color() for line in panel.lines} for panel in (panels[0], panels[4]))
+    assert len(networks) == 4 and len(evaluations) == 3 and not networks & evaluations
+    bars = panels[5].patches
+    names = [label.get_text() for label in panels[5].get_yticklabels()]
+    assert [bool(bar.get_hatch()) for bar in bars] == ["simulated" in name for name in names] == [0, 0, 1, 0, 0]
+    few, many = ({bars[i].get_facecolor() for i in of} for of in ((1, 2), (0, 3, 4)))
+    assert len(few) == len(many) == 1 and few != many
+
+
+@pytest.mark.parametrize(
+    "model", ["lenet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "densenet"))]
+)
+def test_comparison(compare, monkeypatch, tmp_path, capsys, model):
+    monkeypatch.setattr(compare, "load", small(load, 48))
     monkeypatch.setattr(compare, "RATES", (1, 10))
+    monkeypatch.setattr(compare, "SCALES", (0.1, 1))
     monkeypatch.setattr(compare.Experiment, "in_processes", lambda self, batch_size: 0.5)  # a test of its own
     picture = tmp_path / "folder" / "comparison.png"
-    results = compare.main(["--epochs", "2", "--sweep-epochs", "2", "--batch-size", "32", "--picture", str(picture)])
+    options = ["--model", model, "--epochs", "2", "--sweep-epochs", "2", "--batch-size", "16"]
+    results, (figure,) = drawn(monkeypatch, lambda: compare.main([*options, "--picture", str(picture)]))
+    check_panels(figure)
     assert picture.read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     for word in ("test accuracy", "90 % after", "s/epoch", "speed-up", "kept for backward", str(picture)):

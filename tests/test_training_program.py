@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_build import PATIENCE
 from torch import nn
 
 import bnext
@@ -33,6 +34,12 @@ ROOT = Path(__file__).parent.parent
 def small(whole: Data, images: int = 96) -> Data:
     parts = [Images(part.pixels[:images], part.labels[:images], part.size) for part in (whole.train, whole.test)]
     return replace(whole, train=parts[0], test=parts[1])
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    """The program writes build/MODEL.pt where it runs: not in the project's own folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -64,6 +71,17 @@ def test_every_network_trains(few, model, norm):
     kinds = {type(layer) for layer in made.network.modules()}
     assert (bnext.BatchNorm2d in kinds, nn.BatchNorm2d in kinds) == (norm[0] == "bnext", norm[0] == "torch")
     assert ("--fuse" in norm) == any(getattr(layer, "activation", None) for layer in made.network.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, size", [("resnet18", 224), ("densenet", 96)])
+def test_size(monkeypatch, model, size):
+    """The inputs that these networks were described for."""
+    monkeypatch.setattr(train, "load", lambda *arguments: small(load(*arguments), 16))
+    made, seen = run("--model", model, "--size", size, "--epochs", 0, "--batch-size", 8), []
+    made.network.register_forward_pre_hook(lambda network, args: seen.append(args[0].shape))
+    made.train(1)
+    assert seen == [*[(8, 1, size, size)] * 2, (16, 1, size, size)] and made.epochs[0].loss < 4
 
 
 def test_accuracy_is_that_of_the_test_images():
@@ -184,9 +202,10 @@ def test_resuming_is_going_on(few, tmp_path):
     assert_same_state(run("--epochs", 3, "--resume", file), whole)
 
 
-def test_ctrl_c_leaves_a_usable_checkpoint(few, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", [("--checkpoint", "folder/run.pt"), ()], ids=["said", "default"])
+def test_ctrl_c_leaves_a_usable_checkpoint(few, monkeypatch, capsys, flags):
     """Here in the middle of the second epoch, whose steps are lost."""
-    file = tmp_path / "run.pt"
+    file = Path(flags[1] if flags else "build/lenet.pt")
     step, steps = Training._step, []
 
     def interrupted(self, images, labels):
@@ -195,7 +214,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(few, tmp_path, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
         return step(self, images, labels)
 
-    options = ("--batch-size", 16, "--checkpoint", file)
+    options = ("--batch-size", 16, *flags)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
     try:
         with monkeypatch.context() as patch:
@@ -205,10 +224,28 @@ def test_ctrl_c_leaves_a_usable_checkpoint(few, tmp_path, monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert exit.value.code == 130 and len(steps) == 8
-    assert f"--resume {file}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"checkpoint after each epoch: {file}\n" in said and f"To go on: --resume {file}\n" in said
     assert len(torch.load(file, weights_only=True)["epochs"]) == 1
-    whole = run("--epochs", 3, "--batch-size", 16)
+    whole = run("--epochs", 3, "--batch-size", 16, "--checkpoint", "whole.pt")
     assert_same_state(run("--epochs", 3, "--resume", file, *options), whole)
+
+
+def test_each_model_has_a_checkpoint_of_its_own(few):
+    for model in NETWORKS:
+        run("--model", model, "--epochs", 0)
+    assert sorted(Path().rglob("*.*")) == [Path("build", f"{model}.pt") for model in sorted(NETWORKS)]
+
+
+def test_a_run_that_goes_on_saves_to_the_same_file(few):
+    """Unless --checkpoint says another one: then the first stays as it is."""
+    run("--epochs", 1, "--checkpoint", "run.pt")
+    run("--epochs", 2, "--resume", "run.pt")
+    run("--epochs", 3, "--resume", "run.pt", "--checkpoint", "other.pt")
+    files = {"run.pt": 2, "other.pt": 3}
+    assert sorted(Path().rglob("*.*")) == sorted(map(Path, files))
+    for file, epochs in files.items():
+        assert len(torch.load(file, weights_only=True)["epochs"]) == epochs
 
 
 def test_a_checkpoint_is_there_before_the_first_epoch(few, tmp_path):
@@ -233,16 +270,20 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(few, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("first, then", [("torch", "bnext"), ("bnext", "torch"), ("torch", "bnext --fuse"), ("bnext --fuse", "torch")])  # fmt: skip
-@pytest.mark.parametrize("model", ["lenet", "resnet18"])  # the trace of the latter has its layers in another order
+@pytest.mark.parametrize("model", NETWORKS)  # the trace of resnet18 has its layers in another order
 def test_torch_and_bnext_load_each_others_checkpoints(few, tmp_path, model, first, then):
     file = tmp_path / "run.pt"
     options = ("--model", model, "--batch-size", 32, "--lr", 1e-4)
     before = run(*options, "--epochs", 1, "--norm", *first.split(), "--checkpoint", file)
     resumed = run(*options, "--epochs", 1, "--norm", *then.split(), "--resume", file)
     assert evaluate(resumed.network, resumed.data.test)[1] == before.epochs[-1].test_accuracy
+    for name, value in before.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], value), name
     # The optimizer's state, too, is that of the same parameters.
+    assert len(resumed.optimizer.state) == len(list(resumed.network.parameters()))
     again, expected = (
-        run(*options, "--epochs", 2, "--norm", *norm.split(), "--resume", file) for norm in (then, first)
+        run(*options, "--epochs", 2, "--norm", *norm.split(), "--resume", file, "--checkpoint", "again.pt")
+        for norm in (then, first)
     )
     assert again.losses == pytest.approx(expected.losses, rel=1e-3)
 
@@ -358,7 +399,7 @@ def in_processes(*words: object, count: int = 2) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command += ["-m", "examples.train", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow
@@ -392,8 +433,8 @@ def test_two_processes_are_as_one(tmp_path, flags):
     ],
     ids=["torch.nn", "batch"],
 )
-def test_what_processes_cannot_do_is_an_error(words, message):
-    done = in_processes(*words, "--device", "cpu", "--epochs", 1)
+def test_what_processes_cannot_do_is_an_error(tmp_path, words, message):
+    done = in_processes(*words, "--device", "cpu", "--epochs", 1, "--checkpoint", tmp_path / "run.pt")
     assert done.returncode != 0 and message in done.stderr
 
 
