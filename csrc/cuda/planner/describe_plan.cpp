@@ -9,13 +9,12 @@ std::string counted(int64_t count, const std::string& what) {
   return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
 }
 
-std::string grid(const Partition& partition) {
-  return counted(partition.tiles, "tile") + ", " + counted(partition.splits, "block") + " of " +
-         std::to_string(partition.threads) + " threads each";
-}
+}  // namespace
 
-std::string resident(const Partition& partition) {
-  std::string out = grid(partition);
+std::string describe(const Partition& partition) {
+  std::string out = counted(partition.tiles, "tile") + ", " + counted(partition.splits, "block") + " of " +
+                    std::to_string(partition.threads) + " threads each";
+  if (partition.resident_bytes == 0) return out;
   if (partition.clustered) {
     out += partition.splits > 1 ? ", in clusters" : "";
   } else if (partition.groups < partition.tiles) {
@@ -26,19 +25,17 @@ std::string resident(const Partition& partition) {
          " bytes of shared memory a block";
 }
 
-}  // namespace
-
 std::string describe(const Plan& plan) {
   std::string out = name_of(plan.kind);
   switch (plan.kind) {
-    case PlanKind::resident: out += ": 1 launch of " + resident(plan.resident); break;
+    case PlanKind::resident: out += ": 1 launch of " + describe(plan.resident); break;
     case PlanKind::cooperative: out += ": 1 launch of " + counted(plan.blocks, "block"); break;
     case PlanKind::automatic:  // never a plan
     case PlanKind::two_pass:
       out +=
-          ": 2 launches, of " + grid(plan.reduce) +
+          ": 2 launches, of " + describe(plan.reduce) +
           (plan.reduce.merge_shares > 1 ? ", the last " + std::to_string(plan.reduce.merge_shares) + " merging" : "") +
-          ", and of " + grid(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
+          ", and of " + describe(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
   }
   if (plan.partial_bytes > 0) out += "; partial results of " + std::to_string(plan.partial_bytes) + " bytes";
   if (plan.resident_us > 0) {

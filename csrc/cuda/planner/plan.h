@@ -52,7 +52,8 @@ Plan plan_forward(const BatchNormForwardParams&, const DeviceProperties&, const 
 Plan plan_backward(const BatchNormBackwardParams&, const DeviceProperties&, const PlanOptions& = {},
                    std::string* refusal = nullptr);
 
-// One line for people: launches, grids, shared memory, scratch.
+// One line for people: tiles, blocks, and the shared memory of a resident pass; launches, passes, scratch.
+std::string describe(const Partition&);
 std::string describe(const Plan&);
 
 }  // namespace bnext::cuda
