@@ -1,7 +1,10 @@
 """The CPU's kernels for AVX2 and for AVX-512 give the same bits, whatever the order of tasks, and whether stores go past
-the caches or not. Where there is no AVX-512, its instructions are emulated (tests/emulated_avx512.h)."""
+the caches or not. Where there is no AVX-512, its instructions are emulated (tests/emulated_avx512.h). So do the kernels for
+NEON and those in plain C++, on 64-bit ARM."""
 
+import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,6 +32,25 @@ def emulated(folder):
     return source
 
 
+def differing(folder, compiler, kernels, flags, *, step=1, runner=()):
+    """What tests/instruction_sets.cpp says of the kernels of these sources."""
+    common = [f for f in sorted(CPU.glob("*.cpp")) if f.name not in ("dispatch.cpp", "cache.cpp")]
+    common = [ROOT / "tests" / "instruction_sets.cpp", *(f for f in common if not f.name.startswith("kernels_"))]
+    compilers, objects = [], []
+    for name, sources in {"kernels": kernels, "common": common}.items():
+        (folder / name).mkdir()
+        command = [compiler, "-std=c++17", "-Werror=switch", *flags, "-c", *map(str, sources)]
+        compilers.append(subprocess.Popen(command, cwd=folder / name))
+        objects += [folder / name / f"{source.stem}.o" for source in sources]
+    assert [compiling.wait() for compiling in compilers] == [0, 0]
+    program = folder / "instruction_sets"
+    # A program for another machine finds no libraries here.
+    link = [compiler, *(["-static"] if runner else []), *map(str, objects), "-o", str(program)]
+    subprocess.run(link, check=True)
+    done = subprocess.run([*runner, program, str(step)], capture_output=True, text=True)
+    return done.stdout[-4000:] + done.stderr
+
+
 @pytest.mark.slow
 def test_avx2_and_avx512_give_the_same_bits(tmp_path):
     compiler = cxx()
@@ -36,24 +58,21 @@ def test_avx2_and_avx512_give_the_same_bits(tmp_path):
     if capability not in ("AVX2", "AVX512"):
         pytest.skip("needs AVX2")
     kernels = CPU / "kernels_avx512.cpp" if capability == "AVX512" else emulated(tmp_path)
-    not_linked = {"dispatch.cpp", "cache.cpp", "kernels_avx512.cpp", "kernels_portable.cpp", "kernels_avx2.cpp"}
-    common = [
-        ROOT / "tests" / "instruction_sets.cpp",
-        *(f for f in sorted(CPU.glob("*.cpp")) if f.name not in not_linked),
-    ]
     # Kernels take half a minute to optimize, and emulated ones more: longer than they run as they are.
-    flags = ["-std=c++17", "-O0", "-Werror=switch", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c"]
-    parts = {"kernels": [kernels, CPU / "kernels_avx2.cpp"], "common": common}
-    compilers, objects = [], []
-    for name, sources in parts.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        compilers.append(subprocess.Popen([compiler, *flags, "-c", *map(str, sources)], cwd=folder))
-        objects += [folder / f"{source.stem}.o" for source in sources]
-    assert [compiling.wait() for compiling in compilers] == [0, 0]
-    program = tmp_path / "instruction_sets"
-    subprocess.run([compiler, *map(str, objects), "-o", str(program)], check=True)
+    flags = ["-O0", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c"]
+    said = differing(tmp_path, compiler, [kernels, CPU / "kernels_avx2.cpp"], flags)
+    assert re.fullmatch(r"0 of \d{4} differ\n", said), said
 
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    assert re.fullmatch(r"0 of \d{4} differ\n", done.stdout)
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_neon_gives_the_bits_of_plain_cpp(tmp_path):
+    """On 64-bit ARM, or elsewhere by its compiler and qemu, some shapes of them."""
+    here = platform.machine() == "aarch64"
+    compiler = cxx() if here else shutil.which("aarch64-linux-gnu-g++")
+    runner = [] if here else [shutil.which("qemu-aarch64")]
+    if not compiler or None in runner:
+        pytest.skip("needs 64-bit ARM, or g++-aarch64-linux-gnu and qemu-user")
+    kernels = [CPU / "kernels_portable.cpp", CPU / "kernels_neon.cpp"]
+    said = differing(tmp_path, compiler, kernels, ["-O1"], step=1 if here else 5, runner=runner)
+    assert re.fullmatch(r"0 of \d+ differ\n", said) and not said.startswith("0 of 0"), said

@@ -40,9 +40,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_enabled", torch::wrap_pybind_function(&set_enabled));
   m.def("kernels_run", [] { return kernels_run.load(); });
   m.def("check_training", torch::wrap_pybind_function(&check_training));
-#define BNEXT_NAME(activation, type) #activation,
-  m.attr("activations") = std::vector<std::string>{BNEXT_ACTIVATIONS(BNEXT_NAME)};
-#undef BNEXT_NAME
+  m.attr("activations") = std::vector<std::string>(std::begin(kActivationNames), std::end(kActivationNames));
 #if defined(BNEXT_WITH_CUDA)
   m.attr("with_cuda") = true;
   m.def("plans", &plans);

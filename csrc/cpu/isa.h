@@ -8,11 +8,17 @@
 #else
 #define BNEXT_X86 0
 #endif
+#if defined(__aarch64__)
+#define BNEXT_ARM64 1
+#else
+#define BNEXT_ARM64 0
+#endif
 
 namespace bnext::cpu {
 
 const KernelSet& portable_kernels();
 const KernelSet& avx2_kernels();    // x86 only
 const KernelSet& avx512_kernels();  // x86 only
+const KernelSet& neon_kernels();    // 64-bit ARM only
 
 }  // namespace bnext::cpu
