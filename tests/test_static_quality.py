@@ -177,7 +177,7 @@ def enumerators(header: str, enum: str) -> list[str]:
 
 #: What is fused into a kernel of each operation.
 VARIANTS = {
-    "BatchNormForward": ("forward", enumerators("cuda/ops/batch_norm_forward.cuh", "Epilogue")),
+    "BatchNormForward": ("forward", enumerators("core/params.h", "Epilogue")),
     "BatchNormBackward": ("backward", enumerators("core/params.h", "Derivative")),
 }
 
