@@ -1,8 +1,11 @@
-"""What compiles the tests' own C++ programs."""
+"""What compiles the tests' own C++ programs, and how long programs may take."""
 
 import shutil
 
 import pytest
+
+#: Seconds: a limit on what never ends, not on slowness. Several compilers may share the machine with the tests.
+PATIENCE = 1500
 
 
 def cxx() -> str:

@@ -38,8 +38,6 @@ FUNCTIONS = {
 PARAMS = {"leaky_relu": SLOPE}
 #: Where the derivative jumps.
 KINKS = {"relu": [0.0], "relu6": [0.0, 6.0], "leaky_relu": [0.0], "hardswish": [-3.0, 3.0]}
-#: Upper bounds of |f'| and |f''|: silu' is at most 1.1 and hardswish' 1.5; tanh'' is at most 0.77, silu'' 0.5.
-STEEPEST, BENT = 1.5, 0.8
 #: Roundings of f and f' themselves: exp within 1 unit, tanh within 2.5, and the handful of operations around them.
 ROUNDINGS = 8
 #: Activations that keep a bit an element behind a residual, and those that keep the residual.
@@ -121,7 +119,7 @@ def check(device, activation, dtypes, layout, shape, with_residual, training):
     y64 = f(z)
     assert y.dtype == dtype
     own = ROUNDINGS * eps_of(mean.dtype if dtype == F64 else torch.float32)
-    y_off = STEEPEST * z_off + own * (y64.abs() + 1) + tolerance.rounded(y64, dtype)
+    y_off = Tolerance.STEEPEST * z_off + own * (y64.abs() + 1) + tolerance.rounded(y64, dtype)
     assert_within(y, y64, y_off, f"y {shape}")
 
     # Next to a kink rounding decides which derivative is taken: no gradient arrives there.
@@ -129,7 +127,7 @@ def check(device, activation, dtypes, layout, shape, with_residual, training):
     for kink in KINKS.get(activation, []):
         dy = dy.masked_fill((z.detach() - kink).abs() <= z_off, 0)
     dz = torch.autograd.grad(y64, z, dy.double(), retain_graph=True)[0]
-    dz_off = dy.double().abs() * (BENT * z_off + own)
+    dz_off = dy.double().abs() * (Tolerance.BENT * z_off + own)
     grads = torch.autograd.grad(y, inputs, dy.to(device))
     grads64 = torch.autograd.grad(y64, exact, dy.double())
     # Every bound is linear in |dz|, and an error of dz spreads as dz itself does.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import PATIENCE
 
 from bnext import _extension, _toolchain, doctor
 
@@ -285,8 +286,6 @@ def test_just_in_time_cache_is_per_torch_and_sources(monkeypatch, tmp_path):
 
 # ---- the build itself, of a package whose extension is one small file
 
-#: A limit on what never ends, not on slowness: several compilers may share the machine with the tests.
-PATIENCE = 1500
 SMALL_MODULE = """
 #include <Python.h>
 static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(ANSWER); }

@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiler import cxx
-from test_build import PATIENCE
+from compiler import PATIENCE, cxx
 
 ROOT = Path(__file__).resolve().parents[1]
 

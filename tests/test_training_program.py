@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_build import PATIENCE
+from compiler import PATIENCE
 from torch import nn
 
 import bnext

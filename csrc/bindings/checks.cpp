@@ -4,22 +4,12 @@
 #include <c10/core/ScalarType.h>
 
 #include <string>
-#include <vector>
 
 namespace bnext {
 
 namespace {
 
 std::string name_of(at::ScalarType t) { return std::string(c10::getDtypeNames(t).first); }
-
-// "a, b or c"
-std::string alternatives(const std::vector<std::string>& names) {
-  std::string text;
-  for (size_t i = 0; i < names.size(); ++i) {
-    text += (i == 0 ? "" : i + 1 == names.size() ? " or " : ", ") + names[i];
-  }
-  return text;
-}
 
 Activation parsed(Activation activation, double param) {
   TORCH_CHECK_VALUE(param == 0 || activation == Activation::leaky_relu, "activation_param should be 0 for '",
@@ -71,17 +61,16 @@ DType to_dtype(const char* name, at::ScalarType t) {
     default: break;
   }
 #define BNEXT_PYTHON_NAME(dtype, type, python) python,
-  const std::vector<std::string> names = {BNEXT_DTYPES(BNEXT_PYTHON_NAME)};
+  const std::string names[] = {BNEXT_DTYPES(BNEXT_PYTHON_NAME)};
 #undef BNEXT_PYTHON_NAME
-  TORCH_CHECK_NOT_IMPLEMENTED(false, name, " should be ", alternatives(names), ", not ", name_of(t));
+  const auto as_it_is = [](const std::string& text) { return text; };
+  TORCH_CHECK_NOT_IMPLEMENTED(false, name, " should be ", alternatives(names, as_it_is), ", not ", name_of(t));
 }
 
 Activation parse_activation(std::string_view name, double param) {
   Activation activation;
   if (find_name(kActivationNames, name, &activation)) return parsed(activation, param);
-  std::vector<std::string> names;
-  for (const std::string known : kActivationNames) names.push_back("'" + known + "'");
-  TORCH_CHECK_VALUE(false, "activation should be ", alternatives(names), ", not '", name, "'");
+  TORCH_CHECK_VALUE(false, "activation should be ", alternatives(kActivationNames, in_quotes), ", not ", in_quotes(name));
 }
 
 void check_dense(const char* name, const OptionalTensor& t) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <iterator>
+#include <string>
 #include <string_view>
 
 #define BNEXT_ENUMERATOR(name, ...) name,
@@ -25,6 +27,17 @@ bool find_name(const char* const (&names)[count], std::string_view text, E* valu
     return true;
   }
   return false;
+}
+
+inline std::string in_quotes(std::string_view text) { return "'" + std::string(text) + "'"; }
+
+// "a, b or c", of text(item) for each.
+template <class Items, class Text>
+std::string alternatives(const Items& items, const Text& text) {
+  std::string out;
+  const size_t count = std::size(items);
+  for (size_t i = 0; i < count; i++) out += (i == 0 ? "" : i + 1 < count ? ", " : " or ") + text(items[i]);
+  return out;
 }
 
 }  // namespace bnext

@@ -69,16 +69,14 @@ const KernelSet& choose() {
   const char* const name = std::getenv("BNEXT_CPU");
   if (name == nullptr || *name == 0) return best->kernels();
 
-  std::string names;
-  for (size_t i = 0; i < all.size(); i++) {
-    if (std::string(name) == all[i].name) {
-      if (all[i].runs) return all[i].kernels();
-      throw std::invalid_argument("BNEXT_CPU is " + std::string(name) + ", and this processor has no more than " +
-                                  best->name);
-    }
-    names += (i == 0 ? "'" : i + 1 < all.size() ? ", '" : " or '") + std::string(all[i].name) + "'";
+  for (const Choice& choice : all) {
+    if (std::string(name) != choice.name) continue;
+    if (choice.runs) return choice.kernels();
+    throw std::invalid_argument("BNEXT_CPU is " + std::string(name) + ", and this processor has no more than " +
+                                best->name);
   }
-  throw std::invalid_argument("BNEXT_CPU should be " + names + ", not '" + name + "'");
+  const std::string names = alternatives(all, [](const Choice& choice) { return in_quotes(choice.name); });
+  throw std::invalid_argument("BNEXT_CPU should be " + names + ", not " + in_quotes(name));
 }
 
 }  // namespace

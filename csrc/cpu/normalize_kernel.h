@@ -61,6 +61,7 @@ template <class T, Epilogue epilogue, bool by_column>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   const V zero(0);
+  uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
@@ -79,7 +80,7 @@ template <class T, Epilogue epilogue, bool by_column>
       if constexpr (adds) v = v + load(residual + j, part);
       // The bit is of the sum before it is rounded to T: the backward asks for the very z that relu saw.
       if constexpr (epilogue == Epilogue::add_relu) {
-        if (args.mask != nullptr) put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(v));
+        if (mask != nullptr) put_bits(mask, first + j, lanes_of<A>(part), positive_bits(v));
       }
       if constexpr (epilogue == Epilogue::relu || epilogue == Epilogue::add_relu) v = max_keep_nan(zero, v);
       store(y + j, part, v);

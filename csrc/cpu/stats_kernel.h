@@ -3,6 +3,8 @@
 // little, whatever the data. Only where there are not so many before it does a block need a look at its own.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -104,7 +106,7 @@ template <class T>
 
   const int64_t some = std::min(block.rows, kColumnRows), fourth = ceil_div(some, kPerCentre);
   each_vector([&](int64_t j, auto part) { store(shift + j, Full{}, load(p + j, part)); });
-  sum_chunk(0, fourth, Index<false>{});
+  sum_chunk(0, fourth, std::false_type{});
   const D each_of_some(1.0 / static_cast<double>(fourth));
   each_double([&](int64_t j) {
     store(shift + j, Full{}, fma(wide(sums + j), each_of_some, wide(shift + j)));
@@ -121,7 +123,7 @@ template <class T>
       store(squares_of_all + j, Full{}, D(0.0));
     });
     for (int64_t r = begin; r < end; r += kColumnRows) {
-      sum_chunk(r, std::min(r + kColumnRows, end), Index<true>{});
+      sum_chunk(r, std::min(r + kColumnRows, end), std::true_type{});
       each_double([&](int64_t j) {
         store(sums_of_all + j, Full{}, wide(sums_of_all + j) + wide(sums + j));
         store(squares_of_all + j, Full{}, wide(squares_of_all + j) + wide(squares + j));

@@ -42,6 +42,36 @@ cudaError_t launch_input_gradient(const BatchNormBackwardParams& p, const Partit
   return launch_apply(scaling, partition, stream);
 }
 
+cudaError_t launch_two_passes(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
+                              cudaStream_t stream) {
+  const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
+  if (error != cudaSuccess) return error;
+  BatchNormForwardParams second = p;  // the running statistics are done; only the counter is left
+  second.running_mean = second.running_var = nullptr;
+  return launch_apply(second, plan.apply, stream);
+}
+
+// Or the one of them that makes what is wanted.
+cudaError_t launch_two_passes(const BatchNormBackwardParams& p, const Plan& plan, const Scratch& scratch,
+                              cudaStream_t stream) {
+  if (!p.reduces()) return p.elementwise() ? launch_input_gradient(p, alone(plan.apply), stream) : cudaSuccess;
+  if (!p.elementwise()) return launch_reduce(p, plan.reduce, scratch, stream);
+  const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
+  if (error != cudaSuccess) return error;
+  return launch_input_gradient(p, plan.apply, stream);
+}
+
+template <class Params>
+cudaError_t launch_plan(const Params& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+  switch (plan.kind) {
+    case PlanKind::automatic: break;  // is never what runs
+    case PlanKind::resident: return launch_resident(p, plan, scratch, stream);
+    case PlanKind::cooperative: return launch_cooperative_plan(p, plan, scratch, stream);
+    case PlanKind::two_pass: return launch_two_passes(p, plan, scratch, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 cudaError_t launch_batch_norm_stats(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
@@ -57,17 +87,7 @@ cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams& p, const P
 
 cudaError_t launch_batch_norm_forward(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
                                       cudaStream_t stream) {
-  switch (plan.kind) {
-    case PlanKind::automatic: return cudaErrorInvalidValue;  // plans have decided
-    case PlanKind::resident: return launch_resident(p, plan, scratch, stream);
-    case PlanKind::cooperative: return launch_cooperative_plan(p, plan, scratch, stream);
-    case PlanKind::two_pass: break;
-  }
-  const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
-  if (error != cudaSuccess) return error;
-  BatchNormForwardParams second = p;  // the running statistics are done; only the counter is left
-  second.running_mean = second.running_var = nullptr;
-  return launch_apply(second, plan.apply, stream);
+  return launch_plan(p, plan, scratch, stream);
 }
 
 cudaError_t launch_batch_norm_backward_reduce(const BatchNormBackwardParams& p, const Plan& plan,
@@ -81,17 +101,7 @@ cudaError_t launch_batch_norm_backward_input(const BatchNormBackwardParams& p, c
 
 cudaError_t launch_batch_norm_backward(const BatchNormBackwardParams& p, const Plan& plan, const Scratch& scratch,
                                        cudaStream_t stream) {
-  switch (plan.kind) {
-    case PlanKind::automatic: return cudaErrorInvalidValue;  // plans have decided
-    case PlanKind::resident: return launch_resident(p, plan, scratch, stream);
-    case PlanKind::cooperative: return launch_cooperative_plan(p, plan, scratch, stream);
-    case PlanKind::two_pass: break;
-  }
-  if (!p.reduces()) return p.elementwise() ? launch_batch_norm_backward_input(p, plan, stream) : cudaSuccess;
-  if (!p.elementwise()) return launch_batch_norm_backward_reduce(p, plan, scratch, stream);
-  const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
-  if (error != cudaSuccess) return error;
-  return launch_input_gradient(p, plan.apply, stream);
+  return launch_plan(p, plan, scratch, stream);
 }
 
 }  // namespace bnext::cuda

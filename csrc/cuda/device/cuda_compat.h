@@ -110,8 +110,7 @@ __device__ __forceinline__ void wait_on_dependent_grids() {
 // Loads 16 bytes that the L2 cache should keep in preference to others, or let go of first.
 __device__ __forceinline__ uint4 load_evict_last_or_first(const uint4* p, [[maybe_unused]] bool keep) {
 #if __CUDA_ARCH__ >= 800
-  // Both policies are made anew at each load as far as the source goes; the compiler moves them out of the loop, since
-  // these two have no side effects (no `volatile`).
+  // Not `volatile`: the compiler may make the policies once, outside a loop of loads.
   uint64_t last, first;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));

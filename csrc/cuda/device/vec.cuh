@@ -95,7 +95,7 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> narrow_vec(const acc_t<T> (&a)[N]) {
   Vec<T, N> vec;
-  // Words are assembled in registers: a store of single elements would be N instructions, and N transactions.
+  // Words are assembled in registers: a store of single elements would be N instructions.
 #pragma unroll
   for (int e = 0; e < N; ++e) {
     if constexpr (sizeof(T) == 2) {

@@ -31,17 +31,6 @@ const Detail kDetails[] = {
     detail<&PlanChoice::tile_vecs>("tile_vecs", kMaxTileVecs, "from 1 to 16"),
 };
 
-std::string quoted(const std::string& text) { return "'" + text + "'"; }
-
-// "a, b or c"
-template <class Items, class Name>
-std::string alternatives(const Items& items, const Name& name) {
-  std::string out;
-  const size_t count = std::size(items);
-  for (size_t i = 0; i < count; ++i) out += (i == 0 ? "" : i + 1 < count ? ", " : " or ") + name(items[i]);
-  return out;
-}
-
 void check(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -54,12 +43,12 @@ void parse_detail(PlanChoice& choice, const std::string& text) {
   check(detail != std::end(kDetails),
         "a detail of plan 'resident' should be " +
             alternatives(kDetails, [](const Detail& d) { return std::string(d.name) + "=NUMBER"; }) + ", not " +
-            quoted(text));
+            in_quotes(text));
   const bool digits = !value.empty() && value.size() <= 5 && value.find_first_not_of("0123456789") == std::string::npos;
   const unsigned number = digits ? std::stoul(value) : 0;
   const bool power = (number & (number - 1)) == 0 || name != "cluster";
   check(number >= 1 && number <= detail->most && power,
-        name + " of plan 'resident' should be " + detail->allowed + ", not " + quoted(value));
+        name + " of plan 'resident' should be " + detail->allowed + ", not " + in_quotes(value));
   check(detail->get(choice) == 0, name + " of plan 'resident' is given twice");
   detail->set(choice, number);
 }
@@ -70,10 +59,9 @@ PlanChoice parse_choice(const std::string& text) {
   const size_t colon = text.find(':');
   PlanChoice choice;
   check(find_name(kPlanKindNames, text.substr(0, colon), &choice.kind),
-        "plan should be " + alternatives(kPlanKindNames, [](const char* n) { return quoted(n); }) + ", not " +
-            quoted(text));
+        "plan should be " + alternatives(kPlanKindNames, in_quotes) + ", not " + in_quotes(text));
   if (colon == std::string::npos) return choice;
-  check(choice.kind == PlanKind::resident, "only plan 'resident' has details, got " + quoted(text));
+  check(choice.kind == PlanKind::resident, "only plan 'resident' has details, got " + in_quotes(text));
   size_t begin = colon + 1, comma;
   do {
     comma = text.find(',', begin);
@@ -81,7 +69,7 @@ PlanChoice parse_choice(const std::string& text) {
     begin = comma + 1;
   } while (comma != std::string::npos);
   check(!choice.cluster || !choice.grouped(),
-        "plan 'resident' has clusters, or groups and splits, got " + quoted(text));
+        "plan 'resident' has clusters, or groups and splits, got " + in_quotes(text));
   return choice;
 }
 

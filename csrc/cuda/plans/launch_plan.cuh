@@ -97,7 +97,7 @@ cudaError_t launch_partition(void (*kernel)(Params...), const Partition& partiti
   if (partition.cooperative()) {
     return launch_cooperative(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   }
-  // A cluster of one block would be launched as any other, but for an attribute that older devices refuse.
+  // A cluster of one block is launched as any other block: clusters need a newer device.
   if (cluster == 1) return launch(kernel, grid, block, shared, stream, std::forward<Args>(args)...);
   return launch_cluster(kernel, grid, block, cluster, shared, stream, std::forward<Args>(args)...);
 }
