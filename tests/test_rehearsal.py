@@ -172,6 +172,7 @@ def test_a_broken_gpu_costs_one_test_not_its_process(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", tmp_path]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # torch would seed one that is there
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert "2 failed, 3 passed" in done.stdout, done.stdout
     assert (
