@@ -152,12 +152,19 @@ def check_pass(p: dict, shape: tuple[int, int, int], gpu: str, merges: bool = Tr
         assert p["aligned"] == (s % p["vec"] == 0)
 
 
-def check_scratch(plan: dict, p: dict, state: int) -> None:
-    """A partial result for each block and column, and a counter for each tile, where blocks exchange any."""
+def check_scratch(plan: dict, p: dict, numbers: int, accumulator: int) -> None:
+    """A partial result of so many numbers for each block and column, and a counter for each tile, where blocks exchange
+    any."""
     if (p["splits"] > 1 or p["repeat"] > 1) and not p["clustered"]:
         width = p["tile_vecs"] * p["vec"] if p["columns"] else 1
-        assert plan["partial_bytes"] == p["tiles"] * p["splits"] * width * state
-        assert plan["counters"] >= (p["tiles"] if p["repeat"] == 1 else 1)
+        assert plan["partial_bytes"] == p["tiles"] * p["splits"] * width * numbers * accumulator
+        tiles = p["tiles"] if p["repeat"] == 1 else 1
+        if plan["kind"] == "resident":  # two more, and two numbers for each channel of a group, with a flag to each word
+            summaries = p["groups"] * width * 2 * 2 * accumulator // 4
+            assert tiles + 2 + summaries <= plan["counters"] < tiles + 6 + summaries
+            assert (plan["counters"] - summaries) % 4 == 0, "16-byte aligned"
+        else:
+            assert plan["counters"] >= tiles
     else:
         assert plan["partial_bytes"] == 0 and plan["counters"] == (plan["kind"] == "cooperative"), (
             "no allocation for it"
@@ -189,7 +196,7 @@ def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int, ask
         assert p["repeat"] == 1, "a tile has whole channels"
         # Blocks that wait for each other are on the device together.
         per_sm = min(shared // (p["resident_bytes"] + p["shared_bytes"] + 1024), 1 if dtype == "f64" else 2)
-        assert p["splits"] == 1 or p["groups"] * p["splits"] <= per_sm * max(1, multiprocessors - margin)
+        assert p["splits"] > 1 and p["groups"] * p["splits"] <= per_sm * max(1, multiprocessors - margin)
     else:
         assert p["groups"] == p["tiles"]
         assert p["columns"] == (p["tile_channels"] > 0 or p["exchange_bytes"] > 0), "whole planes, or columns"
@@ -231,9 +238,8 @@ def test_every_plan_covers_its_tensor(program):
             assert not plan["reduce"]["starts_next"] and not plan["apply"]["starts_next"], "a stage may be on its own"
             assert plan["reduce"]["vec"] == (vec if direction == "backward" else unit_size(dtype, 0))
             assert plan["reduce"]["columns"] == (layout == "interleaved")
-            state = (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4)
             merging = plan["resident" if plan["kind"] == "resident" else "reduce"]
-            check_scratch(plan, merging, state)
+            check_scratch(plan, merging, 4 if direction == "forward" else 2, 8 if dtype == "f64" else 4)
             check_shares(plan, merging, int(gpu.split()[1]))
             assert kind in ("automatic", plan["kind"]) or plan["kind"] == "two_pass"
             assert bool(plan["refusal"]) == (kind not in ("automatic", plan["kind"])), "silence or a reason"
@@ -349,7 +355,7 @@ def test_details_are_taken_to_the_letter_or_refused(program):
                 assert resident["splits" if name == "cluster" else name] == value
             check_pass(resident, shape, gpu)
             check_resident(resident, gpu, dtype, 1 if direction == "forward" else 2, margin, asked=True)
-            check_scratch(plan, resident, (4 if direction == "forward" else 2) * (8 if dtype == "f64" else 4))
+            check_scratch(plan, resident, 4 if direction == "forward" else 2, 8 if dtype == "f64" else 4)
         except AssertionError as error:
             raise AssertionError(f"{problem}\n{plan}") from error
     assert min(taken.values()) > 500, taken

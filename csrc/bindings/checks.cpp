@@ -70,7 +70,8 @@ DType to_dtype(const char* name, at::ScalarType t) {
 Activation parse_activation(std::string_view name, double param) {
   Activation activation;
   if (find_name(kActivationNames, name, &activation)) return parsed(activation, param);
-  TORCH_CHECK_VALUE(false, "activation should be ", alternatives(kActivationNames, in_quotes), ", not ", in_quotes(name));
+  TORCH_CHECK_VALUE(false, "activation should be ", alternatives(kActivationNames, in_quotes), ", not ",
+                    in_quotes(name));
 }
 
 void check_dense(const char* name, const OptionalTensor& t) {

@@ -198,6 +198,29 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
 #endif
 }
 
+// 16 bytes of global memory that other threads load or store meanwhile: each half as one, in no order with anything
+// else.
+struct alignas(16) Halves { uint64_t first, second; };
+__device__ __forceinline__ void store_relaxed(Halves* p, const Halves& v) {
+#if defined(BNEXT_SIMT)
+  *static_cast<volatile uint64_t*>(&p->first) = v.first;
+  simt::preempt();
+  *static_cast<volatile uint64_t*>(&p->second) = v.second;
+#else
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"(v.first), "l"(v.second) : "memory");
+#endif
+}
+__device__ __forceinline__ Halves load_relaxed(const Halves* p) {
+  Halves v;
+#if defined(BNEXT_SIMT)
+  v.first = *static_cast<const volatile uint64_t*>(&p->first);
+  v.second = *static_cast<const volatile uint64_t*>(&p->second);
+#else
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(v.first), "=l"(v.second) : "l"(p) : "memory");
+#endif
+  return v;
+}
+
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #if defined(BNEXT_SIMT)

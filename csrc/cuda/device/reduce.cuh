@@ -132,48 +132,35 @@ struct Partials {
 };
 
 // Merges what the blocks of a tile hold. merge_block(each) merges what the block's threads do, WIDTH columns of the
-// tile each, and calls each(column, state) in one thread for each column. arrive() returns which share of the merge of
-// the blocks is this block's, or -1; the blocks that share the channels have one each. There, finish(channel, state,
-// finish.operands(channel)) is called exactly once for each channel. Control flow is uniform within a block. Returns
-// whether this block had a share.
-template <int WIDTH, class State, int BATCH, class MergeBlock, class Arrive, class Finish>
-__device__ __forceinline__ bool merge_blocks(int64_t channels, const Partition& partition, const Scratch& scratch,
-                                             const WorkTile& work, void* memory, int shares, MergeBlock&& merge_block,
-                                             Arrive&& arrive, const Finish& finish) {
-  const bool alone = partition.splits == 1 && partition.repeat == 1;
-  const Partials<WIDTH, State> partials(partition, scratch);
-  const int width = partials.width;
-  const int64_t begin = work.tile * width;
-  State* const mine = partials.of_tile(work.tile) + work.split * width;
-  merge_block([&](int column, const State& merged) {
-    if (column >= width) return;
-    if (!alone) mine[column] = merged;
-    else if (begin + column < channels) finish(begin + column, merged, finish.operands(begin + column));
-  });
-  if (alone) return true;
-  const int share = arrive();
-  if (share < 0) return false;
-  // The channels of the tile, or all of them where a channel's columns lie in several tiles.
-  const bool by_tile = partition.repeat == 1;
-  const int64_t first = by_tile ? begin : 0, past = by_tile ? min(channels, begin + width) : channels;
-  const int64_t part = static_cast<uint32_t>(past - first + shares - 1) / static_cast<uint32_t>(shares);
-  partials.template merge<BATCH>(min(past, first + share * part), min(past, first + (share + 1) * part), channels,
-                                 partition.repeat, memory, finish);
-  return true;
-}
-
-// The same for blocks that need not be on the device together, nor need their registers for anything else.
-template <int WIDTH, class State, class MergeBlock, class Finish>
+// tile each, and calls each(column, state) in one thread for each column. The last blocks to come share the merge of
+// all of them, and there finish(channel, state, finish.operands(channel)) is called exactly once for each channel.
+// Control flow is uniform within a block. BATCH: partial results that a thread has in flight; by default for a pass
+// that needs its registers for nothing else.
+template <int WIDTH, class State, int BATCH = (WIDTH > 1 && sizeof(State) <= 16 ? 16 : kBatch<State>), class MergeBlock,
+          class Finish>
 __device__ __forceinline__ void merge_blocks(int64_t channels, const Partition& partition, const Scratch& scratch,
                                              const WorkTile& work, void* memory, MergeBlock&& merge_block,
                                              const Finish& finish) {
   const bool by_tile = partition.repeat == 1;
   const auto blocks = static_cast<uint32_t>(by_tile ? partition.splits : partition.blocks());
-  constexpr int kMost = WIDTH > 1 && sizeof(State) <= 16 ? 16 : kBatch<State>;
-  merge_blocks<WIDTH, State, kMost>(
-      channels, partition, scratch, work, memory, partition.merge_shares, merge_block,
-      [&] { return arrive_for_share(&scratch.counters[by_tile ? work.tile : 0], blocks, partition.merge_shares); },
-      finish);
+  const Partials<WIDTH, State> partials(partition, scratch);
+  const int width = partials.width, shares = partition.merge_shares;
+  const int64_t begin = work.tile * width;
+  State* const mine = partials.of_tile(work.tile) + work.split * width;
+  const bool alone = partition.splits == 1 && by_tile;
+  merge_block([&](int column, const State& merged) {
+    if (column >= width) return;
+    if (!alone) mine[column] = merged;
+    else if (begin + column < channels) finish(begin + column, merged, finish.operands(begin + column));
+  });
+  if (alone) return;
+  const int share = arrive_for_share(&scratch.counters[by_tile ? work.tile : 0], blocks, shares);
+  if (share < 0) return;
+  // The channels of the tile, or all of them where a channel's columns lie in several tiles.
+  const int64_t first = by_tile ? begin : 0, past = by_tile ? min(channels, begin + width) : channels;
+  const int64_t part = static_cast<uint32_t>(past - first + shares - 1) / static_cast<uint32_t>(shares);
+  partials.template merge<BATCH>(min(past, first + share * part), min(past, first + (share + 1) * part), channels,
+                                 partition.repeat, memory, finish);
 }
 
 }  // namespace bnext::cuda

@@ -128,7 +128,12 @@ struct Partition {
 // Memory of the device in which the blocks of a launch exchange partial results.
 struct Scratch {
   void* partials;      // plan.partial_bytes, 16-byte aligned, need not be initialised
-  uint32_t* counters;  // plan.counters, all 0 before the call; 0 again once the call has run
+  uint32_t* counters;  // plan.counters, 16-byte aligned, all 0 before the call; 0 again once the call has run
 };
+
+// What the counters of a resident pass in groups are for: those of the tiles come first; then one for the blocks that
+// have read num_batches_tracked, one for those that have read their last tile's summaries, and these, 16-byte aligned.
+constexpr int64_t readers_at(int64_t tiles) { return tiles + 1; }
+constexpr int64_t summaries_at(int64_t tiles) { return (tiles + 2 + 3) / 4 * 4; }
 
 }  // namespace bnext::cuda

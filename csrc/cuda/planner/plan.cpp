@@ -101,6 +101,10 @@ void set_merge(Plan& plan, const Problem& problem, const DeviceProperties& devic
   if ((merging.splits > 1 || merging.repeat > 1) && !merging.clustered) {
     plan.partial_bytes = merging.tiles * merging.splits * merging.tile_width() * problem.state_bytes;
     plan.counters = merging.tiles;
+    if (plan.kind == PlanKind::resident) {
+      // Two numbers to a channel, of whose words each has a flag.
+      plan.counters = summaries_at(merging.tiles) + merging.groups * merging.tile_width() * acc_size_of(problem.dtype);
+    }
   }
   // Blocks that share a merge wait for each other, so that all of them must have room, and none another tile to go on
   // to, unless it waits for the merge itself.
@@ -176,8 +180,10 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
   problem.state_bytes = 4 * acc_size_of(p.dtype);
   problem.coefficient_bytes = 3 * acc_size_of(p.dtype);
   Plan plan = make_plan(problem, device, options, refusal);
-  // One more, where a resident kernel has to know when all have read num_batches_tracked.
-  if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident) ++plan.counters;
+  // Clusters count nothing but who has read num_batches_tracked.
+  if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident && plan.resident.clustered) {
+    plan.counters = 1;
+  }
   return plan;
 }
 

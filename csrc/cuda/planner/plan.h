@@ -32,8 +32,7 @@ struct Plan {
   int64_t partial_bytes;  // scratch that the kind needs
   // Predicted times, where the automatic plan chooses by them; else 0.
   double resident_us, two_pass_us;
-  int64_t counters;  // 32-bit counters likewise; the last is the barrier's of `cooperative`, or counts blocks that have
-                     // read num_batches_tracked
+  int64_t counters;  // 32-bit counters likewise; the last is the barrier's of `cooperative`
 };
 
 // What a caller may ask for.

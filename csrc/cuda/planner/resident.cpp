@@ -77,7 +77,7 @@ TimedPartition resident_planar(const Problem& problem, const DeviceProperties& d
 
 // Groups of blocks that together fill `slots`, and take the tiles in turn: in the fewest rounds whose shares fit into
 // `capacity` bytes of a block, or with as many groups, or blocks in each, as are asked for. resident_bytes is 0 where
-// nothing fits.
+// nothing fits, or where a block holds a tile: that is a cluster of one.
 Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_t vec_bytes, const PlanChoice& wanted) {
   const int64_t stride_bytes = partition.threads * vec_bytes;
   const int64_t max_steps = capacity / stride_bytes * partition.columns.thread_rows;
@@ -91,7 +91,7 @@ Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_
   set_splits(partition, wanted.splits ? wanted.splits : slots / groups, partition.columns.thread_rows);
   partition.groups = groups;
   partition.resident_bytes = partition.steps_per_split / partition.columns.thread_rows * stride_bytes;
-  const bool fits = partition.blocks() <= slots && partition.resident_bytes <= capacity;
+  const bool fits = partition.splits > 1 && partition.blocks() <= slots && partition.resident_bytes <= capacity;
   return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
 }
 
@@ -153,11 +153,8 @@ PlanChoice choice_of(const Partition& resident) {
   if (resident.clustered) choice.cluster = static_cast<uint8_t>(resident.splits);
   if (resident.interleaved()) choice.tile_vecs = static_cast<uint8_t>(resident.columns.tile_vecs);
   if (!resident.clustered) {
-    // Else a block to a tile, of which there may be many.
-    if (resident.splits > 1 || resident.groups < resident.tiles) {
-      choice.groups = static_cast<uint16_t>(resident.groups);
-      choice.splits = static_cast<uint16_t>(resident.splits);
-    }
+    choice.groups = static_cast<uint16_t>(resident.groups);
+    choice.splits = static_cast<uint16_t>(resident.splits);
   }
   return choice;
 }

@@ -3,12 +3,12 @@
 // A tile of channels, 64 to 256 bytes wide, belongs to some blocks, each with a range of rows. Where it fits a cluster,
 // these exchange their partial results through its shared memory. Else they are a group, all of whose blocks are on the
 // device together, and take several tiles in turn: the last to have read their part of a tile merge the partial
-// results, through memory, and write what a channel's reduction gives; the others wait for that before the elementwise
-// pass. 2e bytes an element forward, 3e backward; and where the device has not room for a tile, what it does not hold
-// is read again, as far as it can be from the L2 cache.
+// results, through memory, and tell all what a channel's reduction gives. 2e bytes an element forward, 3e backward; and
+// where the device has not room for a tile, what it does not hold is read again, as far as it can be from the L2 cache.
 //
 // (To load the next tile before that took more time than it saved, of 884 plans that an H100 ran: tiles are then half
 // as large, and rows of less than 128 bytes get a part of the memory's bandwidth.)
+#include "../device/flagged.cuh"
 #include "block.cuh"
 #include "cluster.cuh"
 #include "launch_plan.cuh"
@@ -45,24 +45,76 @@ __device__ __forceinline__ void share_in_cluster(const typename Op::Params& p, c
   share.fill(partition, p.shape, work, [&](const ColumnChannel&) { return coefficients; });
 }
 
+// What the reduction of a tile gave, a summary to each channel, on its way from the blocks of a group that finish the
+// channels to all of them. Flags are the numbers of the group's tiles, from 1 on: a block has a slot's next value ready
+// only when all have come to that tile, and so have read the one before.
+template <class Op>
+class GroupSummaries {
+  using Slot = Flagged<typename Op::Summary>;
+
+ public:
+  __device__ __forceinline__ GroupSummaries(const Partition& partition, const Scratch& scratch, uint32_t group)
+      : all_(reinterpret_cast<Slot*>(scratch.counters + summaries_at(partition.tiles))),
+        readers_(scratch.counters + readers_at(partition.tiles)),
+        width_(static_cast<uint32_t>(partition.tile_width())),
+        slots_(static_cast<uint32_t>(partition.groups) * width_),
+        mine_(all_ + group * width_) {}
+
+  __device__ __forceinline__ void next_tile() { ++flag_; }
+  __device__ __forceinline__ void store(int64_t column, const typename Op::Summary& summary) const {
+    mine_[column].store(summary, flag_);
+  }
+  __device__ __forceinline__ typename Op::Summary wait(int64_t column) const { return mine_[column].wait(flag_); }
+
+  // Once the block's threads have read its last tile's, which it counts.
+  __device__ __forceinline__ void leave() {
+    if (threadIdx.x == 0) last_to_leave_ = increment_acq_rel(readers_, gridDim.x - 1) == gridDim.x - 1;
+  }
+  // Leaves all slots as the next launch needs them, in the last block of the grid. All threads of each must call.
+  __device__ __forceinline__ void clear() const {
+    if (!__syncthreads_or(last_to_leave_)) return;
+    for (uint32_t i = threadIdx.x; i < slots_; i += blockDim.x) all_[i].clear();
+  }
+
+ private:
+  Slot* all_;
+  uint32_t* readers_;
+  uint32_t width_, slots_;
+  Slot* mine_;  // those of the group
+  uint32_t flag_ = 0;
+  bool last_to_leave_ = false;  // in thread 0
+};
+
+// Tells the group before it writes to memory what a channel's reduction gives.
+template <class Op>
+struct FinishInGroup : FinishChannel<Op> {
+  const GroupSummaries<Op>& summaries;
+  int64_t first;  // channel of the tile
+
+  __device__ __forceinline__ void operator()(int64_t channel, const typename Op::State& whole,
+                                             const typename Op::Operands& operands) const {
+    summaries.store(channel - first, Op::summary(this->p, whole));
+    Op::finish(this->p, channel, whole, operands);
+  }
+};
+
 // The same for blocks of a group.
 template <class Op>
 __device__ __forceinline__ void share_in_group(const typename Op::Params& p, const Partition& partition,
-                                               const Scratch& scratch, const WorkTile& work,
-                                               const ColumnPlace<Op::N>& place, const typename Op::ColumnReducer& mine,
-                                               void* memory, const CoefficientShare<Op>& share) {
+                                               const Scratch& scratch, const GroupSummaries<Op>& summaries,
+                                               const WorkTile& work, const ColumnPlace<Op::N>& place,
+                                               const typename Op::ColumnReducer& mine, void* memory,
+                                               const CoefficientShare<Op>& share) {
   using State = typename Op::State;
-  const auto shares = static_cast<uint32_t>(partition.merge_shares);
-  // A tile has a barrier of its own.
-  const SplitBarrier barrier(&scratch.counters[work.tile], static_cast<uint32_t>(partition.splits), shares);
-  const bool merged = merge_blocks<Op::N, State, merge_batch(sizeof(State))>(
-      p.shape.c, partition, scratch, work, memory, partition.merge_shares,
+  const int64_t first = work.tile * partition.tile_width();
+  merge_blocks<Op::N, State, merge_batch(sizeof(State))>(
+      p.shape.c, partition, scratch, work, memory,
       [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.lanes, memory, each); },
-      [&] { return barrier.arrive(); }, FinishChannel<Op>{p});
-  if (merged) barrier.release();
-  barrier.wait();
+      FinishInGroup<Op>{{p}, summaries, first});
+  __syncthreads();  // nobody merges in `memory` any more
   share.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
-    return Op::coefficients(p, Op::known(p, at.channel), Op::load_summary(p, at.channel));
+    const typename Op::Known known = Op::known(p, at.channel);
+    return Op::coefficients(p, known, summaries.wait(at.channel - first));
   });
 }
 
@@ -76,6 +128,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   // The blocks of a cluster or group are adjacent. The two on a multiprocessor, which start one after the other, are
   // then mostly of different groups, and do not wait at the same time.
   const uint32_t splits = static_cast<uint32_t>(partition.splits), group = blockIdx.x / splits;
+  GroupSummaries<Op> summaries(partition, scratch, group);
 #pragma unroll 1
   for (int64_t tile = group; tile < partition.tiles; tile += partition.groups) {
     const WorkTile work(tile, blockIdx.x - group * splits);
@@ -88,15 +141,21 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     const auto mine = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres, first);
 
     const CoefficientShare<Op> share(memory, partition);
-    if (partition.clustered) share_in_cluster<Op>(p, partition, work, place, mine, memory, share);
-    else share_in_group<Op>(p, partition, scratch, work, place, mine, memory, share);
+    if (partition.clustered) {
+      share_in_cluster<Op>(p, partition, work, place, mine, memory, share);
+    } else {
+      summaries.next_tile();
+      share_in_group<Op>(p, partition, scratch, summaries, work, place, mine, memory, share);
+      if (tile + partition.groups >= partition.tiles) summaries.leave();
+    }
     if (!place.active) continue;
     typename Op::Coefficients coefficients[N];
     share.get(coefficients, place);
     apply_columns<Op, false, kChunk>(p, partition, work, place, shared_tile.kept(p), coefficients);
   }
-  Op::end(p, scratch, partition.cooperative() ? partition.tiles : 0);
+  Op::end(p, scratch, partition.clustered ? 0 : partition.tiles);
   if (partition.clustered) leave_cluster(partition);
+  else summaries.clear();
 }
 
 template <class Params>
