@@ -159,7 +159,8 @@ def check_scratch(plan: dict, p: dict, numbers: int, accumulator: int) -> None:
         width = p["tile_vecs"] * p["vec"] if p["columns"] else 1
         assert plan["partial_bytes"] == p["tiles"] * p["splits"] * width * numbers * accumulator
         tiles = p["tiles"] if p["repeat"] == 1 else 1
-        if plan["kind"] == "resident":  # two more, and two numbers for each channel of a group, with a flag to each word
+        if plan["kind"] == "resident":
+            # Two more, and two numbers for each channel of a group, with a flag to each word.
             summaries = p["groups"] * width * 2 * 2 * accumulator // 4
             assert tiles + 2 + summaries <= plan["counters"] < tiles + 6 + summaries
             assert (plan["counters"] - summaries) % 4 == 0, "16-byte aligned"
