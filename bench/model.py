@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -339,19 +340,26 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(args.threads)
     environment = {**report.environment(args.device), "gib": args.gib}
     result: dict[str, Any] = {"command": " ".join(["python bench/model.py", *argv]), "environment": environment}
+    result["complete"] = False
     result["rows"] = rows = []
-    for network in args.networks:
-        for dtype in args.dtype:
-            for layout in args.layout:
-                batch = args.batch * (32 if network == "lenet" else 1)
-                setting = Setting(network, batch, dtype, layout, args.compile)
-                print(" ".join(map(str, setting)), file=sys.stderr, flush=True)
-                rows += measure(setting, args.ways, args.steps, args.device, args.gib)
-                if args.json:
-                    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    settings = [
+        Setting(network, args.batch * (32 if network == "lenet" else 1), dtype, layout, args.compile)
+        for network, dtype, layout in itertools.product(args.networks, args.dtype, args.layout)
+    ]
+    try:
+        for setting in settings:
+            print(" ".join(map(str, setting)), file=sys.stderr, flush=True)
+            rows += measure(setting, args.ways, args.steps, args.device, args.gib)
+            result["complete"] = setting is settings[-1]
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted: here is what was measured", file=sys.stderr)
     print(tables(rows, args.gib))
-    if args.plot:
+    if args.plot and rows:
         draw(result, args.plot)
+    if not result["complete"]:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -615,8 +615,9 @@ def test_training_steps_of_a_network(tmp_path, capsys):
     """All ways train; what recompute need not keep, it does not; the bytes kept are those that bnext.memory counts."""
     model.main(["--networks", "lenet", "--batch", "2", "--steps", "1", "--gib", "1", "--threads", "1",
                 "--json", str(tmp_path / "m.json"), "--plot", str(tmp_path / "m.png")])  # fmt: skip
-    rows = {row["way"]: row for row in json.loads((tmp_path / "m.json").read_text())["rows"]}
-    assert list(rows) == list(model.WAYS)
+    result = json.loads((tmp_path / "m.json").read_text())
+    rows = {row["way"]: row for row in result["rows"]}
+    assert result["complete"] and list(rows) == list(model.WAYS)
     assert rows["recompute"]["kept"] < 0.75 * rows["fuse"]["kept"]
     assert rows["checkpoint"]["kept"] < 0.5 * rows["torch"]["kept"]
     for row in rows.values():
@@ -633,6 +634,24 @@ def test_training_steps_of_a_network(tmp_path, capsys):
     model.main(["--from", str(tmp_path / "m.json"), "--plot", str(tmp_path / "again.png")])
     assert capsys.readouterr().out == text
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "m.png").read_bytes()
+
+
+def test_interrupted_steps_keep_what_was_measured(tmp_path, monkeypatch, capsys):
+    def measure(setting, *_):
+        if setting.layout == "channels_last":
+            raise KeyboardInterrupt
+        figures = {"kept": 1, "peak": 1, "fits": 1, "share": None, "seconds": 1.0, "fastest": 1.0, "slowest": 1.0}
+        return [setting._asdict() | {"way": "torch"} | figures]
+
+    monkeypatch.setattr(model, "measure", measure)
+    argv = ["--networks", "lenet", "--ways", "torch", "--layout", "contiguous,channels_last"]
+    with pytest.raises(SystemExit) as stop:
+        model.main([*argv, "--json", str(tmp_path / "m.json")])
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert stop.value.code == 130 and not result["complete"]
+    assert [row["layout"] for row in result["rows"]] == ["contiguous"]
+    shown = capsys.readouterr()
+    assert "lenet, batch 256, float32, contiguous" in shown.out and "interrupted" in shown.err
 
 
 @pytest.mark.parametrize("networks", [["lenet"], ["lenet", "resnet18"]])
