@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
 from . import _toolchain
+
+if TYPE_CHECKING:
+    from ._C import Extension
 
 PACKAGE = Path(__file__).parent
 MODULE = "bnext._C"
@@ -63,16 +65,16 @@ _loading = threading.Lock()
 
 
 @functools.cache
-def extension() -> ModuleType:
+def extension() -> Extension:
     """The compiled module. The first call loads it, and compiles it where there is none to load."""
     with _loading:
         if MODULE in sys.modules:
-            return sys.modules[MODULE]
+            return cast("Extension", sys.modules[MODULE])
         build, module = load()
         return module or _import(_compiled(build))
 
 
-def load() -> tuple[Build, ModuleType | None]:
+def load() -> tuple[Build, Extension | None]:
     """What the first use gets: loaded, or None where it has to be compiled first."""
     build = find()
     if build.kind == "aot":
@@ -146,13 +148,13 @@ def _cache() -> Path:
     return Path(moved or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnext"
 
 
-def _import(path: Path) -> ModuleType:
+def _import(path: Path) -> Extension:
     spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None and spec.loader is not None  # it has an extension module's suffix
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[MODULE] = module
-    return module
+    return cast("Extension", module)
 
 
 def unwritable(folder: Path) -> str | None:

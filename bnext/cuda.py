@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from bnext import _extension
 from bnext.activation import Activation, resolve
+
+if TYPE_CHECKING:
+    from bnext._C import Extension
 
 __all__ = ["GPUS", "describe_plan", "force_plan", "plans", "refused_launches", "set_sm_margin"]
 
@@ -25,7 +28,7 @@ GPUS = {
 }
 
 
-def _cuda_extension() -> ModuleType:
+def _cuda_extension() -> Extension:
     extension = _extension.extension()
     if not hasattr(extension, "force_plan"):
         raise NotImplementedError(
@@ -148,8 +151,8 @@ def describe_plan(
     if isinstance(gpu, str):
         if gpu not in GPUS:
             raise ValueError(f"gpu should be one of {', '.join(GPUS)}, or a device's index, not {gpu!r}")
-        properties = (*GPUS[gpu], True, True)  # it refuses neither cooperative launches nor clusters
+        properties = [*GPUS[gpu], True, True]  # it refuses neither cooperative launches nor clusters
     else:
         properties = extension.device_properties(torch.cuda.current_device() if gpu is None else gpu)
     x = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format)
-    return extension.describe_plan(x, backward, name, residual, list(properties), plan or "")
+    return extension.describe_plan(x, backward, name, residual, properties, plan or "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import bnext
+from bnext._extension import extension
 from bnext.functional import batch_norm
 
 x = torch.randn(2, 3, 4, 4)
@@ -18,3 +19,5 @@ bnext.SyncBatchNorm(3, activation="rleu")  # wrong: no such activation
 batch_norm(x, None, None, activation=True)  # wrong: an activation is a name
 bnext.ops.batch_norm_stats(x, x)  # wrong: one tensor
 y: int = layer(x)  # wrong: a tensor
+extension().force_plan(2)  # wrong: a plan is a name
+extension().forward(x)  # wrong: no such function
