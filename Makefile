@@ -37,7 +37,7 @@ BUILT     := $(VENV)/.built
 SOURCES   := setup.py pyproject.toml bnext/_toolchain.py $(shell find csrc -type f)
 CPP        = $(shell find . -name '.?*' -prune -o -path ./build -prune -o -type f -regex '.*\.\(h\|cuh\|cpp\|cu\)' -print)
 
-# torch has ninja print each command line, of a kilobyte: this leaves "[3/18] csrc/cpu/forward.cpp".
+# torch has ninja print each command line, of a kilobyte: this leaves "[3/18] csrc/cpu/batch_norm_forward.cpp".
 BUILD := setup.py -q build_ext --inplace 2>&1 | sed -u -E 's,^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*/(csrc/[^ ]+) -o .*,\1 \2,'
 
 SAY := @printf '==> %s\n'

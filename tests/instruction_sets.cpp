@@ -102,12 +102,12 @@ std::string run(const Case& c, const cpu::ParallelFor& parallel) {
   f.momentum = 0.1;
   f.eps = 1e-5;
   f.y = evaluated.data();
-  cpu::normalize(f, parallel);
+  cpu::batch_norm_normalize(f, parallel);
   f.mean = mean.data();
   f.invstd = invstd.data();
   f.y = y.data();
   f.mask = masked ? reinterpret_cast<uint8_t*>(mask.data()) : nullptr;
-  cpu::forward(f, parallel);
+  cpu::batch_norm_forward(f, parallel);
 
   BatchNormBackwardParams b = {};
   b.shape = c.shape;
@@ -131,7 +131,7 @@ std::string run(const Case& c, const cpu::ParallelFor& parallel) {
   b.dbias = dbias.data();
   b.dx = dx.data();
   b.dresidual = c.residual && active ? dresidual.data() : nullptr;
-  cpu::backward(b, parallel);
+  cpu::batch_norm_backward(b, parallel);
 
   std::string all;
   for (Bytes* written : {&y, &evaluated, &dx, &dresidual, &mask, &mean, &invstd, &running_mean, &running_var, &sum_dy,

@@ -20,20 +20,22 @@ struct Cpu {
   static constexpr bool executes = true;
   using Int = int64_t;
 
-  static void stats(const BatchNormForwardParams& p, const Tensor&) { cpu::stats(p, parallel_for); }
-  static void normalize(const BatchNormForwardParams& p, const Tensor&) { cpu::normalize(p, parallel_for); }
-  static void forward(const BatchNormForwardParams& p, const Tensor&) { cpu::forward(p, parallel_for); }
+  static void stats(const BatchNormForwardParams& p, const Tensor&) { cpu::batch_norm_stats(p, parallel_for); }
+  static void normalize(const BatchNormForwardParams& p, const Tensor&) { cpu::batch_norm_normalize(p, parallel_for); }
+  static void forward(const BatchNormForwardParams& p, const Tensor&) { cpu::batch_norm_forward(p, parallel_for); }
   static void check_forward(const BatchNormForwardParams&, const Tensor&) {}
   static void merge(const BatchNormMergeParams& p, const Tensor&) {
-    TORCH_CHECK_VALUE(cpu::merged_count(p) != 1,
+    TORCH_CHECK_VALUE(cpu::batch_norm_merged_count(p) != 1,
                       "Expected more than 1 value per channel when training, got one from all processes together");
-    cpu::merge(p);
+    cpu::batch_norm_merge(p);
   }
   static void backward_reduce(const BatchNormBackwardParams& p, const Tensor&) {
-    cpu::backward_reduce(p, parallel_for);
+    cpu::batch_norm_backward_reduce(p, parallel_for);
   }
-  static void backward_input(const BatchNormBackwardParams& p, const Tensor&) { cpu::backward_input(p, parallel_for); }
-  static void backward(const BatchNormBackwardParams& p, const Tensor&) { cpu::backward(p, parallel_for); }
+  static void backward_input(const BatchNormBackwardParams& p, const Tensor&) {
+    cpu::batch_norm_backward_input(p, parallel_for);
+  }
+  static void backward(const BatchNormBackwardParams& p, const Tensor&) { cpu::batch_norm_backward(p, parallel_for); }
 };
 
 }  // namespace

@@ -16,16 +16,16 @@ namespace bnext::cpu {
 // and returns when all are done.
 using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
-void stats(const BatchNormForwardParams&, const ParallelFor&);
-void normalize(const BatchNormForwardParams&, const ParallelFor&);
-void forward(const BatchNormForwardParams&, const ParallelFor&);
+void batch_norm_stats(const BatchNormForwardParams&, const ParallelFor&);
+void batch_norm_normalize(const BatchNormForwardParams&, const ParallelFor&);
+void batch_norm_forward(const BatchNormForwardParams&, const ParallelFor&);
 
 // What of several processes is merged into the statistics that `normalize` takes; and of how many values.
-void merge(const BatchNormMergeParams&);
-int64_t merged_count(const BatchNormMergeParams&);
+void batch_norm_merge(const BatchNormMergeParams&);
+int64_t batch_norm_merged_count(const BatchNormMergeParams&);
 
-void backward_reduce(const BatchNormBackwardParams&, const ParallelFor&);
-void backward_input(const BatchNormBackwardParams&, const ParallelFor&);
-void backward(const BatchNormBackwardParams&, const ParallelFor&);
+void batch_norm_backward_reduce(const BatchNormBackwardParams&, const ParallelFor&);
+void batch_norm_backward_input(const BatchNormBackwardParams&, const ParallelFor&);
+void batch_norm_backward(const BatchNormBackwardParams&, const ParallelFor&);
 
 }  // namespace bnext::cpu

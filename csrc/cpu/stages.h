@@ -64,15 +64,15 @@ void for_each_piece(const Plan& plan, const SubMatrix& block, int64_t width, F f
   }
 }
 
-// stats.cpp. Calls take(first, end, statistics of channels [first, end)), at most kTogether of them at a time, for a
-// group of channels of a plan by strips, or for all channels, on several threads.
+// batch_norm_stats.cpp. Calls take(first, end, statistics of channels [first, end)), at most kTogether of them at a
+// time, for a group of channels of a plan by strips, or for all channels, on several threads.
 using TakeStats = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
 template <class A>
 void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, int64_t end, const TakeStats& take);
 template <class A>
 void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats& take);
 
-// normalize.cpp
+// batch_norm_normalize.cpp
 template <class A>
 class Normalizer {
  public:
@@ -102,7 +102,7 @@ struct Sums {
   }
 };
 
-// What both halves of the backward read. backward_reduce.cpp
+// What both halves of the backward read. batch_norm_backward_reduce.cpp
 template <class A>
 struct BackwardOperands {
   // `keeps_dz`: the sums leave dy' for the input gradient, which then need not find it a second time.
@@ -123,7 +123,7 @@ template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFo
 // Rounds the sums of channels [first, end) to A and stores them, and the parameters' gradients where they are wanted.
 template <class A> void store_sums(const BatchNormBackwardParams&, int64_t first, int64_t end, const Sums*);
 
-// backward_input.cpp
+// batch_norm_backward_input.cpp
 template <class A>
 class InputGradient {
  public:

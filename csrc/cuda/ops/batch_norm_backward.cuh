@@ -42,6 +42,7 @@ struct BatchNormBackward {
   static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
   static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
+  static constexpr bool kReducesMasked = true;
   // Both passes read dy and x, also where the second could do without x: plans keep what they have read.
   static constexpr int kInputs = 2;
   __device__ __forceinline__ static const void* input(const BatchNormBackwardParams& p, int i) {

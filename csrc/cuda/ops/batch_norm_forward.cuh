@@ -72,6 +72,7 @@ struct BatchNormForward {
   static constexpr bool kGeneral = EPILOGUE == Epilogue::general;
   // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
   static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
+  static constexpr bool kReducesMasked = false;
   // The residual is none of them: statistics do not take it, and a plan that kept it would have half the room for x.
   static constexpr int kInputs = 1;
   __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }

@@ -3,6 +3,7 @@
 // An operation (ops/batch_norm_forward.cuh is the first to read) is a struct of static members:
 //   Params, T, N, kInputs, input(p, i)    its parameters; element type and elements of a vector of its input tensors
 //   kResident                             whether the plan `resident` is compiled for it
+//   kReducesMasked                        whether the reduction reads the mask, where there is one
 //   State                                 a channel's partial result: empty when zero-initialised, merge(const State&)
 //   Known, known(p, channel)              what is known of a channel before it is reduced
 //   Operands, operands(p, channel)        what finishing it takes besides

@@ -12,20 +12,6 @@
 namespace bnext::cuda {
 namespace {
 
-// An operation of either width of vectors: of 16 bytes, or of 8 elements, which have a byte of mask.
-template <class T>
-struct Forward {
-  using Params = BatchNormForwardParams;
-  template <int N> using Op = BatchNormForward<T, Epilogue::run_time, N>;
-  static constexpr bool kReducesMasked = false;
-};
-template <class T>
-struct Backward {
-  using Params = BatchNormBackwardParams;
-  template <int N> using Op = BatchNormBackward<T, Derivative::run_time, N>;
-  static constexpr bool kReducesMasked = true;
-};
-
 // How a reduction shares out the tensor: see Partition.
 enum class Reads { columns, planes, covered_planes };
 
@@ -58,15 +44,18 @@ auto kernel_of(const Plan& plan) {
   return cooperative_kernel<Reduce, Reads::planes, Apply, false>;
 }
 
-template <template <class> class Family, class Params>
-cudaError_t launch_any(const Params& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
+}  // namespace
+
+template <class Params>
+cudaError_t launch_cooperative_plan(const Params& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
   if (!plan.reduce.fits() || !plan.apply.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(plan.blocks)), block(kMaxThreads);
   return with_dtype(p.dtype, [&](auto element) {
+    // Of either width of vectors: of 16 bytes, or of 8 elements, which have a byte of mask.
     using T = decltype(element);
-    using Plain = typename Family<T>::template Op<kVec<T, false>>;
-    using Masked = typename Family<T>::template Op<kVec<T, true>>;
-    using Reduce = std::conditional_t<Family<T>::kReducesMasked, Masked, Plain>;
+    using Plain = RunTimeOp<Params, T, kVec<T, false>>;
+    using Masked = RunTimeOp<Params, T, kVec<T, true>>;
+    using Reduce = std::conditional_t<Masked::kReducesMasked, Masked, Plain>;
     // Plans give masked problems vectors of 8 elements, in the passes that have to do with the mask.
     const auto kernel = plan.apply.vec == Plain::N ? kernel_of<Plain, Plain>(plan) : kernel_of<Reduce, Masked>(plan);
     const cudaError_t error = allow_kernel_resources(reinterpret_cast<const void*>(kernel), kMaxThreads, 0, 1);
@@ -76,15 +65,9 @@ cudaError_t launch_any(const Params& p, const Plan& plan, const Scratch& scratch
   });
 }
 
-}  // namespace
-
-cudaError_t launch_cooperative_plan(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
-                                    cudaStream_t stream) {
-  return launch_any<Forward>(p, plan, scratch, stream);
-}
-cudaError_t launch_cooperative_plan(const BatchNormBackwardParams& p, const Plan& plan, const Scratch& scratch,
-                                    cudaStream_t stream) {
-  return launch_any<Backward>(p, plan, scratch, stream);
-}
+#define BNEXT_INSTANTIATE(Params) \
+  template cudaError_t launch_cooperative_plan(const Params&, const Plan&, const Scratch&, cudaStream_t);
+BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
 
 }  // namespace bnext::cuda

@@ -76,6 +76,17 @@ cudaError_t with_reduction(const BatchNormBackwardParams& p, F&& f) {
   return with_op(p, std::forward<F>(f));
 }
 
+// The operation that reads its epilogue or derivative from the parameters, for vectors of N elements.
+template <class Params, class T, int N> struct RunTime;
+template <class T, int N> struct RunTime<BatchNormForwardParams, T, N> {
+  using Op = BatchNormForward<T, Epilogue::run_time, N>;
+};
+template <class T, int N> struct RunTime<BatchNormBackwardParams, T, N> {
+  using Op = BatchNormBackward<T, Derivative::run_time, N>;
+};
+template <class Params, class T, int N>
+using RunTimeOp = typename RunTime<Params, T, N>::Op;
+
 // Launches one pass; nothing where the grid is empty. Resident blocks exchange partial results: they are launched as
 // clusters, or cooperatively.
 template <class... Params, class... Args>

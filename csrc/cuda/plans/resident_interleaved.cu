@@ -158,22 +158,19 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   else summaries.clear();
 }
 
+}  // namespace
+
 template <class Params>
-cudaError_t launch_any(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t launch_resident_interleaved(const Params& p, const Partition& partition, const Scratch& scratch,
+                                        cudaStream_t stream) {
   return with_resident_op(p, [&](auto op) {
     return launch_partition(resident_interleaved_kernel<decltype(op)>, partition, stream, p, partition, scratch);
   });
 }
 
-}  // namespace
-
-cudaError_t launch_resident_interleaved(const BatchNormForwardParams& p, const Partition& partition,
-                                        const Scratch& scratch, cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
-cudaError_t launch_resident_interleaved(const BatchNormBackwardParams& p, const Partition& partition,
-                                        const Scratch& scratch, cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
+#define BNEXT_INSTANTIATE(Params) \
+  template cudaError_t launch_resident_interleaved(const Params&, const Partition&, const Scratch&, cudaStream_t);
+BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
 
 }  // namespace bnext::cuda

@@ -147,22 +147,19 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   leave_cluster(partition);
 }
 
+}  // namespace
+
 template <class Params>
-cudaError_t launch_any(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t launch_resident_packed(const Params& p, const Partition& partition, const Scratch& scratch,
+                                   cudaStream_t stream) {
   return with_resident_op(p, [&](auto op) {
     return launch_partition(resident_packed_kernel<decltype(op)>, partition, stream, p, partition, scratch);
   });
 }
 
-}  // namespace
-
-cudaError_t launch_resident_packed(const BatchNormForwardParams& p, const Partition& partition, const Scratch& scratch,
-                                   cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
-cudaError_t launch_resident_packed(const BatchNormBackwardParams& p, const Partition& partition, const Scratch& scratch,
-                                   cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
+#define BNEXT_INSTANTIATE(Params) \
+  template cudaError_t launch_resident_packed(const Params&, const Partition&, const Scratch&, cudaStream_t);
+BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
 
 }  // namespace bnext::cuda

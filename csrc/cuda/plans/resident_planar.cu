@@ -38,26 +38,23 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   leave_cluster(partition);
 }
 
-template <class Params>
-cudaError_t launch_any(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
-  return with_resident_op(p, [&](auto op) {
-    return launch_partition(resident_planar_kernel<decltype(op)>, partition, stream, p, partition, scratch);
-  });
-}
-
 }  // namespace
 
 const void* sample_kernel() {
   return reinterpret_cast<const void*>(resident_planar_kernel<BatchNormForward<float, Epilogue::none>>);
 }
 
-cudaError_t launch_resident_planar(const BatchNormForwardParams& p, const Partition& partition, const Scratch& scratch,
+template <class Params>
+cudaError_t launch_resident_planar(const Params& p, const Partition& partition, const Scratch& scratch,
                                    cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
+  return with_resident_op(p, [&](auto op) {
+    return launch_partition(resident_planar_kernel<decltype(op)>, partition, stream, p, partition, scratch);
+  });
 }
-cudaError_t launch_resident_planar(const BatchNormBackwardParams& p, const Partition& partition, const Scratch& scratch,
-                                   cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
+
+#define BNEXT_INSTANTIATE(Params) \
+  template cudaError_t launch_resident_planar(const Params&, const Partition&, const Scratch&, cudaStream_t);
+BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
 
 }  // namespace bnext::cuda

@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(true, true
   column_apply_pass<Op, true>(p, partition, WorkTile::reverse(partition));
 }
 
+}  // namespace
+
 template <class Params>
-cudaError_t launch_any(const Params& p, const Partition& partition, cudaStream_t stream) {
+cudaError_t launch_apply(const Params& p, const Partition& partition, cudaStream_t stream) {
   return with_op(p, [&](auto op) {
     using Op = decltype(op);
     auto kernel = partition.by_columns ? apply_columns_kernel<Op> : apply_planar_kernel<Op>;
@@ -38,13 +40,8 @@ cudaError_t launch_any(const Params& p, const Partition& partition, cudaStream_t
   });
 }
 
-}  // namespace
-
-cudaError_t launch_apply(const BatchNormForwardParams& p, const Partition& partition, cudaStream_t stream) {
-  return launch_any(p, partition, stream);
-}
-cudaError_t launch_apply(const BatchNormBackwardParams& p, const Partition& partition, cudaStream_t stream) {
-  return launch_any(p, partition, stream);
-}
+#define BNEXT_INSTANTIATE(Params) template cudaError_t launch_apply(const Params&, const Partition&, cudaStream_t);
+BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
 
 }  // namespace bnext::cuda

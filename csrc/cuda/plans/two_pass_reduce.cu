@@ -26,8 +26,10 @@ __global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(true, true
   column_reduce_pass<Op>(p, partition, scratch, WorkTile::forward(partition));
 }
 
+}  // namespace
+
 template <class Params>
-cudaError_t launch_any(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t launch_reduce(const Params& p, const Partition& partition, const Scratch& scratch, cudaStream_t stream) {
   return with_reduction(p, [&](auto op) {
     using Op = decltype(op);
     auto kernel = partition.by_columns       ? reduce_columns_kernel<Op>
@@ -37,15 +39,9 @@ cudaError_t launch_any(const Params& p, const Partition& partition, const Scratc
   });
 }
 
-}  // namespace
-
-cudaError_t launch_reduce(const BatchNormForwardParams& p, const Partition& partition, const Scratch& scratch,
-                          cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
-cudaError_t launch_reduce(const BatchNormBackwardParams& p, const Partition& partition, const Scratch& scratch,
-                          cudaStream_t stream) {
-  return launch_any(p, partition, scratch, stream);
-}
+#define BNEXT_INSTANTIATE(Params) \
+  template cudaError_t launch_reduce(const Params&, const Partition&, const Scratch&, cudaStream_t);
+BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
 
 }  // namespace bnext::cuda

@@ -1,12 +1,11 @@
 // The statistics of several processes, merged: by one thread, since a channel takes some nanoseconds a rank.
 #include "../core/merge.h"
-
 #include "cpu.h"
 #include "stages.h"
 
 namespace bnext::cpu {
 
-int64_t merged_count(const BatchNormMergeParams& p) {
+int64_t batch_norm_merged_count(const BatchNormMergeParams& p) {
   int64_t count = 0;
   with_acc_type(p.dtype, [&](auto acc) {
     for (int64_t rank = 0; rank < p.ranks; rank++) count += count_of_rank<decltype(acc)>(p, rank);
@@ -14,7 +13,7 @@ int64_t merged_count(const BatchNormMergeParams& p) {
   return count;
 }
 
-void merge(const BatchNormMergeParams& p) {
+void batch_norm_merge(const BatchNormMergeParams& p) {
   with_acc_type(p.dtype, [&](auto acc) {
     for (int64_t ch = 0; ch < p.c; ch++) merge_channel<decltype(acc)>(p, ch);
   });

@@ -30,13 +30,13 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
 
 }  // namespace
 
-void backward(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
+void batch_norm_backward(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   if (p.reduces() && p.elementwise()) {
     with_acc_type(p.dtype, [&](auto acc) { reduce_and_differentiate<decltype(acc)>(p, parallel); });
   } else if (p.reduces()) {
-    backward_reduce(p, parallel);
+    batch_norm_backward_reduce(p, parallel);
   } else if (p.elementwise()) {
-    backward_input(p, parallel);
+    batch_norm_backward_input(p, parallel);
   }
 }
 

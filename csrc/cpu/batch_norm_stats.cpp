@@ -146,7 +146,7 @@ template void stats_of_group<double>(const BatchNormForwardParams&, const Plan&,
 template void stats_of_all<float>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
 template void stats_of_all<double>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
 
-void stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
+void batch_norm_stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     stats_of_all<A>(p, make_plan(p.shape), parallel, [&](int64_t first, int64_t end, const Welford<double>* stats) {

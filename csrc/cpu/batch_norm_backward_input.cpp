@@ -53,7 +53,7 @@ void InputGradient<A>::run_all(const ParallelFor& parallel) const {
 template class InputGradient<float>;
 template class InputGradient<double>;
 
-void backward_input(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
+void batch_norm_backward_input(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

@@ -48,7 +48,7 @@ void Normalizer<A>::run_all(const ParallelFor& parallel) const {
 template class Normalizer<float>;
 template class Normalizer<double>;
 
-void normalize(const BatchNormForwardParams& p, const ParallelFor& parallel) {
+void batch_norm_normalize(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

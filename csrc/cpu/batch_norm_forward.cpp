@@ -22,7 +22,7 @@ void update_running(const BatchNormForwardParams& p, const RunningUpdate<A>& upd
 
 }  // namespace
 
-void forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
+void batch_norm_forward(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);

@@ -151,7 +151,7 @@ template void sums_of_all(const BackwardOperands<double>&, const ParallelFor&, c
 template void store_sums<float>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 template void store_sums<double>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 
-void backward_reduce(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
+void batch_norm_backward_reduce(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
