@@ -201,7 +201,12 @@ def test_small_tensors_take_as_many_launches_as_planned(shape):
             plan = bnext.cuda.describe_plan(shape, torch.bfloat16, backward=backward, **kind)
             names = kernels(call)
             assert len(names) == int(re.search(r": (\d) launch", plan)[1]), (kind, plan, names)
-            assert len(names) == 1 or "the second overlaps the first" in plan, plan
+            # Those that clusters can take, and those that fit a block, take one.
+            one = shape in ((32, 2048, 1, 1), (2, 512, 7, 7)) or (shape[1], memory_format) == (
+                6,
+                torch.contiguous_format,
+            )
+            assert len(names) == 1 or (not one and "the second overlaps the first" in plan), plan
 
 
 @on_gpu

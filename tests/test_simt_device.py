@@ -85,6 +85,11 @@ def run(mode, *arguments, seed=0):
     return done.returncode, done.stdout + done.stderr
 
 
+def test_sanitize_sees_what_plain_does():
+    """So that kernels that run in sanitize mode need not run in plain."""
+    assert all("sanitize" in modes for modes in MISTAKES.values() if "plain" in modes)
+
+
 @pytest.mark.parametrize("mode, kernel", [(mode, kernel) for kernel in MISTAKES for mode in MISTAKES[kernel]])
 def test_mistake_is_reported(mode, kernel):
     for seed in range(3):

@@ -2,8 +2,8 @@
 
 tests/kernel_driver.cpp runs the cases and says what it checks; here is which cases there are. In each of
 two of the device's modes the same few executables run all of them: sanitize for bounds and undefined
-behaviour, race for ordering, unwritten memory and alignment. (The third, plain, sees nothing that sanitize
-does not.)
+behaviour, race for ordering, unwritten memory and alignment. (What plain sees, sanitize does, too:
+tests/test_simt_device.py.)
 """
 
 import functools

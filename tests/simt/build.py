@@ -30,8 +30,7 @@ COMMON = "-std=c++17 -g1 -fno-strict-aliasing -ffp-contract=off -fno-pie -pthrea
 COMMON += " -ffunction-sections"
 LINK = "-no-pie -pthread -Wl,--emit-relocs"
 RUNTIME = ("context", "copies", "kernel", "memory", "rendezvous", "report", "runtime", "schedule")
-# Without checks that take time to compile and find nothing more: null pointers stop a program as it is.
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=all"
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 RACE = "-fsanitize=thread,alignment,bounds -fno-sanitize-recover=all"
 
 

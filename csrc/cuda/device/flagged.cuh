@@ -17,7 +17,7 @@ class alignas(16) Flagged {
   static_assert(sizeof(T) % (2 * sizeof(uint32_t)) == 0, "two words and their flags are loaded at a time");
 
  public:
-  // In one thread of the grid. `flag` is none that readers wait for at the same time with another value, nor 0.
+  // In one thread of the grid. Each value that is stored here has a flag of its own, which is not 0.
   __device__ __forceinline__ void store(const T& value, uint32_t flag) {
     uint32_t words[kWords];
     memcpy(words, &value, sizeof(T));

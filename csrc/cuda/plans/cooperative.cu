@@ -65,9 +65,6 @@ cudaError_t launch_cooperative_plan(const Params& p, const Plan& plan, const Scr
   });
 }
 
-#define BNEXT_INSTANTIATE(Params) \
-  template cudaError_t launch_cooperative_plan(const Params&, const Plan&, const Scratch&, cudaStream_t);
-BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
-#undef BNEXT_INSTANTIATE
+BNEXT_INSTANTIATE(launch_cooperative_plan, const Plan&, const Scratch&, cudaStream_t)
 
 }  // namespace bnext::cuda

@@ -3,10 +3,10 @@
 
 #include "../launch.h"
 
-// X(Params) for each operation. A plan's file compiles its launcher for all of them.
-#define BNEXT_OPERATIONS(X) \
-  X(BatchNormForwardParams) \
-  X(BatchNormBackwardParams)
+// Compiles a plan's launcher, of these parameters behind an operation's, for each operation.
+#define BNEXT_INSTANTIATE(launcher, ...)                                     \
+  template cudaError_t launcher(const BatchNormForwardParams&, __VA_ARGS__); \
+  template cudaError_t launcher(const BatchNormBackwardParams&, __VA_ARGS__);
 
 namespace bnext::cuda {
 

@@ -168,9 +168,6 @@ cudaError_t launch_resident_interleaved(const Params& p, const Partition& partit
   });
 }
 
-#define BNEXT_INSTANTIATE(Params) \
-  template cudaError_t launch_resident_interleaved(const Params&, const Partition&, const Scratch&, cudaStream_t);
-BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
-#undef BNEXT_INSTANTIATE
+BNEXT_INSTANTIATE(launch_resident_interleaved, const Partition&, const Scratch&, cudaStream_t)
 
 }  // namespace bnext::cuda

@@ -157,9 +157,6 @@ cudaError_t launch_resident_packed(const Params& p, const Partition& partition, 
   });
 }
 
-#define BNEXT_INSTANTIATE(Params) \
-  template cudaError_t launch_resident_packed(const Params&, const Partition&, const Scratch&, cudaStream_t);
-BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
-#undef BNEXT_INSTANTIATE
+BNEXT_INSTANTIATE(launch_resident_packed, const Partition&, const Scratch&, cudaStream_t)
 
 }  // namespace bnext::cuda

@@ -40,8 +40,6 @@ cudaError_t launch_apply(const Params& p, const Partition& partition, cudaStream
   });
 }
 
-#define BNEXT_INSTANTIATE(Params) template cudaError_t launch_apply(const Params&, const Partition&, cudaStream_t);
-BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
-#undef BNEXT_INSTANTIATE
+BNEXT_INSTANTIATE(launch_apply, const Partition&, cudaStream_t)
 
 }  // namespace bnext::cuda

@@ -39,9 +39,6 @@ cudaError_t launch_reduce(const Params& p, const Partition& partition, const Scr
   });
 }
 
-#define BNEXT_INSTANTIATE(Params) \
-  template cudaError_t launch_reduce(const Params&, const Partition&, const Scratch&, cudaStream_t);
-BNEXT_OPERATIONS(BNEXT_INSTANTIATE)
-#undef BNEXT_INSTANTIATE
+BNEXT_INSTANTIATE(launch_reduce, const Partition&, const Scratch&, cudaStream_t)
 
 }  // namespace bnext::cuda
