@@ -522,7 +522,7 @@ void section_d() {
 enum Fence { kNone, kMembar, kAcquireRelease };
 const char* const kFences[] = {"none", "membar", "acq_rel"};
 
-// The turnstile of csrc, `rounds` times: all arrive, the last opens, all wait for that. counters: arrived, opened.
+// A barrier of all blocks, `rounds` times: all arrive, the last opens, all wait for that. counters: arrived, opened.
 template <Fence FENCE>
 __global__ void __launch_bounds__(256) exchange(uint32_t* counters, uint4* out, int rounds, int stores, int sleep) {
   uint4* mine = out + blockIdx.x * size_t(stores) * blockDim.x + threadIdx.x;

@@ -76,7 +76,7 @@ SECTIONS = {
     ),
     "e": Section(
         "what it takes blocks to exchange results through memory: arrive, the last opens, all wait for that",
-        "rounds and splits of tiles, the turnstile's fences and pauses, resident against two_pass",
+        "rounds and splits of tiles, the barrier's fences and pauses, resident against two_pass",
         {
             "blocks": "that wait for each other",
             "fence": "membar (__threadfence), acq_rel, or none: no exchange, the stores alone",

@@ -48,7 +48,7 @@ def cases(
     phases: Sequence[Phase],
     devices: Sequence[Cpu | Cuda],
 ) -> Iterator[Case]:
-    """Everything to measure, in order. Host overhead is no matter of shape: it is measured on a tiny one."""
+    """Everything to measure, in order. Host overhead does not depend on the shape: it is measured on a tiny one."""
     host = tuple(phase for phase in phases if phase.host)
     others = tuple(phase for phase in phases if not phase.host)
     for device, ((name, batch), members), dtype, epilogue, layout in itertools.product(

@@ -56,7 +56,7 @@ def force_plan(plan: str) -> Iterator[None]:
     Args:
         plan: one of :func:`plans`. ``"resident"`` also with details: ``"resident:cluster=4"`` says how
             many blocks share a channel in a contiguous layout (1, 2, 4, 8 or 16), or a tile of channels in
-            channels_last layouts. There, ``"resident:cluster=4,tile_vecs=8"`` also says how many units of 16
+            channels_last layouts. There, ``"resident:cluster=4,tile_vecs=8"`` also says how many vectors of 16
             bytes a tile is wide (of 8 elements, where a sign mask goes with them); and
             ``"resident:groups=2,splits=64,tile_vecs=8"``, or some of these, how many tiles are worked on at a
             time without clusters, and by how many blocks each.

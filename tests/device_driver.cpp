@@ -9,12 +9,8 @@
 #include <string>
 
 #include "../csrc/cuda/device.h"
-#include "../csrc/cuda/launch.h"
+#include "../csrc/cuda/plans/plans.h"
 #include "simt/simt.h"
-
-namespace bnext::cuda {
-const void* sample_kernel();  // resident_forward.cu
-}
 
 namespace {
 
@@ -164,13 +160,13 @@ void refusals_are_remembered() {
   Device device(query());
   expect(device.refused().empty(), "nothing yet");
   cudaSetDevice(99);
-  expect(device.give_up(resident(16, true), cudaErrorInvalidClusterSize), "clusters of 16");
+  expect(device.disable_refused(resident(16, true), cudaErrorInvalidClusterSize), "clusters of 16");
   expect(cudaGetLastError() == cudaSuccess, "the runtime's error is left");
   expect(device.properties().clusters && device.properties().clusters_together[3] == 0, "clusters of 8 stay");
-  expect(device.give_up(resident(4, true), cudaErrorLaunchOutOfResources), "clusters");
+  expect(device.disable_refused(resident(4, true), cudaErrorLaunchOutOfResources), "clusters");
   expect(!device.properties().clusters && device.properties().cooperative, "cooperative launches stay");
-  expect(device.give_up(of_kind(PlanKind::cooperative), cudaErrorNotSupported), "cooperative launches");
-  expect(device.give_up(resident(4, false), cudaErrorCooperativeLaunchTooLarge),
+  expect(device.disable_refused(of_kind(PlanKind::cooperative), cudaErrorNotSupported), "cooperative launches");
+  expect(device.disable_refused(resident(4, false), cudaErrorCooperativeLaunchTooLarge),
          "of the other plan, as another thread");
   expect(!device.properties().cooperative && device.refused().size() == 3, "all three");
 }
@@ -178,10 +174,10 @@ void refusals_are_remembered() {
 void other_errors_are_the_callers() {
   Device device(query());
   cudaSetDevice(99);
-  expect(!device.give_up(resident(4, true), cudaErrorInvalidDevice), "another error");
-  expect(!device.give_up(of_kind(PlanKind::two_pass), cudaErrorNotSupported), "nothing to do without");
-  expect(!device.give_up(resident(1, true), cudaErrorLaunchOutOfResources), "one block to a channel");
-  expect(!device.give_up(resident(1, false), cudaErrorLaunchOutOfResources), "one block to a tile");
+  expect(!device.disable_refused(resident(4, true), cudaErrorInvalidDevice), "another error");
+  expect(!device.disable_refused(of_kind(PlanKind::two_pass), cudaErrorNotSupported), "nothing to do without");
+  expect(!device.disable_refused(resident(1, true), cudaErrorLaunchOutOfResources), "one block to a channel");
+  expect(!device.disable_refused(resident(1, false), cudaErrorLaunchOutOfResources), "one block to a tile");
   expect(device.refused().empty() && cudaGetLastError() == cudaErrorInvalidDevice, "the error was taken");
 }
 

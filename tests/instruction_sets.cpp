@@ -85,7 +85,7 @@ std::string run(const Case& c, const cpu::ParallelFor& parallel) {
   fill(running_mean.data(), acc, channels, 3, 0.5, 6);
   fill(running_var.data(), acc, channels, 2, 0.5, 7);
 
-  const bool active = c.activation != Activation::none, keeps_bits = kept_of(c.activation) == Kept::bit;
+  const bool active = c.activation != Activation::none, keeps_bits = saves_of(c.activation) == Saves::mask;
   const bool masked = c.residual && active && keeps_bits;
   BatchNormForwardParams f = {};
   f.shape = c.shape;

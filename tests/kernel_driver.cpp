@@ -4,7 +4,7 @@
 //
 // A case is a list of key=value, each with a default (see Case). For each it prints one line: ok or
 // FAIL, the plan it got, and the largest error of each output in units of u (half an ulp of 1 in the
-// accumulation type) of that output's natural scale; what the storage type rounds off is not counted.
+// accumulation type) of that output's natural scale; what the storage type rounds off is not zero_inactive.
 // Exit status 1 if any case failed.
 //
 // The oracle computes in long double from the rounded inputs. Statistics and sums are compared with
@@ -574,7 +574,7 @@ class Run {
         const cudaError_t error = call(plan, {partials.get(), counters.as<uint32_t>()});
         if (order != c_.order && count_slow_calls() != slow_calls) throw Failure("a second launch asks the driver");
         refused = error != cudaSuccess;
-        if (refused && !device_.give_up(plan, error)) {
+        if (refused && !device_.disable_refused(plan, error)) {
           throw Failure(say("the launcher returned: %s", cudaGetErrorString(error)));
         }
         if (refused && order != c_.order) throw Failure("the refusal was not remembered");
@@ -612,7 +612,7 @@ class Run {
   void check_sums(const std::vector<real>& derivative, const std::vector<real>& z_size);
   void check_dx(const std::vector<real>& derivative, const std::vector<real>& z_size);
 
-  // The buffers on their own take a plan of two_pass.
+  // Stages on their own take a plan of two_pass.
   cuda::PlanOptions options() const {
     if (c_.op == "stats" || c_.op == "normalize" || c_.op == "backward_reduce" || c_.op == "backward_input") {
       return {{cuda::PlanKind::two_pass}, 0};
@@ -634,7 +634,7 @@ class Run {
 };
 
 std::string describe(const cuda::Plan& plan, bool whole) {
-  const int shares = plan.reduce.merge_shares;
+  const int shares = plan.reduce.merge_workers;
   const std::string two_pass = shares > 1 ? say("two_pass/%d", shares) : "two_pass";
   if (!whole) return two_pass;
   switch (plan.kind) {
@@ -643,7 +643,7 @@ std::string describe(const cuda::Plan& plan, bool whole) {
       if (pass.packed()) return say("packed/%d", static_cast<int>(pass.splits));
       if (pass.by_columns && pass.clustered) return say("tiles/%d", static_cast<int>(pass.splits));
       const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
-      return say("%s/%d/%d", pass.again_bytes > 0 ? "partly" : "resident", static_cast<int>(pass.splits),
+      return say("%s/%d/%d", pass.reread_bytes > 0 ? "partly" : "resident", static_cast<int>(pass.splits),
                  static_cast<int>(rounds));
     }
     case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));

@@ -18,14 +18,14 @@ void print(const char* name, const Partition& p) {
             << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"l2_steps\":" << p.l2_steps
             << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next
             << ",\"tile_channels\":" << p.columns.tile_channels << ",\"packs\":" << p.columns.packs
-            << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.first_wave << "," << p.late_ns << "]"
+            << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.first_wave << "," << p.stagger_ns << "]"
             << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
             << ",\"shared_bytes\":" << p.shared_bytes << ",\"resident_bytes\":" << p.resident_bytes
-            << ",\"again_bytes\":" << p.again_bytes << ",\"exchange_bytes\":" << p.exchange_bytes
+            << ",\"reread_bytes\":" << p.reread_bytes << ",\"exchange_bytes\":" << p.exchange_bytes
             << ",\"plane_vecs\":" << p.planar.plane_vecs << ",\"stride_planes\":" << p.planar.stride_planes
             << ",\"stride_vecs\":" << p.planar.stride_vecs << ",\"cols\":" << p.columns.cols
-            << ",\"tile_vecs\":" << p.columns.tile_vecs << ",\"lanes\":" << p.columns.lanes
-            << ",\"merge_shares\":" << p.merge_shares << ",\"thread_rows\":" << p.columns.thread_rows
+            << ",\"tile_vecs\":" << p.columns.tile_vecs << ",\"row_threads\":" << p.columns.row_threads
+            << ",\"merge_workers\":" << p.merge_workers << ",\"thread_rows\":" << p.columns.thread_rows
             << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
 }
 

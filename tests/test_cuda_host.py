@@ -30,7 +30,7 @@ def test_counters_are_shared_by_launches_that_follow_each_other_alone(tmp_path, 
 
 
 def test_a_failed_call_leaves_no_error_behind(tmp_path):
-    failed = "bnext::forward: cudaErrorSome: some error"
+    failed = "bnext::batch_norm_forward: cudaErrorSome: some error"
     assert run(tmp_path, "cuda_error.cpp", f"-I{ROOT / 'tests' / 'fake_cuda'}").splitlines() == [
         "nothing",
         failed,

@@ -326,7 +326,7 @@ def test_the_next_kernel_runs_after_a_launch_that_failed():
         assert runtime.cudaStreamSynchronize(handle) != 0, "which is not allowed, and makes it invalid"
         runtime.cudaGetLastError()
         try:
-            with pytest.raises(RuntimeError, match="bnext::forward: cudaErrorStreamCapture"):
+            with pytest.raises(RuntimeError, match="bnext::batch_norm_forward: cudaErrorStreamCapture"):
                 bnext.functional.batch_norm(x, None, None, training=True)
             assert runtime.cudaPeekAtLastError() == 0
         finally:

@@ -119,7 +119,7 @@ def test_network_layers_get_the_plans_of_the_table(program, gpu):
     assert not changed, f"{len(changed)} lines changed, among them:\n" + "\n".join(changed[:5])
 
 
-def unit_size(dtype: str, masked: int) -> int:
+def vec_elements_of(dtype: str, masked: int) -> int:
     return 8 if masked else 16 // {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}[dtype]
 
 
@@ -141,9 +141,9 @@ def check_pass(p: dict, shape: tuple[int, int, int], gpu: str, merges: bool = Tr
         assert p["tiles"] * tile >= p["cols"]
         assert (p["tiles"] - 1) * tile < p["cols"] or p["tiles"] == 0
         assert not p["tile_channels"] or (tile == p["tile_channels"] * s and p["tiles"] * p["tile_channels"] == c)
-        assert p["tile_vecs"] <= p["lanes"] and 1 <= p["lanes"] * p["thread_rows"] <= p["threads"]
+        assert p["tile_vecs"] <= p["row_threads"] and 1 <= p["row_threads"] * p["thread_rows"] <= p["threads"]
         if merges and not p["packs"]:  # merge_rows() exchanges states between lanes, and has slots for so many
-            assert p["lanes"] in (1, 2, 4, 8, 16)
+            assert p["row_threads"] in (1, 2, 4, 8, 16)
         assert p["packs"] or p["tile_vecs"] <= 16
         assert p["steps"] * p["cols"] >= n * c * s > (p["steps"] - 1) * p["cols"] or n * s == 0
     else:
@@ -175,22 +175,22 @@ def check_scratch(plan: dict, p: dict, numbers: int, accumulator: int) -> None:
 def check_shares(plan: dict, p: dict, multiprocessors: int) -> None:
     """Blocks that wait for each other are all there, although the launch does not see to it."""
     blocks = p["splits"] if p["repeat"] == 1 else p["groups"] * p["splits"]
-    assert p["merge_shares"] == 1 or (not p["clustered"] and p["merge_shares"] <= min(blocks, multiprocessors))
-    assert p["merge_shares"] <= (8 if plan["kind"] == "two_pass" else 16), "the simulated device has no room for more"
+    assert p["merge_workers"] == 1 or (not p["clustered"] and p["merge_workers"] <= min(blocks, multiprocessors))
+    assert p["merge_workers"] <= (8 if plan["kind"] == "two_pass" else 16), "the simulated device has no room for more"
 
 
 def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int, asked: bool = False) -> None:
     capability, multiprocessors, shared, _, _, _, *together = map(int, gpu.split())
-    unit_bytes = p["vec"] * 16 // unit_size(dtype, 0) * tensors
+    vec_bytes = p["vec"] * 16 // vec_elements_of(dtype, 0) * tensors
     strides = -(-p["steps_per_split"] // p["thread_rows"]) if p["columns"] else None
     slots = strides * p["threads"] if p["columns"] else p["steps_per_split"]
-    share = max(1, p["packs"]) * slots * unit_bytes
-    assert p["resident_bytes"] + p["again_bytes"] == share, (
+    share = max(1, p["packs"]) * slots * vec_bytes
+    assert p["resident_bytes"] + p["reread_bytes"] == share, (
         "a slot for each vec of a block's share, or it is read again"
     )
-    if p["again_bytes"]:  # what a block keeps is whole chunks, whatever the kernel's are
+    if p["reread_bytes"]:  # what a block keeps is whole chunks, whatever the kernel's are
         assert p["columns"] and not p["clustered"] and p["splits"] > 1
-        assert p["resident_bytes"] % ((8 if tensors == 1 else 2) * p["threads"] * unit_bytes) == 0 < p["resident_bytes"]
+        assert p["resident_bytes"] % ((8 if tensors == 1 else 2) * p["threads"] * vec_bytes) == 0 < p["resident_bytes"]
     else:
         assert p["l2_steps"] == 0
     if not p["clustered"]:
@@ -227,17 +227,17 @@ def test_every_plan_covers_its_tensor(program):
         facts.append((gpu, layout, dtype, shape, direction, masked, kind, margin))
     for problem, fact, plan in zip(problems, facts, plans(program, problems), strict=True):
         gpu, layout, dtype, shape, direction, masked, kind, margin = fact
-        vec, numel = unit_size(dtype, masked), shape[0] * shape[1] * shape[2]
+        vec, numel = vec_elements_of(dtype, masked), shape[0] * shape[1] * shape[2]
         tensors = 1 if direction == "forward" else 2
         try:
             for name in ("reduce", "apply"):
                 check_pass(plan[name], shape, gpu, merges=name == "reduce")
                 assert plan[name]["groups"] == plan[name]["tiles"] and plan[name]["resident_bytes"] == 0
             assert plan["apply"]["vec"] == vec
-            assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole vecs"
+            assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole vectors"
             assert plan["apply"]["pdl"] == (int(gpu.split()[0]) >= 90) and not plan["reduce"]["pdl"]
             assert not plan["reduce"]["starts_next"] and not plan["apply"]["starts_next"], "a stage may be on its own"
-            assert plan["reduce"]["vec"] == (vec if direction == "backward" else unit_size(dtype, 0))
+            assert plan["reduce"]["vec"] == (vec if direction == "backward" else vec_elements_of(dtype, 0))
             assert plan["reduce"]["columns"] == (layout == "interleaved")
             merging = plan["resident" if plan["kind"] == "resident" else "reduce"]
             check_scratch(plan, merging, 4 if direction == "forward" else 2, 8 if dtype == "f64" else 4)
@@ -255,9 +255,9 @@ def test_every_plan_covers_its_tensor(program):
                 assert resident["vec"] == vec
             else:
                 assert kind != "cooperative" or numel == 0
-                small = 0 < numel * tensors * 16 // unit_size(dtype, 0) <= 2 * 1024 * 1024
+                small = 0 < numel * tensors * 16 // vec_elements_of(dtype, 0) <= 2 * 1024 * 1024
                 if kind == "automatic" and small and not plan["apply"]["pdl"]:
-                    raise AssertionError("a cooperative tensor takes one launch where two would not overlap")
+                    raise AssertionError("a small tensor takes one launch where two would not overlap")
             if kind == "automatic" and plan["apply"]["pdl"]:
                 assert plan["kind"] != "cooperative", "two launches that overlap take less time"
         except AssertionError as error:
@@ -388,7 +388,7 @@ def test_what_a_refusal_offers_is_taken(program):
         ("interleaved bf16 64 64 3136 forward 0 resident:cluster=2 0", "it does not fit 132 multiprocessors"),
         ("planar f64 64 2 50176 forward 0 resident:cluster=8 0", "nor does any other 'resident'"),
         ("planar f64 64 2 50176 forward 0 resident 0", "its channels do not fit 132 multiprocessors of 233472 bytes"),
-        ("interleaved bf16 64 3 3136 forward 0 resident 0", "or make no whole vecs of 16 bytes"),
+        ("interleaved bf16 64 3 3136 forward 0 resident 0", "or its rows are not whole 16-byte vectors"),
         ("interleaved bf16 0 64 3136 forward 0 cooperative 0", "it is empty"),
     ],
 )
@@ -436,7 +436,7 @@ def test_hoppers_and_blackwells_read_resnet50_once(program):
     found = zip(cases, plans(program, problems), strict=True)
     found = list(found)
     assert {plan["kind"] for _, plan in found} == {"resident"}
-    not_once = {(layout, size) for (_, layout, _, _, (_, size)), plan in found if plan["resident"]["again_bytes"]}
+    not_once = {(layout, size) for (_, layout, _, _, (_, size)), plan in found if plan["resident"]["reread_bytes"]}
     assert not_once == {("interleaved", 112), ("interleaved", 56)}
 
 

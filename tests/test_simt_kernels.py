@@ -31,7 +31,7 @@ BACKWARD = ["backward_reduce", "backward_input", "backward", "backward_eval"]
 DTYPES = ["f32", "f64", "f16", "bf16"]
 LAYOUTS = ["planar", "interleaved"]
 
-# n, c, s, cooperative enough to run by the hundred: one element, one value a channel, one channel, three,
+# n, c, s, small enough to run by the hundred: one element, one value a channel, one channel, three,
 # planes of 5, 7x7 and 14x14 that are not whole vectors, one off a vector in c and in s, primes, more
 # channels than a tile has, more rows than a block.
 SHAPES = [
@@ -53,12 +53,12 @@ LARGE = [
     (1300, 56, 1),
 ]
 
-# Partial results of so many blocks that several of them share their merge: of a tile, and, with channels that are no whole
+# Partial results of so many blocks that several of them share their merge: of a tile, and, where channels are not whole
 # vectors, of all tiles.
 SHARED_MERGES = [("f32", (6000, 64, 1)), ("f64", (2500, 67, 1))]
 
 # Matrices whose tiles of columns take several blocks, and several rounds of them where the device has little
-# shared memory; the last has fewer tile_vecs in its last tile.
+# shared memory; the last has fewer columns in its last tile.
 TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
 
 # Planes for clusters, up to those of 16; of 49, 9, 225, 289 and 1225 elements, which are taken side by side, the last
@@ -119,7 +119,7 @@ def case(rng, op, dtype, layout, shape, **fixed):
         "residual": residual,
         "plan": rng.choice(PLANS),
         # The device to plan for: as it is, which is few multiprocessors, or an H100's; with clusters or without; with
-        # little shared memory, so that cooperative tensors are much to it; granting clusters of 16, or not.
+        # little shared memory, so that small tensors are large for it; granting clusters of 16, or not.
         "sms": rng.choice([0, 0, 132]),
         "cc": rng.choice([0, 0, 80]),
         "shared": rng.choice([0, 0, 0, 6 * 1024, 8 * 1024, 24 * 1024, 48 * 1024]),
@@ -358,12 +358,12 @@ def test_refused_groups_become_clusters_where_there_are_some():
 @pytest.mark.parametrize("n, s", [(40, 512), (80, 49)])
 def test_refused_clusters_become_fewer_blocks_or_two_pass(n, s):
     """Of tensors that one block holds, but takes longer for."""
-    cooperative = {**CLUSTERS, "n": n, "s": s, "clusters": 0}
-    assert not any("refused" in plan for plan in ran(both_directions(**cooperative)))
-    for plan in ran(both_directions(**cooperative, largest=1)):
+    small = {**CLUSTERS, "n": n, "s": s, "clusters": 0}
+    assert not any("refused" in plan for plan in ran(both_directions(**small)))
+    for plan in ran(both_directions(**small, largest=1)):
         assert re.match(r"(resident|packed)/1\b|two_pass", plan) and plan.endswith("refused:clusters"), plan
     # What one block cannot hold.
-    for plan in ran(both_directions(**cooperative, shared=30 * 1024, largest=1)):
+    for plan in ran(both_directions(**small, shared=30 * 1024, largest=1)):
         assert plan.startswith("two_pass") and plan.endswith("refused:clusters"), plan
 
 
@@ -376,7 +376,7 @@ def test_refused_clusters_of_16_leave_those_of_8():
 
 
 def test_devices_are_queried_prepared_and_remembered():
-    """tests/device_driver.cpp: query_device, prepare and Device on their own."""
+    """tests/device_driver.cpp: query_device, allow_kernel_resources and Device on their own."""
     executable = build.build("device_driver", "sanitize", KERNELS, [DEVICE_DRIVER, *HOST], DEFINES)
     names = subprocess.run([executable], capture_output=True, text=True, check=True).stdout.split()
     assert len(names) >= 12
@@ -388,6 +388,6 @@ def test_devices_are_queried_prepared_and_remembered():
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_of_several_processes_are_merged(mode):
     """tests/merge_driver.cpp."""
-    executable = build.build("merge_driver", mode, ["csrc/cuda/merge.cu"], ["tests/merge_driver.cpp"], DEFINES)
+    executable = build.build("merge_driver", mode, ["csrc/cuda/batch_norm_merge.cu"], ["tests/merge_driver.cpp"], DEFINES)
     done = subprocess.run([executable], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "ok 2880\n"), done.stdout + done.stderr

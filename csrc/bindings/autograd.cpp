@@ -14,7 +14,7 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
@@ -34,33 +34,34 @@ struct Settings {
 };
 
 // y, mean, invstd, mask. `save`: for a backward; `save_mask`: what an activation keeps as bits.
-Four run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& residual, const Settings& settings, bool save, bool save_mask) {
+FourTensors run_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const Settings& settings, bool save, bool save_mask) {
   const at::AutoDispatchBelowAutograd guard;
   if (settings.training) {
     static const auto op =
-        find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-                     std::string_view, double, bool, bool, std::optional<int64_t>)>("bnext::batch_norm_forward");
+        find_op<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
+                            double, std::string_view, double, bool, bool, std::optional<int64_t>)>(
+            "bnext::batch_norm_forward");
     return op.call(x, weight, bias, settings.running_mean, settings.running_var, settings.num_batches_tracked, residual,
                    settings.momentum, settings.eps, settings.activation, settings.activation_param, save_mask,
                    settings.unbiased, settings.ghost_batch_size);
   }
   static const auto op =
-      find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                   const OptionalTensor&, double, std::string_view, double, bool, bool)>(
+      find_op<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                          const OptionalTensor&, double, std::string_view, double, bool, bool)>(
           "bnext::batch_norm_forward_eval");
   return op.call(x, weight, bias, *settings.running_mean, *settings.running_var, residual, settings.eps,
                  settings.activation, settings.activation_param, save, save_mask);
 }
 
 // dx, dweight, dbias, dresidual; those not needed are empty.
-Four run_backward(const Tensor& dy, const Saved& saved, std::array<bool, 4> needs) {
+FourTensors run_backward(const Tensor& dy, const Saved& saved, std::array<bool, 4> needs) {
   const at::AutoDispatchBelowAutograd guard;
   static const auto op =
-      find_op<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                   const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool,
-                   std::array<bool, 4>)>("bnext::batch_norm_backward");
+      find_op<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                          const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
+                          double, bool, std::array<bool, 4>)>("bnext::batch_norm_backward");
   return op.call(dy, saved.x, saved.weight, saved.bias, saved.mean, saved.invstd, saved.mask, saved.residual,
                  name_of(saved.activation), saved.activation_param, saved.training, needs);
 }
@@ -140,8 +141,8 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     const Activation activation = parse_activation(settings.activation, settings.activation_param);
     const bool active = activation != Activation::none;
     // Without a residual the activation's argument follows from x.
-    const bool use_mask = given(residual) && kept_of(activation) == Kept::bit;
-    const bool use_residual = given(residual) && kept_of(activation) == Kept::residual;
+    const bool use_mask = given(residual) && saves_of(activation) == Saves::mask;
+    const bool use_residual = given(residual) && saves_of(activation) == Saves::residual;
     auto [y, mean, invstd, mask] = run_forward(x, weight, bias, residual, settings, /*save=*/true, use_mask);
 
     // With frozen statistics and parameters, dx is dy times a constant.

@@ -186,7 +186,7 @@ struct BatchNormOps {
 
     // Allocate.
     Tensor y = New::like(apply.x, apply.format);
-    Tensor mask = New::mask(x, parts, save_mask && kept_of(act) == Kept::bit);
+    Tensor mask = New::mask(x, parts, save_mask && saves_of(act) == Saves::mask);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -209,7 +209,7 @@ struct BatchNormOps {
     const Activation act = parse_activation(activation, param);
     check_training(x, weight, bias, running_mean, running_var, num_batches_tracked, residual, momentum, eps);
     const Parts parts = Parts::of_size(x, ghost_batch_size);
-    check_batch(x, parts.least_examples());
+    check_batch(x, parts.min_examples());
 
     // Choose the layout.
     const c10::DeviceGuard guard(x.device());
@@ -218,7 +218,7 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = New::like(apply.x, apply.format);
     Tensor mean = New::statistic(x, parts), invstd = New::statistic(x, parts);
-    Tensor mask = New::mask(x, parts, save_mask && kept_of(act) == Kept::bit);
+    Tensor mask = New::mask(x, parts, save_mask && saves_of(act) == Saves::mask);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -240,7 +240,7 @@ struct BatchNormOps {
       } else {
         if (parts.count() > 1) {  // nothing changes where the plan that is forced cannot be that of a later part
           BatchNormForwardParams last = p;
-          last.shape = shape_of(apply.x, parts.least_examples().expect_int(), apply.format);
+          last.shape = shape_of(apply.x, parts.min_examples().expect_int(), apply.format);
           Backend::check_forward(last, apply.x);
         }
         run(Backend::forward, parts, p, apply, y);
@@ -274,7 +274,7 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = New::like(apply.x, apply.format);
     Tensor mean = save ? New::statistic(x) : New::nothing(x), invstd = save ? New::statistic(x) : New::nothing(x);
-    Tensor mask = New::mask(x, Parts::whole(x), save_mask && kept_of(act) == Kept::bit);
+    Tensor mask = New::mask(x, Parts::whole(x), save_mask && saves_of(act) == Saves::mask);
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -378,7 +378,7 @@ struct BatchNormOps {
     // Validate.
     const Activation act = parse_activation(activation, param);
     const auto [need_dx, need_dweight, need_dbias, need_dresidual] = needs;
-    const bool reduces = need_dweight || need_dbias || (training && need_dx);
+    const bool reduces = BatchNormBackwardParams::needs_sums(training, need_dx, need_dweight, need_dbias);
     const Tensor& like = given(x) ? *x : dy;
     check_backward(dy, like, mean, invstd, weight, bias, mask, residual, act);
     TORCH_CHECK(given(x) || !(reduces || act != Activation::none), "x is needed for this gradient");

@@ -219,7 +219,7 @@ void check_kept(const OptionalTensor& given_mask, const OptionalTensor& residual
     check_like("residual", *residual, x);
   }
   if (!given(given_mask)) return;
-  TORCH_CHECK(kept_of(activation) == Kept::bit, "mask is for an activation that keeps a bit an element, not '",
+  TORCH_CHECK(saves_of(activation) == Saves::mask, "mask is for an activation that keeps a bit an element, not '",
               name_of(activation), "'");
   const Tensor& mask = *given_mask;
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.sym_numel() == bytes, "mask should be uint8 with ", bytes,

@@ -27,7 +27,7 @@ DType to_dtype(const char* name, at::ScalarType t);
 // Only leaky_relu has a parameter.
 Activation parse_activation(std::string_view name, double param);
 
-// Not sparse. The dispatcher refuses sparse tensors too, but in words that help nobody.
+// Not sparse. The dispatcher refuses sparse tensors too, but its message helps nobody.
 void check_dense(const char* name, const OptionalTensor& t);
 
 // Rank and dtype.

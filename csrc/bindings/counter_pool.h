@@ -59,7 +59,7 @@ class CounterPool {
   // At least `count` counters that nobody else has until they are given back.
   template <class Allocate>
   Block take(int64_t count, Allocate&& allocate) {
-    Block block = {nullptr, kLeast};
+    Block block = {nullptr, kMinBlock};
     while (block.count < count) block.count *= 2;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -80,7 +80,7 @@ class CounterPool {
 
  private:
   // Blocks are powers of two, of 256 bytes at least: counters of different launches share no cache line.
-  static constexpr int64_t kLeast = 64, kLeastOfStream = 1024, kSlab = 64 * 1024;
+  static constexpr int64_t kMinBlock = 64, kLeastOfStream = 1024, kSlab = 64 * 1024;
 
   bool take_free(Block& block) {
     std::vector<uint32_t*>& free = free_[block.count];

@@ -105,21 +105,21 @@ struct Workspace {
 };
 
 // What is run: the whole, for which there are several plans, or a stage.
-enum class Of { whole, reduction, elementwise };
+enum class Stage { whole, reduction, elementwise };
 
 // Plans for the device of x, allocates what the plan needs, and launches it by launch(p, plan, scratch, stream); and
 // again, without what the driver refuses, where it does.
 template <class Params, class Launch>
-void run(const char* name, Of what, const Params& p, const Tensor& x, Launch&& launch) {
+void run(const char* name, Stage what, const Params& p, const Tensor& x, Launch&& launch) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   cuda::PlanOptions options = Options::instance().get();
-  if (what != Of::whole) options.plan = {cuda::PlanKind::two_pass};
+  if (what != Stage::whole) options.plan = {cuda::PlanKind::two_pass};
   cuda::Device& device = device_of(x.device().index());
   for (;;) {
     const cuda::Plan plan = plan_of(p, device.properties(), options);
-    const Workspace workspace = what == Of::elementwise ? Workspace({}, x, stream) : Workspace(plan, x, stream);
+    const Workspace workspace = what == Stage::elementwise ? Workspace({}, x, stream) : Workspace(plan, x, stream);
     const cudaError_t error = launch(p, plan, workspace.scratch, stream);
-    if (error == cudaSuccess || !device.give_up(plan, error)) return check(error, name);
+    if (error == cudaSuccess || !device.disable_refused(plan, error)) return check(error, name);
   }
 }
 
@@ -136,29 +136,31 @@ struct Cuda {
   using Int = int64_t;
 
   static void stats(const BatchNormForwardParams& p, const Tensor& x) {
-    run("stats", Of::reduction, p, x, cuda::launch_batch_norm_stats);
+    run("batch_norm_stats", Stage::reduction, p, x, cuda::launch_batch_norm_stats);
   }
   static void normalize(const BatchNormForwardParams& p, const Tensor& x) {
-    run("normalize", Of::elementwise, p, x, without_scratch(cuda::launch_batch_norm_normalize));
+    run("batch_norm_normalize", Stage::elementwise, p, x, without_scratch(cuda::launch_batch_norm_normalize));
   }
   static void forward(const BatchNormForwardParams& p, const Tensor& x) {
-    run("forward", Of::whole, p, x, cuda::launch_batch_norm_forward);
+    run("batch_norm_forward", Stage::whole, p, x, cuda::launch_batch_norm_forward);
   }
   static void check_forward(const BatchNormForwardParams& p, const Tensor& x) {
     plan_of(p, device_of(x.device().index()).properties(), Options::instance().get());
   }
   // A count of 1 makes running_var NaN: only the device knows it, and the host does not wait.
   static void merge(const BatchNormMergeParams& p, const Tensor& stats) {
-    check(cuda::launch_batch_norm_merge(p, c10::cuda::getCurrentCUDAStream(stats.device().index())), "merge");
+    check(cuda::launch_batch_norm_merge(p, c10::cuda::getCurrentCUDAStream(stats.device().index())),
+          "batch_norm_merge");
   }
   static void backward_reduce(const BatchNormBackwardParams& p, const Tensor& x) {
-    run("backward_reduce", Of::reduction, p, x, cuda::launch_batch_norm_backward_reduce);
+    run("batch_norm_backward_reduce", Stage::reduction, p, x, cuda::launch_batch_norm_backward_reduce);
   }
   static void backward_input(const BatchNormBackwardParams& p, const Tensor& x) {
-    run("backward_input", Of::elementwise, p, x, without_scratch(cuda::launch_batch_norm_backward_input));
+    run("batch_norm_backward_input", Stage::elementwise, p, x, without_scratch(cuda::launch_batch_norm_backward_input));
   }
   static void backward(const BatchNormBackwardParams& p, const Tensor& x) {
-    run("backward", p.elementwise() && p.reduces() ? Of::whole : Of::reduction, p, x, cuda::launch_batch_norm_backward);
+    run("batch_norm_backward", p.elementwise() && p.reduces() ? Stage::whole : Stage::reduction, p, x,
+        cuda::launch_batch_norm_backward);
   }
 };
 
@@ -214,8 +216,8 @@ std::string describe_plan(const Tensor& x, bool backward, const std::string& act
     BatchNormBackwardParams p = {};
     fill_in(p);
     p.training = true;
-    p.mask = residual && kept_of(act) == Kept::bit ? &present : nullptr;
-    p.residual = residual && kept_of(act) == Kept::residual ? &present : nullptr;
+    p.mask = residual && saves_of(act) == Saves::mask ? &present : nullptr;
+    p.residual = residual && saves_of(act) == Saves::residual ? &present : nullptr;
     p.dx = p.dweight = &present;
     return cuda::describe(plan_of(p, properties, options));
   }

@@ -111,7 +111,7 @@ inline SecondOrder double_backward_of_batch(const Saved& saved, const Tensor& dy
     with_activation(saved.activation, [&](auto type) {
       using Act = decltype(type);
       slope = Act::grad(argument, param);
-      if (Act::kept == Kept::residual) curvature = Act::second(argument, param);
+      if (Act::saves == Saves::residual) curvature = Act::second(argument, param);
     });
   }
   if (slope.defined()) g = through(Operand(dya), Operand(slope));

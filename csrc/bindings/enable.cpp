@@ -32,7 +32,7 @@
 namespace bnext {
 namespace {
 
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Of the process, not of a thread: autograd runs the backward on another one.
@@ -147,7 +147,7 @@ OptionalTensor unversioned(const OptionalTensor& t) {
 }
 
 // y, mean and invstd of the accumulation type; in evaluation these are empty unless `save`.
-Three run(const Forward& f, bool save) {
+ThreeTensors run(const Forward& f, bool save) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   if (f.training) {
     static const auto op = find_op<decltype(Ops::forward)>("bnext::batch_norm_forward");
@@ -163,7 +163,7 @@ Three run(const Forward& f, bool save) {
 }
 
 // Gradients that are not needed are undefined, as torch has it.
-Three run(const Backward& b) {
+ThreeTensors run(const Backward& b) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find_op<decltype(Ops::backward)>("bnext::batch_norm_backward");
   const at::ScalarType type = acc_type_of(b.input);
@@ -188,7 +188,7 @@ struct Cpu {
     return b.taken() && takes_types({b.weight, b.running_mean, b.running_var, b.save_mean, b.save_invstd}, b.input);
   }
 
-  static Three forward(const Forward& f) {
+  static ThreeTensors forward(const Forward& f) {
     auto [y, mean, invstd] = run(f, /*save=*/false);
     return {y, mean.to(f.parameter_type()), invstd.to(f.parameter_type())};
   }
@@ -197,11 +197,11 @@ struct Cpu {
   static bool reserved_here(const Tensor&) { return false; }
 
   template <class... Args>
-  static Three native_batch_norm(Args&&... args) {
+  static ThreeTensors native_batch_norm(Args&&... args) {
     return at::cpu::native_batch_norm(std::forward<Args>(args)...);
   }
   template <class... Args>
-  static Three legit(Args&&... args) {
+  static ThreeTensors legit(Args&&... args) {
     return at::cpu::_native_batch_norm_legit(std::forward<Args>(args)...);
   }
   template <class... Args>
@@ -209,11 +209,11 @@ struct Cpu {
     return at::cpu::_batch_norm_with_update(std::forward<Args>(args)...);
   }
   template <class... Args>
-  static Three native_batch_norm_backward(Args&&... args) {
+  static ThreeTensors native_batch_norm_backward(Args&&... args) {
     return at::cpu::native_batch_norm_backward(std::forward<Args>(args)...);
   }
   template <class... Args>
-  static Three batch_norm_backward(Args&&... args) {
+  static ThreeTensors batch_norm_backward(Args&&... args) {
     return at::cpu::batch_norm_backward(std::forward<Args>(args)...);
   }
 };
@@ -231,7 +231,7 @@ struct Cuda {
 
   // Statistics have the accumulation type here, and there are some in evaluation, too. y has the strides of x, also
   // where these are neither contiguous nor channels_last.
-  static Three forward(const Forward& f) {
+  static ThreeTensors forward(const Forward& f) {
     auto [y, mean, invstd] = run(f, /*save=*/true);
     if (!f.input.is_contiguous(format_of(f.input))) {
       const Tensor like = at::empty_like(f.input);
@@ -246,11 +246,11 @@ struct Cuda {
   static bool reserved_here(const Tensor& reserve) { return reserve.defined() && reserve.dim() == 2; }
 
   template <class... Args>
-  static Three native_batch_norm(Args&&... args) {
+  static ThreeTensors native_batch_norm(Args&&... args) {
     return at::cuda::native_batch_norm(std::forward<Args>(args)...);
   }
   template <class... Args>
-  static Three legit(Args&&... args) {
+  static ThreeTensors legit(Args&&... args) {
     return at::cuda::_native_batch_norm_legit(std::forward<Args>(args)...);
   }
   template <class... Args>
@@ -258,11 +258,11 @@ struct Cuda {
     return at::cuda::_batch_norm_with_update(std::forward<Args>(args)...);
   }
   template <class... Args>
-  static Three native_batch_norm_backward(Args&&... args) {
+  static ThreeTensors native_batch_norm_backward(Args&&... args) {
     return at::cuda::native_batch_norm_backward(std::forward<Args>(args)...);
   }
   template <class... Args>
-  static Three batch_norm_backward(Args&&... args) {
+  static ThreeTensors batch_norm_backward(Args&&... args) {
     return at::cuda::batch_norm_backward(std::forward<Args>(args)...);
   }
 };
@@ -291,10 +291,10 @@ Four cudnn_batch_norm(const Tensor& input, const Tensor& weight, const OptionalT
   return {y, nothing_saved, nothing_saved.clone(), at::empty({0}, input.options().dtype(at::kByte))};
 }
 
-Three cudnn_batch_norm_backward(const Tensor& input, const Tensor& grad_out, const Tensor& weight,
-                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                const OptionalTensor& save_mean, const OptionalTensor& save_invstd, double eps,
-                                const Tensor& reserve) {
+ThreeTensors cudnn_batch_norm_backward(const Tensor& input, const Tensor& grad_out, const Tensor& weight,
+                                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                       const OptionalTensor& save_mean, const OptionalTensor& save_invstd, double eps,
+                                       const Tensor& reserve) {
   const OptionalTensor scale(weight), none;
   const std::array<bool, 3> all = {true, true, true};
   const Backward b = {grad_out, input, scale, none, none, save_mean, save_invstd, /*training=*/true, eps, all};
@@ -311,24 +311,24 @@ Three cudnn_batch_norm_backward(const Tensor& input, const Tensor& grad_out, con
 
 template <class Device>
 struct Operators {
-  static Three native_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                                 double momentum, double eps) {
+  static ThreeTensors native_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                        bool training, double momentum, double eps) {
     const Forward f = {input, weight, bias, running_mean, running_var, training, momentum, eps};
     if (Device::takes(f)) return Device::forward(f);
     return Device::native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps);
   }
 
-  static Three legit(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     Tensor& running_mean, Tensor& running_var, bool training, double momentum, double eps) {
+  static ThreeTensors legit(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                            Tensor& running_mean, Tensor& running_var, bool training, double momentum, double eps) {
     const OptionalTensor mean(running_mean), var(running_var);
     const Forward f = {input, weight, bias, mean, var, training, momentum, eps};
     if (Device::takes(f)) return Device::forward(f);
     return Device::legit(input, weight, bias, running_mean, running_var, training, momentum, eps);
   }
 
-  static Three legit_no_stats(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                              bool training, double momentum, double eps) {
+  static ThreeTensors legit_no_stats(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                     bool training, double momentum, double eps) {
     const OptionalTensor none;
     const Forward f = {input, weight, bias, none, none, training, momentum, eps};
     if (Device::takes(f)) return Device::forward(f);
@@ -345,10 +345,11 @@ struct Operators {
     return std::tuple_cat(Device::forward(f), std::tuple(Device::reserve(input)));
   }
 
-  static Three native_batch_norm_backward(const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight,
-                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                          const OptionalTensor& save_mean, const OptionalTensor& save_invstd,
-                                          bool training, double eps, std::array<bool, 3> needs) {
+  static ThreeTensors native_batch_norm_backward(const Tensor& grad_out, const Tensor& input,
+                                                 const OptionalTensor& weight, const OptionalTensor& running_mean,
+                                                 const OptionalTensor& running_var, const OptionalTensor& save_mean,
+                                                 const OptionalTensor& save_invstd, bool training, double eps,
+                                                 std::array<bool, 3> needs) {
     const Backward b = {grad_out,  input,       weight,   running_mean, running_var,
                         save_mean, save_invstd, training, eps,          needs};
     if (Device::takes(b)) return run(b);
@@ -356,10 +357,10 @@ struct Operators {
                                               save_invstd, training, eps, needs);
   }
 
-  static Three batch_norm_backward(const Tensor& grad_out, const Tensor& input, const Tensor& weight,
-                                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                   const OptionalTensor& save_mean, const OptionalTensor& save_invstd, bool update,
-                                   double eps, std::array<bool, 3> needs, const Tensor& reserve) {
+  static ThreeTensors batch_norm_backward(const Tensor& grad_out, const Tensor& input, const Tensor& weight,
+                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                          const OptionalTensor& save_mean, const OptionalTensor& save_invstd,
+                                          bool update, double eps, std::array<bool, 3> needs, const Tensor& reserve) {
     const OptionalTensor scale(weight);
     const Backward b = {grad_out, input, scale, running_mean, running_var, save_mean, save_invstd, update, eps, needs};
     if (Device::takes(b)) return run(b);

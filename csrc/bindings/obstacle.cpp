@@ -20,7 +20,7 @@ const char* obstacle(const Tensor& input, const OptionalTensor& weight, const Op
   if (in_transform()) return "transform";
   bool mkldnn = false, tangent = false, subclass = false;
   const auto look_at = [&](const Tensor& t) {
-    mkldnn |= t.layout() == at::kMkldnn;  // the other layouts are refused, in words that help
+    mkldnn |= t.layout() == at::kMkldnn;  // other layouts are refused, with a message that helps
     tangent |= t._fw_grad(/*level=*/0).defined();
     subclass |= t.unsafeGetTensorImpl()->is_python_dispatch();
   };

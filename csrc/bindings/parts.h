@@ -39,7 +39,7 @@ class Parts {
 
   const c10::SymInt& count() const { return count_; }
 
-  c10::SymInt least_examples() const { return examples_ / count_; }
+  c10::SymInt min_examples() const { return examples_ / count_; }
 
   // Whether a statistic has a row for each part.
   bool in_rows() const { return rows_; }
@@ -49,12 +49,12 @@ class Parts {
     const auto bytes = [this](const c10::SymInt& examples) { return (examples * each_ + 7) / 8; };
     if (!rows_) return bytes(examples_);
     const c10::SymInt larger = examples_ % count_;
-    return larger * bytes(least_examples() + 1) + (count_ - larger) * bytes(least_examples());
+    return larger * bytes(min_examples() + 1) + (count_ - larger) * bytes(min_examples());
   }
 
   template <class Body>
   void for_each(const Body& body) const {
-    const int64_t count = count_.expect_int(), each = each_.expect_int(), least = least_examples().expect_int();
+    const int64_t count = count_.expect_int(), each = each_.expect_int(), least = min_examples().expect_int();
     const int64_t larger = examples_.expect_int() % count;
     Part part = {};
     for (; part.index < count; ++part.index) {

@@ -3,7 +3,7 @@
 //
 // A struct has, for z the activation's argument and `param` its parameter (leaky_relu's slope; 0 for all others),
 //   value(z, param), grad(z, param), second(z, param)   the function and its first two derivatives
-//   kept                                                 what the backward needs besides x, behind a residual
+//   saves                                                what the forward saves besides x, behind a residual
 // written for V a float or double (CUDA kernels), a vector of them (csrc/cpu/vec_math.h), or a tensor of torch
 // (csrc/bindings/tensor_math.h). V has + - * /, unary -, and constant_like, where_le, where_ge, exp, tanh.
 // Comparisons are false for NaN, and the derivatives there are torch's, but for leaky_relu's: torch takes the slope,
@@ -30,10 +30,10 @@ namespace bnext {
 
 BNEXT_NAMED_ENUM(Activation, int32_t, BNEXT_ACTIVATIONS)
 
-// Without a residual z follows from x, and the backward keeps nothing more. Behind a residual it does not.
-enum class Kept : int32_t {
+// Without a residual z follows from x, and the forward saves nothing more. Behind a residual it does not.
+enum class Saves : int32_t {
   nothing,   // the derivative is 1
-  bit,       // the derivative is 1 or `param`: a bit an element says which
+  mask,      // the derivative is 1 or `param`: a bit an element says which
   residual,  // the derivative depends on z, which takes x and the residual
 };
 
@@ -67,15 +67,19 @@ template <class V> BNEXT_HD V sigmoid(const V& z) {
 // ---- the activations
 
 struct Identity {
-  static constexpr Kept kept = Kept::nothing;
+  static constexpr Saves saves = Saves::nothing;
   template <class V> BNEXT_HD static V value(const V& z, const V&) { return z; }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) { return constant_like(z, 1); }
   template <class V> BNEXT_HD static V second(const V& z, const V&) { return constant_like(z, 0); }
 };
 
+// relu, and dy times its derivative, a selection. Vectors of the CPU have an instruction for each (csrc/cpu/vec.h).
+template <class V> BNEXT_HD V relu(const V& z) { return where_le(z, 0, constant_like(z, 0), z); }
+template <class V> BNEXT_HD V relu_gate(const V& z, const V& dy) { return where_le(z, 0, constant_like(z, 0), dy); }
+
 struct Relu {
-  static constexpr Kept kept = Kept::bit;
-  template <class V> BNEXT_HD static V value(const V& z, const V&) { return where_le(z, 0, constant_like(z, 0), z); }
+  static constexpr Saves saves = Saves::mask;
+  template <class V> BNEXT_HD static V value(const V& z, const V&) { return relu(z); }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) {
     return where_le(z, 0, constant_like(z, 0), constant_like(z, 1));
   }
@@ -83,7 +87,7 @@ struct Relu {
 };
 
 struct Relu6 {
-  static constexpr Kept kept = Kept::bit;
+  static constexpr Saves saves = Saves::mask;
   template <class V> BNEXT_HD static V value(const V& z, const V&) {
     return where_le(z, 0, constant_like(z, 0), where_ge(z, 6, constant_like(z, 6), z));
   }
@@ -95,7 +99,7 @@ struct Relu6 {
 };
 
 struct LeakyRelu {
-  static constexpr Kept kept = Kept::bit;
+  static constexpr Saves saves = Saves::mask;
   template <class V> BNEXT_HD static V value(const V& z, const V& slope) { return where_le(z, 0, z * slope, z); }
   template <class V> BNEXT_HD static V grad(const V& z, const V& slope) {
     return where_le(z, 0, slope, constant_like(z, 1));
@@ -105,7 +109,7 @@ struct LeakyRelu {
 
 // z sigmoid(z), which Ramachandran, Zoph and Le call swish ("Searching for activation functions", 2017).
 struct Silu {
-  static constexpr Kept kept = Kept::residual;
+  static constexpr Saves saves = Saves::residual;
   template <class V> BNEXT_HD static V value(const V& z, const V&) {
     return quotient(z, constant_like(z, 1) + exp(-z));
   }
@@ -121,7 +125,7 @@ struct Silu {
 
 // z relu6(z + 3) / 6 (Howard et al., "Searching for MobileNetV3", 2019, section 5.2).
 struct Hardswish {
-  static constexpr Kept kept = Kept::residual;
+  static constexpr Saves saves = Saves::residual;
   template <class V> BNEXT_HD static V value(const V& z, const V&) {
     const V three = constant_like(z, 3), sixth = constant_like(z, 1.0 / 6);
     return where_le(z, -3, constant_like(z, 0), where_ge(z, 3, z, z * (z + three) * sixth));
@@ -137,7 +141,7 @@ struct Hardswish {
 };
 
 struct Sigmoid {
-  static constexpr Kept kept = Kept::residual;
+  static constexpr Saves saves = Saves::residual;
   template <class V> BNEXT_HD static V value(const V& z, const V&) { return sigmoid(z); }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) {
     const V s = sigmoid(z);
@@ -150,7 +154,7 @@ struct Sigmoid {
 };
 
 struct Tanh {
-  static constexpr Kept kept = Kept::residual;
+  static constexpr Saves saves = Saves::residual;
   template <class V> BNEXT_HD static V value(const V& z, const V&) { return tanh(z); }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) {
     const V t = tanh(z);
@@ -164,9 +168,9 @@ struct Tanh {
 
 // ---- from a value of the enumeration to its struct
 
-// What Kept::bit keeps of z: 1 where the derivative is 1, 0 where it is `param`.
+// The mask's bit for z, as a number: 1 where the derivative is 1, 0 where it is `param`.
 template <class Act, class V>
-BNEXT_HD V kept_bit(const V& z) {
+BNEXT_HD V mask_bit(const V& z) {
   return Act::grad(z, constant_like(z, 0));
 }
 
@@ -193,8 +197,8 @@ BNEXT_HD void with_general_activation(Activation activation, F&& f) {
   });
 }
 
-inline Kept kept_of(Activation activation) {
-  return with_activation(activation, [](auto act) { return decltype(act)::kept; });
+inline Saves saves_of(Activation activation) {
+  return with_activation(activation, [](auto act) { return decltype(act)::saves; });
 }
 
 // CUDA kernels of the others share one instance of every plan, with uniform branches on the activation.

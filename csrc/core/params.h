@@ -82,9 +82,12 @@ struct BatchNormBackwardParams {
   void* dx;         // like x
   void* dresidual;  // like x: dy'; only with an activation (without one it is dy itself)
 
-  // What the outputs ask of `backward`.
+  // Which halves of the backward the requested outputs need.
   BNEXT_HD bool elementwise() const { return dx || dresidual; }
-  BNEXT_HD bool reduces() const { return dweight || dbias || (training && dx); }
+  BNEXT_HD bool reduces() const { return needs_sums(training, dx, dweight, dbias); }
+  BNEXT_HD static bool needs_sums(bool training, bool dx, bool dweight, bool dbias) {
+    return dweight || dbias || (training && dx);
+  }
 };
 
 // What follows the affine step of a forward. All but `general` have kernels of their own on both backends.
@@ -96,6 +99,19 @@ enum class Epilogue : int32_t {
   general,   // any activation, residual or not
   run_time,  // none or relu, residual or not, looked up: for CUDA kernels that instructions do not bound
 };
+
+// Whether kernels of these take vectors of 8 elements, whose bits of the mask are a byte.
+BNEXT_HD constexpr bool masks(Epilogue e) {
+  switch (e) {
+    case Epilogue::none:
+    case Epilogue::relu:
+    case Epilogue::add: return false;
+    case Epilogue::add_relu:
+    case Epilogue::general:
+    case Epilogue::run_time: return true;
+  }
+  BNEXT_UNREACHABLE();
+}
 
 inline Epilogue epilogue_of(const BatchNormForwardParams& p) {
   if (p.activation == Activation::none) return p.residual != nullptr ? Epilogue::add : Epilogue::none;
@@ -111,6 +127,17 @@ enum class Derivative : int32_t {
   general,   // any, from the bits, or from x and the residual, if that is given
   run_time,  // none, relu or mask, looked up: for CUDA kernels that instructions do not bound
 };
+
+BNEXT_HD constexpr bool masks(Derivative d) {
+  switch (d) {
+    case Derivative::none:
+    case Derivative::relu: return false;
+    case Derivative::mask:
+    case Derivative::general:
+    case Derivative::run_time: return true;
+  }
+  BNEXT_UNREACHABLE();
+}
 
 inline Derivative derivative_of(const BatchNormBackwardParams& p) {
   if (p.activation == Activation::none) return Derivative::none;

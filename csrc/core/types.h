@@ -54,13 +54,21 @@ BNEXT_HD constexpr int64_t size_of(DType t) {
   BNEXT_UNREACHABLE();
 }
 
-// Bytes of one statistic of a tensor of type t: float32, except that float64 keeps float64.
-BNEXT_HD constexpr int64_t acc_size_of(DType t) { return t == DType::f64 ? 8 : 4; }
-
-// Accumulation type of a storage type.
+// Accumulation type of a storage type: float, except that double keeps double.
 template <class T> struct acc { using type = float; };
 template <> struct acc<double> { using type = double; };
 template <class T> using acc_t = typename acc<T>::type;
+
+// Bytes of one statistic of a tensor of type t.
+BNEXT_HD constexpr int64_t acc_size_of(DType t) {
+  switch (t) {
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return sizeof(acc_t<type>);
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
+}
 
 template <class T> struct dtype_of;
 #define BNEXT_SPECIALIZATION(name, type, python) \

@@ -36,6 +36,11 @@ struct alignas(16) Welford {
   A var;  // biased
 
   BNEXT_HD A mean() const { return shift + offset; }
+  // What rounding takes from the mean, where it is kept as a B.
+  template <class B>
+  BNEXT_HD B mean_rest(B rounded) const {
+    return static_cast<B>((shift - rounded) + offset);
+  }
 
   // Moves the shift to the mean, as far as that can be represented, and leaves the rest as offset, exactly (TwoSum:
   // Knuth, "The Art of Computer Programming", volume 2, section 4.2.2). The offset to a first element is as large as

@@ -30,8 +30,8 @@ template <class A>
 
 // 1 where a mask has a bit, 0 elsewhere.
 template <class A>
-[[gnu::noinline, gnu::flatten]] void kept_bits(Activation activation, A* z, int64_t n) {
-  replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return kept_bit<decltype(type)>(v); });
+[[gnu::noinline, gnu::flatten]] void mask_bits(Activation activation, A* z, int64_t n) {
+  replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return mask_bit<decltype(type)>(v); });
 }
 
 }  // namespace

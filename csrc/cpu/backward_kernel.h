@@ -18,8 +18,7 @@ template <class T, Derivative from, bool by_column> struct DyPrime {
 
   template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>& xmu, int64_t ahead = 0) const {
     const Vec<A> v = load(dy + ahead + j, part);
-    // The very expression of VecAffine: the sign must come out as it did in the forward.
-    if constexpr (from == Derivative::relu) return select_if_positive(fma(xmu, scale.at(j), bias.at(j)), v);
+    if constexpr (from == Derivative::relu) return relu_gate(affine(xmu, scale.at(j), bias.at(j)), v);
     if constexpr (from == Derivative::mask)
       return select_or_zero(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
     return v;
@@ -87,7 +86,7 @@ template <class T, Derivative from>
   Derivatives<A, from> derivatives;
   const V mean(args.mean[block.param]);
   // A strip jumps from image to image, which no hardware prefetcher foresees.
-  const Ahead<T> next_dy(args.dy, next), next_x(args.x, next);
+  const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
   const auto begin = [&](int64_t r) {
     const int64_t first = block.first + r * block.stride;
     return dy_prime_of_row<T, from, false>(args, first, block.param, block.width, derivatives);
@@ -103,10 +102,10 @@ template <class T, Derivative from>
       if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
     }
     // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
-    dy = counted(part, dy);
+    dy = zero_inactive(part, dy);
     V& sum = dys[which.value / 2];
     sum = sum + dy;
-    products[which.value] = fma(dy, counted(part, xmu), products[which.value]);
+    products[which.value] = fma(dy, zero_inactive(part, xmu), products[which.value]);
   });
   // In double from here on: what is added up next are blocks, of which there may be thousands.
   *sum_dy = sum(dys);
@@ -121,7 +120,7 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, true> mean(args.mean + param);
   const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
-  const Ahead<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
+  const Prefetcher<T> next_dy(args.dy, first + rows * stride), next_x(args.x, first + rows * stride);
   // Columns have sums of their own: none comes twice. The sums are loaded and stored once for all of these rows.
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) {
     const V m = mean.at(j);
@@ -173,14 +172,13 @@ template <class T, Derivative from>
       add_rows<T, from, 1>(args, derivatives, block.first + r * block.stride, block.stride, block.width, block.param,
                            dys, products);
     for (int64_t j = 0; j < block.width; j += D::lanes) {
-      store(sum_dy + j, Full{}, wide(sum_dy + j) + wide(dys + j));
-      store(sum_dy_xmu + j, Full{}, wide(sum_dy_xmu + j) + wide(products + j));
+      store(sum_dy + j, Full{}, load_as_double(sum_dy + j) + load_as_double(dys + j));
+      store(sum_dy_xmu + j, Full{}, load_as_double(sum_dy_xmu + j) + load_as_double(products + j));
     }
   }
 }
 
-// epilogue.h's AffineGradient on vectors. In eval mode dx = dy' * scale, and x is read only where
-// the activation asks for it.
+// In eval mode dx = dy' * scale, and x is read only where the activation asks for it.
 template <class T, Derivative from, bool training, bool by_column>
 [[gnu::flatten]] void gradient(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
@@ -203,7 +201,8 @@ template <class T, Derivative from, bool training, bool by_column>
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
-    const Ahead<T> dy_ahead(args.dy, first + Ahead<T>::distance), x_ahead(args.x, first + Ahead<T>::distance);
+    const Prefetcher<T> dy_ahead(args.dy, first + Prefetcher<T>::distance),
+        x_ahead(args.x, first + Prefetcher<T>::distance);
     for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
       V xmu(0);
       // Rows of columns load parameters besides, among which the hardware loses track of dy and x.
@@ -212,8 +211,9 @@ template <class T, Derivative from, bool training, bool by_column>
       if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
       V dy = dy_prime(j, part, xmu);
       if (dresidual != nullptr) store(dresidual + j, part, dy);
-      if constexpr (training) dy = fnma(xmu, slope.at(j), dy - mean_dy.at(j));
-      if (dx != nullptr) store(dx + j, part, dy * scale.at(j));
+      if (dx == nullptr) return;
+      if constexpr (training) store(dx + j, part, input_gradient(dy, xmu, mean_dy.at(j), slope.at(j), scale.at(j)));
+      else store(dx + j, part, dy * scale.at(j));
     });
   }
   if (args.stream) stream_fence();

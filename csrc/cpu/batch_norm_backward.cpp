@@ -9,10 +9,10 @@ template <class A>
 void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFor& parallel) {
   const Plan plan = make_plan(p.shape);
   // A smooth activation's derivative takes more instructions than a store and a load of dy', where those round nothing.
-  const bool keeps_dz = kept_of(p.activation) == Kept::residual && size_of(p.dtype) == acc_size_of(p.dtype);
+  const bool keeps_dz = saves_of(p.activation) == Saves::residual && size_of(p.dtype) == acc_size_of(p.dtype);
   const BackwardOperands<A> operands(p, plan, keeps_dz);
   InputGradient<A> gradient(operands);
-  const TakeSums finish = [&](int64_t first, int64_t end, const Sums* sums) {
+  const SumsSink finish = [&](int64_t first, int64_t end, const Sums* sums) {
     store_sums<A>(p, first, end, sums);
     gradient.set(first, end);
   };

@@ -29,13 +29,13 @@ void InputGradient<A>::set(int64_t first, int64_t end) {
   if (!params_.training || params_.dx == nullptr) return;
   // In double: invstd squared may be beyond float's range.
   const double count = static_cast<double>(params_.count);
-  A mean_dy[kTogether], slope[kTogether];
-  for (int64_t ch = first; ch < end; ch++) {
-    const double invstd = static_cast<const A*>(params_.invstd)[ch];
-    const double sum_dy = static_cast<const A*>(params_.sum_dy)[ch];
-    const double sum_dy_xmu = static_cast<const A*>(params_.sum_dy_xmu)[ch];
-    mean_dy[ch - first] = static_cast<A>(sum_dy / count);
-    slope[ch - first] = static_cast<A>(sum_dy_xmu * invstd * invstd / count);
+  A mean_dy[kChannelBatch], slope[kChannelBatch];
+  for (int64_t channel = first; channel < end; channel++) {
+    const double invstd = static_cast<const A*>(params_.invstd)[channel];
+    const double sum_dy = static_cast<const A*>(params_.sum_dy)[channel];
+    const double sum_dy_xmu = static_cast<const A*>(params_.sum_dy_xmu)[channel];
+    mean_dy[channel - first] = static_cast<A>(sum_dy / count);
+    slope[channel - first] = static_cast<A>(sum_dy_xmu * invstd * invstd / count);
   }
   mean_dy_.set(first, end, mean_dy);
   slope_.set(first, end, slope);

@@ -26,26 +26,26 @@ Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece)
 }
 
 template <class A>
-void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
+void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   const Plan& plan = b.plan;
   if (plan.pieces == 1) {
     for_each_group(parallel, plan, plan.channels_per_task,
-                   [&](int64_t first, int64_t end) { sums_of_group(b, first, end, take); });
+                   [&](int64_t first, int64_t end) { sums_of_group(b, first, end, sink); });
     return;
   }
   std::vector<Sums> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces,
                 [&](int64_t task) { parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces); });
   for_all_channels(parallel, plan, plan.pieces, [&](int64_t first, int64_t end) {
-    Sums whole[kTogether] = {};
-    for (int64_t ch = first; ch < end; ch++)
-      for (int64_t i = 0; i < plan.pieces; i++) whole[ch - first].add(parts[ch * plan.pieces + i]);
-    take(first, end, whole);
+    Sums whole[kChannelBatch] = {};
+    for (int64_t channel = first; channel < end; channel++)
+      for (int64_t i = 0; i < plan.pieces; i++) whole[channel - first].add(parts[channel * plan.pieces + i]);
+    sink(first, end, whole);
   });
 }
 
 template <class A>
-void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
+void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   const Plan& plan = b.plan;
   const int64_t splits = plan.splits();
   std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
@@ -58,14 +58,14 @@ void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, 
   });
 
   for_all_channels(parallel, plan, splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
-    Sums whole[kTogether] = {};
+    Sums whole[kChannelBatch] = {};
     for (int64_t down = 0; down < splits; down++) {
       const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
-      for_each_column(plan, first, end, columns, [&](int64_t ch, int64_t column) {
-        whole[ch - first].add({dy[at + column], dy_xmu[at + column]});
+      for_each_column(plan, first, end, columns, [&](int64_t channel, int64_t column) {
+        whole[channel - first].add({dy[at + column], dy_xmu[at + column]});
       });
     }
-    take(first, end, whole);
+    sink(first, end, whole);
   });
 }
 
@@ -96,11 +96,12 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
            keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
            exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {
   for_each_step(0, plan.channels, [&](int64_t first, int64_t end) {
-    A scales[kTogether], biases[kTogether];
+    A scales[kChannelBatch], biases[kChannelBatch];
     load_channels(scales, p.weight, p.weight_dtype, first, end, A(1));
     load_channels(biases, p.bias, p.weight_dtype, first, end, A(0));
     // As the forward computed them, to the bit.
-    for (int64_t ch = first; ch < end; ch++) scales[ch - first] *= static_cast<const A*>(p.invstd)[ch];
+    for (int64_t channel = first; channel < end; channel++)
+      scales[channel - first] *= static_cast<const A*>(p.invstd)[channel];
     mean.set(first, end, static_cast<const A*>(p.mean) + first);
     scale.set(first, end, scales);
     bias.set(first, end, biases);
@@ -108,23 +109,23 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
 }
 
 template <class A>
-void sums_of_group(const BackwardOperands<A>& b, int64_t first, int64_t end, const TakeSums& take) {
+void sums_of_group(const BackwardOperands<A>& b, int64_t first, int64_t end, const SumsSink& sink) {
   for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-    Sums whole[kTogether];
-    for (int64_t ch = begin; ch < stop; ch++) whole[ch - begin] = sums_of_piece(b, ch, 0);
-    take(begin, stop, whole);
+    Sums whole[kChannelBatch];
+    for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
+    sink(begin, stop, whole);
   });
 }
 
 template <class A>
-void sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel, const TakeSums& take) {
+void sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   if (b.plan.numel() == 0) {
-    const Sums nothing[kTogether] = {};
-    for_each_step(0, b.plan.channels, [&](int64_t first, int64_t end) { take(first, end, nothing); });
+    const Sums nothing[kChannelBatch] = {};
+    for_each_step(0, b.plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
   } else if (b.plan.by_column) {
-    sums_of_columns(b, parallel, take);
+    sums_of_columns(b, parallel, sink);
   } else {
-    sums_of_strips(b, parallel, take);
+    sums_of_strips(b, parallel, sink);
   }
 }
 
@@ -132,7 +133,7 @@ template <class A>
 void store_sums(const BatchNormBackwardParams& p, int64_t first, int64_t end, const Sums* sums) {
   A* const dy = static_cast<A*>(p.sum_dy) + first;
   A* const dy_xmu = static_cast<A*>(p.sum_dy_xmu) + first;
-  A dweight[kTogether];
+  A dweight[kChannelBatch];
   for (int64_t i = 0; i < end - first; i++) {
     dy[i] = static_cast<A>(sums[i].dy);
     dy_xmu[i] = static_cast<A>(sums[i].dy_xmu);
@@ -144,10 +145,10 @@ void store_sums(const BatchNormBackwardParams& p, int64_t first, int64_t end, co
 
 template struct BackwardOperands<float>;
 template struct BackwardOperands<double>;
-template void sums_of_group(const BackwardOperands<float>&, int64_t, int64_t, const TakeSums&);
-template void sums_of_group(const BackwardOperands<double>&, int64_t, int64_t, const TakeSums&);
-template void sums_of_all(const BackwardOperands<float>&, const ParallelFor&, const TakeSums&);
-template void sums_of_all(const BackwardOperands<double>&, const ParallelFor&, const TakeSums&);
+template void sums_of_group(const BackwardOperands<float>&, int64_t, int64_t, const SumsSink&);
+template void sums_of_group(const BackwardOperands<double>&, int64_t, int64_t, const SumsSink&);
+template void sums_of_all(const BackwardOperands<float>&, const ParallelFor&, const SumsSink&);
+template void sums_of_all(const BackwardOperands<double>&, const ParallelFor&, const SumsSink&);
 template void store_sums<float>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 template void store_sums<double>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 

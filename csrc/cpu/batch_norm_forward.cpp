@@ -9,7 +9,7 @@ template <class A>
 void update_running(const BatchNormForwardParams& p, const RunningUpdate<A>& update, int64_t first, int64_t end,
                     const A* mean, const A* var) {
   if (p.running_mean == nullptr) return;
-  A running_mean[kTogether], running_var[kTogether];
+  A running_mean[kChannelBatch], running_var[kChannelBatch];
   load_channels(running_mean, p.running_mean, p.running_dtype, first, end, A(0));
   load_channels(running_var, p.running_var, p.running_dtype, first, end, A(0));
   for (int64_t i = 0; i < end - first; i++) {
@@ -28,10 +28,10 @@ void batch_norm_forward(const BatchNormForwardParams& p, const ParallelFor& para
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan);
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
-    const TakeStats finish = [&](int64_t first, int64_t end, const Welford<double>* stats) {
+    const StatsSink finish = [&](int64_t first, int64_t end, const Welford<double>* stats) {
       A* const mean = static_cast<A*>(p.mean) + first;
       A* const invstd = static_cast<A*>(p.invstd) + first;
-      A var[kTogether];
+      A var[kChannelBatch];
       for (int64_t i = 0; i < end - first; i++) {
         mean[i] = static_cast<A>(stats[i].mean());
         var[i] = static_cast<A>(stats[i].var);

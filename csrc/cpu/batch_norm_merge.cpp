@@ -15,7 +15,7 @@ int64_t batch_norm_merged_count(const BatchNormMergeParams& p) {
 
 void batch_norm_merge(const BatchNormMergeParams& p) {
   with_acc_type(p.dtype, [&](auto acc) {
-    for (int64_t ch = 0; ch < p.c; ch++) merge_channel<decltype(acc)>(p, ch);
+    for (int64_t channel = 0; channel < p.c; channel++) merge_channel<decltype(acc)>(p, channel);
   });
 }
 

@@ -27,7 +27,7 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
 
 template <class A>
 void Normalizer<A>::set(int64_t first, int64_t end, const A* mean, const A* invstd) {
-  A scale[kTogether], bias[kTogether];
+  A scale[kChannelBatch], bias[kChannelBatch];
   load_channels(scale, params_.weight, params_.weight_dtype, first, end, A(1));
   load_channels(bias, params_.bias, params_.weight_dtype, first, end, A(0));
   for (int64_t i = 0; i < end - first; i++) scale[i] *= invstd[i];
@@ -56,7 +56,7 @@ void batch_norm_normalize(const BatchNormForwardParams& p, const ParallelFor& pa
     constexpr DType acc_dtype = dtype_of<A>::value;
     constexpr int64_t kSet = 16;  // additions' time
     for_all_channels(parallel, plan, kSet, [&](int64_t first, int64_t end) {
-      A mean[kTogether], invstd[kTogether];
+      A mean[kChannelBatch], invstd[kChannelBatch];
       if (p.running_mean == nullptr) {
         load_channels(mean, p.mean, acc_dtype, first, end, A(0));
         load_channels(invstd, p.invstd, acc_dtype, first, end, A(1));

@@ -55,10 +55,10 @@ Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan
 
 template <class A>
 void stats_of_strips(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
-                     const TakeStats& take) {
+                     const StatsSink& sink) {
   if (plan.pieces == 1) {
     for_each_group(parallel, plan, plan.channels_per_task,
-                   [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, take); });
+                   [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, sink); });
     return;
   }
   std::vector<Welford<double>> parts(plan.channels * plan.pieces);
@@ -67,16 +67,16 @@ void stats_of_strips(const BatchNormForwardParams& p, const Plan& plan, const Pa
   });
   constexpr int64_t kMerge = 8;  // additions' time
   for_all_channels(parallel, plan, kMerge * plan.pieces, [&](int64_t first, int64_t end) {
-    Welford<double> whole[kTogether] = {};
-    for (int64_t ch = first; ch < end; ch++)
-      for (int64_t i = 0; i < plan.pieces; i++) whole[ch - first].merge(parts[ch * plan.pieces + i]);
-    take(first, end, whole);
+    Welford<double> whole[kChannelBatch] = {};
+    for (int64_t channel = first; channel < end; channel++)
+      for (int64_t i = 0; i < plan.pieces; i++) whole[channel - first].merge(parts[channel * plan.pieces + i]);
+    sink(first, end, whole);
   });
 }
 
 template <class A>
 void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
-                      const TakeStats& take) {
+                      const StatsSink& sink) {
   const Kernels<A>& k = kernels<A>(p.dtype);
   const int64_t splits = plan.splits();
   std::vector<A> shift(splits * plan.pitch);
@@ -93,26 +93,27 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
     std::fill(totals, totals + (end - first), 0.0);
     for (int64_t down = 0; down < splits; down++) {
       const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
-      double parts[kTogether] = {};
-      for_each_column(plan, first, end, columns,
-                      [&](int64_t ch, int64_t column) { parts[ch - first] += term(ch - first, at + column); });
+      double parts[kChannelBatch] = {};
+      for_each_column(plan, first, end, columns, [&](int64_t channel, int64_t column) {
+        parts[channel - first] += term(channel - first, at + column);
+      });
       const double rows = static_cast<double>(block_of_columns(plan, down, 0).rows);
       for (int64_t i = 0; i < end - first; i++) totals[i] += parts[i] * rows;
     }
   };
   const double count = static_cast<double>(plan.outer * plan.inner);
   for_all_channels(parallel, plan, 4 * splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
-    double centre[kTogether], mean[kTogether], m2[kTogether];
-    for (int64_t ch = first; ch < end; ch++) centre[ch - first] = shift[ch * plan.inner];
+    double centre[kChannelBatch], mean[kChannelBatch], m2[kChannelBatch];
+    for (int64_t channel = first; channel < end; channel++) centre[channel - first] = shift[channel * plan.inner];
     sum(first, end, mean, [&](int64_t i, int64_t at) { return (shift[at] - centre[i]) + offset[at]; });
     for (int64_t i = 0; i < end - first; i++) mean[i] /= count;
     sum(first, end, m2, [&](int64_t i, int64_t at) {
       const double d = ((shift[at] - centre[i]) + offset[at]) - mean[i];
       return var[at] + d * d;
     });
-    Welford<double> whole[kTogether];
+    Welford<double> whole[kChannelBatch];
     for (int64_t i = 0; i < end - first; i++) whole[i] = {count, centre[i], mean[i], m2[i] / count};
-    take(first, end, whole);
+    sink(first, end, whole);
   });
 }
 
@@ -120,43 +121,44 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
 
 template <class A>
 void stats_of_group(const BatchNormForwardParams& p, const Plan& plan, int64_t first, int64_t end,
-                    const TakeStats& take) {
+                    const StatsSink& sink) {
   for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-    Welford<double> whole[kTogether];
-    for (int64_t ch = begin; ch < stop; ch++) whole[ch - begin] = stats_of_piece<A>(p, plan, ch, 0);
-    take(begin, stop, whole);
+    Welford<double> whole[kChannelBatch];
+    for (int64_t channel = begin; channel < stop; channel++)
+      whole[channel - begin] = stats_of_piece<A>(p, plan, channel, 0);
+    sink(begin, stop, whole);
   });
 }
 
 template <class A>
 void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
-                  const TakeStats& take) {
+                  const StatsSink& sink) {
   if (plan.numel() == 0) {
-    const Welford<double> nothing[kTogether] = {};
-    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { take(first, end, nothing); });
+    const Welford<double> nothing[kChannelBatch] = {};
+    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
   } else if (plan.by_column) {
-    stats_of_columns<A>(p, plan, parallel, take);
+    stats_of_columns<A>(p, plan, parallel, sink);
   } else {
-    stats_of_strips<A>(p, plan, parallel, take);
+    stats_of_strips<A>(p, plan, parallel, sink);
   }
 }
 
-template void stats_of_group<float>(const BatchNormForwardParams&, const Plan&, int64_t, int64_t, const TakeStats&);
-template void stats_of_group<double>(const BatchNormForwardParams&, const Plan&, int64_t, int64_t, const TakeStats&);
-template void stats_of_all<float>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
-template void stats_of_all<double>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats&);
+template void stats_of_group<float>(const BatchNormForwardParams&, const Plan&, int64_t, int64_t, const StatsSink&);
+template void stats_of_group<double>(const BatchNormForwardParams&, const Plan&, int64_t, int64_t, const StatsSink&);
+template void stats_of_all<float>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const StatsSink&);
+template void stats_of_all<double>(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const StatsSink&);
 
 void batch_norm_stats(const BatchNormForwardParams& p, const ParallelFor& parallel) {
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     stats_of_all<A>(p, make_plan(p.shape), parallel, [&](int64_t first, int64_t end, const Welford<double>* stats) {
-      for (int64_t ch = first; ch < end; ch++) {
-        const Welford<double>& of_channel = stats[ch - first];
+      for (int64_t channel = first; channel < end; channel++) {
+        const Welford<double>& of_channel = stats[channel - first];
         const A mean = static_cast<A>(of_channel.mean());
-        static_cast<A*>(p.mean)[ch] = mean;
-        static_cast<A*>(p.var)[ch] = static_cast<A>(of_channel.var);
+        static_cast<A*>(p.mean)[channel] = mean;
+        static_cast<A*>(p.var)[channel] = static_cast<A>(of_channel.var);
         if (p.mean_rest == nullptr) continue;
-        static_cast<A*>(p.mean_rest)[ch] = static_cast<A>((of_channel.shift - mean) + of_channel.offset);
+        static_cast<A*>(p.mean_rest)[channel] = of_channel.mean_rest(mean);
       }
     });
   });

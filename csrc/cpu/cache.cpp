@@ -10,14 +10,14 @@ namespace bnext::cpu {
 namespace {
 
 // Of a larger cache other cores have most.
-constexpr int64_t kMost = int64_t{64} << 20;
+constexpr int64_t kMaxCacheBytes = int64_t{64} << 20;
 
 int64_t last_level_cache() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (bytes > 0) return std::min(bytes, kMost);
+  if (bytes > 0) return std::min(bytes, kMaxCacheBytes);
 #endif
-  return kMost / 2;
+  return kMaxCacheBytes / 2;
 }
 
 }  // namespace

@@ -11,12 +11,12 @@
 namespace bnext::cpu {
 
 // Channels that are taken together, at most: arrays of so many live on the stack.
-constexpr int64_t kTogether = 64;
+constexpr int64_t kChannelBatch = 64;
 
-// Calls run(first, end) for channels [first, end) in steps of at most kTogether.
+// Calls run(first, end) for channels [first, end) in steps of at most kChannelBatch.
 template <class F>
 void for_each_step(int64_t first, int64_t end, F run) {
-  for (; first < end; first += kTogether) run(first, std::min(first + kTogether, end));
+  for (; first < end; first += kChannelBatch) run(first, std::min(first + kChannelBatch, end));
 }
 
 // f(a value of the storage type).
@@ -40,7 +40,8 @@ void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end
   }
   with_type(t, [=](auto type) {
     const auto* from = static_cast<const decltype(type)*>(p);
-    for (int64_t ch = first; ch < end; ch++) values[ch - first] = static_cast<A>(widen(from[ch]));
+    for (int64_t channel = first; channel < end; channel++)
+      values[channel - first] = static_cast<A>(widen(from[channel]));
   });
 }
 
@@ -51,7 +52,8 @@ void store_channels(const A* values, void* p, DType t, int64_t first, int64_t en
   with_type(t, [=](auto type) {
     using T = decltype(type);
     T* const to = static_cast<T*>(p);
-    for (int64_t ch = first; ch < end; ch++) to[ch] = narrow<T>(static_cast<acc_t<T>>(values[ch - first]));
+    for (int64_t channel = first; channel < end; channel++)
+      to[channel] = narrow<T>(static_cast<acc_t<T>>(values[channel - first]));
   });
 }
 
@@ -62,11 +64,11 @@ void for_each_column(const Plan& plan, int64_t first, int64_t end, int64_t limit
   const int64_t inner = plan.inner;
   for (int64_t start = 0; start < limit; start += plan.channels * inner) {
     if (inner == 1) {  // a loop for the compiler's vectors
-      for (int64_t ch = first; ch < end; ch++) visit(ch, start + ch);
+      for (int64_t channel = first; channel < end; channel++) visit(channel, start + channel);
       continue;
     }
-    for (int64_t ch = first; ch < end; ch++)
-      for (int64_t i = 0; i < inner; i++) visit(ch, start + ch * inner + i);
+    for (int64_t channel = first; channel < end; channel++)
+      for (int64_t i = 0; i < inner; i++) visit(channel, start + channel * inner + i);
   }
 }
 
@@ -80,7 +82,7 @@ class PerChannel {
     if (plan_.by_column) {
       A* const entries = values_.data();
       for_each_column(plan_, first, end, plan_.width,
-                      [=](int64_t ch, int64_t column) { entries[column] = values[ch - first]; });
+                      [=](int64_t channel, int64_t column) { entries[column] = values[channel - first]; });
     } else {
       std::copy(values, values + (end - first), values_.begin() + first);
     }

@@ -52,9 +52,9 @@ struct Choice {
 std::vector<Choice> choices() {
   std::vector<Choice> all = {{"portable", portable_kernels, true}};
 #if BNEXT_X86
-  const X86 most = detect();
-  all.push_back({"avx2", avx2_kernels, most >= X86::avx2});
-  all.push_back({"avx512", avx512_kernels, most >= X86::avx512});
+  const X86 best = detect();
+  all.push_back({"avx2", avx2_kernels, best >= X86::avx2});
+  all.push_back({"avx512", avx512_kernels, best >= X86::avx512});
 #elif BNEXT_ARM64
   all.push_back({"neon", neon_kernels, true});
 #endif

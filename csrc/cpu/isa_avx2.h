@@ -32,10 +32,10 @@ inline __m256d fnma(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a
 
 inline __m256 max_keep_nan(__m256 low, __m256 v) { return _mm256_max_ps(low, v); }
 inline __m256d max_keep_nan(__m256d low, __m256d v) { return _mm256_max_pd(low, v); }
-inline __m256 select_if_positive(__m256 v, __m256 dy) {
+inline __m256 relu_gate(__m256 v, __m256 dy) {
   return _mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ), dy);
 }
-inline __m256d select_if_positive(__m256d v, __m256d dy) {
+inline __m256d relu_gate(__m256d v, __m256d dy) {
   return _mm256_and_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ), dy);
 }
 inline uint32_t positive_bits(__m256 v) {

@@ -43,8 +43,8 @@ inline __m512 select_or_zero(uint32_t bits, __m512 dy) { return _mm512_maskz_mov
 inline __m512d select_or_zero(uint32_t bits, __m512d dy) {
   return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), dy);
 }
-inline __m512 select_if_positive(__m512 v, __m512 dy) { return select_or_zero(positive_bits(v), dy); }
-inline __m512d select_if_positive(__m512d v, __m512d dy) { return select_or_zero(positive_bits(v), dy); }
+inline __m512 relu_gate(__m512 v, __m512 dy) { return select_or_zero(positive_bits(v), dy); }
+inline __m512d relu_gate(__m512d v, __m512d dy) { return select_or_zero(positive_bits(v), dy); }
 
 inline __m512 select_le(__m512 a, __m512 b, __m512 r, __m512 s) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), s, r);

@@ -49,8 +49,8 @@ inline uint32x4_t positive(float32x4_t v) { return vmvnq_u32(vclezq_f32(v)); }
 inline uint64x2_t positive(float64x2_t v) {
   return vreinterpretq_u64_u32(vmvnq_u32(vreinterpretq_u32_u64(vclezq_f64(v))));
 }
-inline float32x4_t select_if_positive(float32x4_t v, float32x4_t dy) { return keep(positive(v), dy); }
-inline float64x2_t select_if_positive(float64x2_t v, float64x2_t dy) { return keep(positive(v), dy); }
+inline float32x4_t relu_gate(float32x4_t v, float32x4_t dy) { return keep(positive(v), dy); }
+inline float64x2_t relu_gate(float64x2_t v, float64x2_t dy) { return keep(positive(v), dy); }
 
 inline uint32x4_t each_bit_f32() { return uint32x4_t{1, 2, 4, 8}; }
 inline uint64x2_t each_bit_f64() { return uint64x2_t{1, 2}; }

@@ -67,7 +67,7 @@ inline Doubles fma(const Doubles& a, const Doubles& b, const Doubles& c) {
 template <class R> R fnma(const R& a, const R& b, const R& c) { return fma(-a, b, c); }
 
 template <class R> R max_keep_nan(const R& low, const R& v) { return low > v ? low : v; }
-template <class R> R select_if_positive(const R& v, const R& dy) { return v <= R{} ? R{} : dy; }
+template <class R> R relu_gate(const R& z, const R& dy) { return z <= R{} ? R{} : dy; }
 template <class R> R select_le(const R& a, const R& b, const R& r, const R& s) { return a <= b ? r : s; }
 template <class Bits, class A> typename native<A>::type shift_lanes(Lanes<A> l, int mantissa_bits) {
   for (A& v : l.v) v = bit_cast<A>((bit_cast<Bits>(v) << mantissa_bits) + bit_cast<Bits>(A(1)));

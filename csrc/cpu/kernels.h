@@ -3,6 +3,9 @@
 // results, which must not depend on the machine, to the stage that calls it.
 #pragma once
 
+#include <type_traits>
+
+#include "../core/epilogue.h"
 #include "../core/params.h"
 #include "../core/welford.h"
 
@@ -52,9 +55,9 @@ struct NormalizeArgs {
   bool stream;  // y is too large to be found in cache by whoever reads it next
 };
 
-// Values of Epilogue and of Derivative that kernels here have.
-constexpr int kEpilogues = 5;
-constexpr int kDerivatives = 4;
+// Kernels here are compiled for all values of Epilogue and of Derivative but the last, `run_time`.
+constexpr int kEpilogues = static_cast<int>(Epilogue::run_time);
+constexpr int kDerivatives = static_cast<int>(Derivative::run_time);
 
 template <class A>
 struct BackwardArgs {
@@ -95,25 +98,28 @@ struct Kernels {
   void (*gradient[kDerivatives][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [derivative][training][by column]
 };
 
-// One for each storage type: the list to extend for a new one, with its loads and stores in isa_*.h.
+// The kernels of every storage type.
 struct KernelSet {
-  Kernels<float> f32, f16, bf16;
-  Kernels<double> f64;
+#define BNEXT_MEMBER(name, type, python) Kernels<acc_t<type>> of_##name;
+  BNEXT_DTYPES(BNEXT_MEMBER)
+#undef BNEXT_MEMBER
 };
 
-// The best that this machine can run, chosen once. BNEXT_CPU=portable, avx2 or avx512 in the
-// environment lowers the choice. Throws std::invalid_argument where it names none, or one that this machine lacks.
+// The best that this machine can run, chosen once. BNEXT_CPU in the environment lowers the choice, to portable, avx2,
+// avx512 or neon. Throws std::invalid_argument where it names none, or one that this machine lacks.
 const KernelSet& kernel_set();
 
-template <class A> const Kernels<A>& kernels(DType);
-template <> inline const Kernels<double>& kernels<double>(DType) { return kernel_set().f64; }
-template <> inline const Kernels<float>& kernels<float>(DType t) {
+// The kernels of a storage type that is accumulated in A.
+template <class A>
+const Kernels<A>& kernels(DType t) {
   const KernelSet& set = kernel_set();
   switch (t) {
-    case DType::f32: return set.f32;
-    case DType::f16: return set.f16;
-    case DType::bf16: return set.bf16;
-    case DType::f64: break;  // accumulates in double: the other function's
+#define BNEXT_CASE(name, type, python)                                  \
+  case DType::name:                                                     \
+    if constexpr (std::is_same_v<acc_t<type>, A>) return set.of_##name; \
+    else break;
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
   }
   BNEXT_UNREACHABLE();
 }

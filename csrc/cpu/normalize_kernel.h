@@ -25,10 +25,10 @@ void fill_row(A* row, int64_t width, F f) {
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) { store(row + j, Full{}, f(j, part)); });
 }
 
-// epilogue.h's Affine, on vectors.
+// The affine step of a row's vector at column j.
 template <class A, bool by_column> struct VecAffine {
   Parameter<A, by_column> mean, scale, bias;
-  Vec<A> operator()(const Vec<A>& x, int64_t j) const { return fma(x - mean.at(j), scale.at(j), bias.at(j)); }
+  Vec<A> operator()(const Vec<A>& x, int64_t j) const { return affine(x - mean.at(j), scale.at(j), bias.at(j)); }
 };
 
 // z of the `width` elements of a row that begin at element `first`, the rest of its last vector included. Forward and
@@ -40,7 +40,7 @@ template <class T, bool by_column, class Args>
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
   const VecAffine<A, by_column> affine{mean, scale, bias};
-  const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
+  const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance);
   const auto normalized = [&](int64_t j, auto part) {
     if constexpr (by_column) ahead.fetch(j);
     return affine(load(x + j, part), j);
@@ -60,7 +60,6 @@ template <class T, Epilogue epilogue, bool by_column>
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
-  const V zero(0);
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
@@ -72,7 +71,7 @@ template <class T, Epilogue epilogue, bool by_column>
     const Streaming streaming(args.stream, block.width, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
-    const Ahead<T> ahead(args.x, first + Ahead<T>::distance);
+    const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance);
     for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
@@ -82,7 +81,7 @@ template <class T, Epilogue epilogue, bool by_column>
       if constexpr (epilogue == Epilogue::add_relu) {
         if (mask != nullptr) put_bits(mask, first + j, lanes_of<A>(part), positive_bits(v));
       }
-      if constexpr (epilogue == Epilogue::relu || epilogue == Epilogue::add_relu) v = max_keep_nan(zero, v);
+      if constexpr (epilogue == Epilogue::relu || epilogue == Epilogue::add_relu) v = relu(v);
       store(y + j, part, v);
     });
   }
@@ -102,7 +101,7 @@ template <class T, bool by_column>
     if (args.mask != nullptr) {
       // A copy, since the values need z as well.
       fill_row(kept, block.width, [&](int64_t j, auto) { return load(z + j, Full{}); });
-      kept_bits(args.activation, kept, block.width);
+      mask_bits(args.activation, kept, block.width);
       for_each_vector<A>(block.width, Tail::overlapping, [&](int64_t j, auto part) {
         put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(load(kept + j, Full{})));
       });

@@ -16,7 +16,7 @@ constexpr int64_t kGrain = 8192;
 // many cores busy, few enough that merging their results costs nothing.
 constexpr int64_t kTasks = 64;
 // Grains of an elementwise pass. Few of them are a power of two, so that they share out evenly.
-constexpr int64_t kFewGrains = 16, kMostGrains = 1024;
+constexpr int64_t kFewGrains = 16, kMaxGrains = 1024;
 // Fewer channels than this do not keep many cores busy: their strips are cut.
 constexpr int64_t kEnoughChannels = 16;
 // Contiguous elements that are worth the latency of finding the next ones, and elements that stay in
@@ -92,7 +92,7 @@ Plan make_plan(const Shape& shape) {
   }
   if (p.numel() == 0) return p;
   // Long grains: memory comes in order within each, and the grains of a thread from the last to the first.
-  int64_t grains = std::min(ceil_div(p.numel(), kOneThread), kMostGrains);
+  int64_t grains = std::min(ceil_div(p.numel(), kOneThread), kMaxGrains);
   if (grains < kFewGrains) grains = power_of_two_above(grains);
   p.grain = round_up(ceil_div(p.numel(), grains), 64);
   p.grains = ceil_div(p.numel(), p.grain);

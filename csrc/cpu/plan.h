@@ -1,7 +1,7 @@
 // How the work on a shape is cut: a pure function of the shape, never of the number of threads.
 //
-// Both layouts are one: element (o, ch, i) of outer x channels x inner lies at
-// (o * channels + ch) * inner + i, and interleaved data has inner = 1. What matters is whether
+// Both layouts are one: element (o, channel, i) of outer x channels x inner lies at
+// (o * channels + channel) * inner + i, and interleaved data has inner = 1. What matters is whether
 // inner fills a vector:
 //   strips:  a channel is `outer` runs of `inner` contiguous elements, with one parameter each.
 //   columns: where runs are short, the tensor is a matrix of `rows` x `width` whose columns keep to
@@ -50,8 +50,8 @@ Plan make_plan(const Shape&);
 template <class F>
 void for_each_block_of_strip(const Plan& plan, int64_t channel, int64_t begin, int64_t end, F f) {
   const int64_t stride = plan.channels * plan.inner;
-  const auto element = [&](int64_t ch, int64_t i) {
-    return i / plan.inner * stride + ch * plan.inner + i % plan.inner;
+  const auto element = [&](int64_t channel, int64_t i) {
+    return i / plan.inner * stride + channel * plan.inner + i % plan.inner;
   };
   for (int64_t i = begin; i < end;) {
     int64_t rows = 1, width = std::min({plan.inner - i % plan.inner, end - i, kRowElements});

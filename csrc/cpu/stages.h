@@ -64,20 +64,20 @@ void for_each_piece(const Plan& plan, const SubMatrix& block, int64_t width, F f
   }
 }
 
-// batch_norm_stats.cpp. Calls take(first, end, statistics of channels [first, end)), at most kTogether of them at a
+// batch_norm_stats.cpp. Calls sink(first, end, statistics of channels [first, end)), at most kChannelBatch of them at a
 // time, for a group of channels of a plan by strips, or for all channels, on several threads.
-using TakeStats = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
+using StatsSink = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
 template <class A>
-void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, int64_t end, const TakeStats& take);
+void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, int64_t end, const StatsSink& sink);
 template <class A>
-void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const TakeStats& take);
+void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const StatsSink& sink);
 
 // batch_norm_normalize.cpp
 template <class A>
 class Normalizer {
  public:
   Normalizer(const BatchNormForwardParams&, const Plan&);
-  // Of at most kTogether channels.
+  // Of at most kChannelBatch channels.
   void set(int64_t first, int64_t end, const A* mean, const A* invstd);
   void run(const SubMatrix& block) const {
     for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
@@ -116,10 +116,10 @@ struct BackwardOperands {
   const BackwardArgs<A> args;
 };
 // As stats_of_group and stats_of_all do.
-using TakeSums = std::function<void(int64_t first, int64_t end, const Sums*)>;
+using SumsSink = std::function<void(int64_t first, int64_t end, const Sums*)>;
 template <class A>
-void sums_of_group(const BackwardOperands<A>&, int64_t first, int64_t end, const TakeSums& take);
-template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFor&, const TakeSums& take);
+void sums_of_group(const BackwardOperands<A>&, int64_t first, int64_t end, const SumsSink& sink);
+template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFor&, const SumsSink& sink);
 // Rounds the sums of channels [first, end) to A and stores them, and the parameters' gradients where they are wanted.
 template <class A> void store_sums(const BatchNormBackwardParams&, int64_t first, int64_t end, const Sums*);
 
@@ -128,7 +128,7 @@ template <class A>
 class InputGradient {
  public:
   explicit InputGradient(const BackwardOperands<A>&);
-  // Of at most kTogether channels, from the sums that store_sums left. Not needed in eval mode, which has none.
+  // Of at most kChannelBatch channels, from the sums that store_sums left. Not needed in eval mode, which has none.
   void set(int64_t first, int64_t end);
   void run(const SubMatrix& block) const {
     for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });

@@ -30,9 +30,9 @@ template <class T>
       rows, width, [&](int64_t r) { return p + r * block.stride; },
       [&](const T* row, int64_t i, auto which, auto part) {
         V& d = deviations[which.value];
-        d = d + counted(part, load(row + i, part) - k);
+        d = d + zero_inactive(part, load(row + i, part) - k);
       });
-  return first[0] + rough_sum(deviations) / static_cast<A>(rows * width);
+  return first[0] + fast_sum(deviations) / static_cast<A>(rows * width);
 }
 
 // The mean is left as centre + offset, in double: so it has lost nothing where the next block takes it, or the end
@@ -46,12 +46,12 @@ template <class T>
   // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
   V deviations[2] = {V(0), V(0)}, squares[4] = {V(0), V(0), V(0), V(0)};
   // A strip jumps from image to image, which no hardware prefetcher foresees.
-  const Ahead<T> ahead(x, next);
+  const Prefetcher<T> ahead(x, next);
   sum_rows<A>(
       block.rows, block.width, [&](int64_t r) { return r * block.stride; },
       [&](int64_t row, int64_t i, auto which, auto part) {
         ahead.fetch(row + i);
-        const V d = counted(part, load(p + row + i, part) - c);
+        const V d = zero_inactive(part, load(p + row + i, part) - c);
         V& sum = deviations[which.value / 2];
         sum = sum + d;
         squares[which.value] = fma(d, d, squares[which.value]);
@@ -109,7 +109,7 @@ template <class T>
   sum_chunk(0, fourth, std::false_type{});
   const D each_of_some(1.0 / static_cast<double>(fourth));
   each_double([&](int64_t j) {
-    store(shift + j, Full{}, fma(wide(sums + j), each_of_some, wide(shift + j)));
+    store(shift + j, Full{}, fma(load_as_double(sums + j), each_of_some, load_as_double(shift + j)));
     store(offset + j, Full{}, D(0.0));
     store(var + j, Full{}, D(0.0));
   });
@@ -125,8 +125,8 @@ template <class T>
     for (int64_t r = begin; r < end; r += kColumnRows) {
       sum_chunk(r, std::min(r + kColumnRows, end), std::true_type{});
       each_double([&](int64_t j) {
-        store(sums_of_all + j, Full{}, wide(sums_of_all + j) + wide(sums + j));
-        store(squares_of_all + j, Full{}, wide(squares_of_all + j) + wide(squares + j));
+        store(sums_of_all + j, Full{}, load_as_double(sums_of_all + j) + load_as_double(sums + j));
+        store(squares_of_all + j, Full{}, load_as_double(squares_of_all + j) + load_as_double(squares + j));
       });
     }
     // Chan's update, and the mean, as far as it can be represented, as the next centre. All columns share their counts,
@@ -134,17 +134,17 @@ template <class T>
     const double seen = static_cast<double>(begin), rows = static_cast<double>(end - begin), total = seen + rows;
     const D each_row(1.0 / rows), weight(rows / total), spread(seen * (rows / total)), count(rows);
     each_double([&](int64_t j) {
-      const D k = wide(shift + j), mean = wide(sums_of_all + j) * each_row;
-      const D m2 = max_keep_nan(D(0.0), fnma(mean * mean, count, wide(squares_of_all + j)));
-      const D delta = mean - wide(offset + j), moved = fma(delta, weight, wide(offset + j));
-      store(var + j, Full{}, wide(var + j) + fma(delta * delta, spread, m2));
+      const D k = load_as_double(shift + j), mean = load_as_double(sums_of_all + j) * each_row;
+      const D m2 = max_keep_nan(D(0.0), fnma(mean * mean, count, load_as_double(squares_of_all + j)));
+      const D delta = mean - load_as_double(offset + j), moved = fma(delta, weight, load_as_double(offset + j));
+      store(var + j, Full{}, load_as_double(var + j) + fma(delta * delta, spread, m2));
       store(shift + j, Full{}, k + moved);
-      store(offset + j, Full{}, (k - wide(shift + j)) + moved);
+      store(offset + j, Full{}, (k - load_as_double(shift + j)) + moved);
     });
   }
 
   const D each_row(1.0 / static_cast<double>(block.rows));
-  each_double([&](int64_t j) { store(var + j, Full{}, wide(var + j) * each_row); });
+  each_double([&](int64_t j) { store(var + j, Full{}, load_as_double(var + j) * each_row); });
 }
 
 }  // namespace

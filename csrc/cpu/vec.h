@@ -9,11 +9,10 @@
 //   fma(a,b,c) fnma(a,b,c)              a*b + c, c - a*b
 //   select_le(a, b, r, s)               a <= b ? r : s, hence s where either is NaN
 //   shift_to_exponent(v)                2^n for v = n + 1.5 * 2^23 (double: 2^52), whose low bits are n's
-//   max_keep_nan(low, v)                low > v ? low : v, so that NaN passes: relu with low 0 (its
-//                                       -0 is as good as 0)
-//   positive_bits(v)                    a bit for each lane: epilogue.h's is_positive(v)
-//   select_if_positive(v, dy)           is_positive(v) ? dy : 0
-//   select_or_zero(bits, dy)            the same by bits
+//   max_keep_nan(low, v)                low > v ? low : v, so that NaN passes
+//   relu_gate(z, dy)                    z <= 0 ? 0 : dy
+//   positive_bits(z)                    a bit for each lane: 0 where z <= 0
+//   select_or_zero(bits, dy)            a lane's bit ? dy : 0
 //   load(p) store(p, r)                 of any storage type, with its conversion
 //   load(p, n) store(p, n, r)           of the first n lanes only; the others are 0, untouched
 //   load_double(p) store(float*, r)     a double register from and to floats
@@ -22,7 +21,7 @@
 //   store_all(p, r[]) stream_all(p, r[])  optional: of a vector, where that takes less than its registers
 //   prefetch(p)                         of any address
 //
-// All of it has internal linkage: three object files carry three versions of the same names, and
+// All of it has internal linkage: each instruction set's object file carries a version of the same names, and
 // none of them may leak into another.
 #pragma once
 
@@ -79,8 +78,10 @@ template <class A> Vec<A> fnma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c
 template <class A> Vec<A> max_keep_nan(const Vec<A>& low, const Vec<A>& v) {
   return Vec<A>::each([&](int i) { return max_keep_nan(low.r[i], v.r[i]); });
 }
-template <class A> Vec<A> select_if_positive(const Vec<A>& v, const Vec<A>& dy) {
-  return Vec<A>::each([&](int i) { return select_if_positive(v.r[i], dy.r[i]); });
+// As in core/activation.h, with one instruction each. (Of -0 relu is -0 here, which is as good as 0.)
+template <class A> Vec<A> relu(const Vec<A>& z) { return max_keep_nan(Vec<A>(0), z); }
+template <class A> Vec<A> relu_gate(const Vec<A>& z, const Vec<A>& dy) {
+  return Vec<A>::each([&](int i) { return relu_gate(z.r[i], dy.r[i]); });
 }
 template <class A> Vec<A> select_or_zero(uint32_t bits, const Vec<A>& dy) {
   return Vec<A>::each([&](int i) { return select_or_zero(bits >> (i * Vec<A>::lanes_each), dy.r[i]); });
@@ -107,9 +108,11 @@ template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
 template <class A> constexpr int64_t lanes_of(Overlapping) { return Vec<A>::lanes; }
 
 // v in the lanes that count in a sum, 0 in the others.
-template <class A> Vec<A> counted(Full, const Vec<A>& v) { return v; }
-template <class A> Vec<A> counted(Partial part, const Vec<A>& v) { return select_or_zero((1u << part.n) - 1u, v); }
-template <class A> Vec<A> counted(Overlapping part, const Vec<A>& v) {
+template <class A> Vec<A> zero_inactive(Full, const Vec<A>& v) { return v; }
+template <class A> Vec<A> zero_inactive(Partial part, const Vec<A>& v) {
+  return select_or_zero((1u << part.n) - 1u, v);
+}
+template <class A> Vec<A> zero_inactive(Overlapping part, const Vec<A>& v) {
   return select_or_zero(~0u << (Vec<A>::lanes - part.n), v);
 }
 
@@ -145,7 +148,7 @@ void store(T* p, Streamed, const Vec<A>& v) {
 
 // As double, whatever A is.
 template <class A>
-Vec<double> wide(const A* p) {
+Vec<double> load_as_double(const A* p) {
   return Vec<double>::each([&](int i) { return load_double(p + i * Vec<double>::lanes_each); });
 }
 
@@ -156,8 +159,8 @@ double sum(const Vec<A> (&v)[count]) {
   for (int k = 0; k < count; k++) store(lanes[k], Full{}, v[k]);
   Vec<double> total(0.0);
   for (int i = 0; i < Vec<A>::lanes; i += Vec<double>::lanes) {
-    Vec<double> some = wide(lanes[0] + i) + wide(lanes[1] + i);
-    if constexpr (count == 4) some = some + (wide(lanes[2] + i) + wide(lanes[3] + i));
+    Vec<double> some = load_as_double(lanes[0] + i) + load_as_double(lanes[1] + i);
+    if constexpr (count == 4) some = some + (load_as_double(lanes[2] + i) + load_as_double(lanes[3] + i));
     total = total + some;
   }
   double t[Vec<double>::lanes];
@@ -167,7 +170,7 @@ double sum(const Vec<A> (&v)[count]) {
 
 // The same to within some roundings of A, in half the time.
 template <class A>
-A rough_sum(const Vec<A> (&v)[4]) {
+A fast_sum(const Vec<A> (&v)[4]) {
   A lanes[Vec<A>::lanes];
   store(lanes, Full{}, (v[0] + v[1]) + (v[2] + v[3]));
   for (int64_t n = Vec<A>::lanes / 2; n > 0; n /= 2)
@@ -273,11 +276,11 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
 
 // Elements that will be read soon, fetched into cache. They may lie beyond the tensor: nobody
 // dereferences them.
-template <class T> struct Ahead {
+template <class T> struct Prefetcher {
   // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
   static constexpr int64_t distance = 2048 / sizeof(T);
   uintptr_t row;
-  Ahead(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
+  Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
   void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
 };
 

@@ -11,7 +11,7 @@ namespace bnext::cuda {
 namespace {
 
 // Static and dynamic shared memory of a block, together, that a kernel has without asking.
-constexpr size_t kWithoutAsking = 48 * 1024;
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 // For what is slow and happens once. Never destroyed, like all that is kept here: at exit the CUDA driver may be gone
 // before static objects are.
@@ -21,42 +21,42 @@ std::mutex& once() {
 }
 
 // What a kernel may have on a device, which only grows.
-struct Granted {
+struct KernelLimits {
   const void* kernel;
   int device;
-  Granted* next;
+  KernelLimits* next;
   size_t static_shared;
   std::atomic<int64_t> dynamic_shared{-1};
-  std::atomic<int> least_threads{INT_MAX};
+  std::atomic<int> min_threads{INT_MAX};
   std::atomic<unsigned> cluster{kMaxCluster};
   int carveout = 0;  // percent
 
-  Granted(const void* kernel, int device, Granted* next, size_t static_shared)
+  KernelLimits(const void* kernel, int device, KernelLimits* next, size_t static_shared)
       : kernel(kernel), device(device), next(next), static_shared(static_shared) {}
 
   bool covers(int threads, size_t shared, unsigned size) const {
-    return static_cast<int64_t>(shared) <= dynamic_shared && threads >= least_threads && size <= cluster;
+    return static_cast<int64_t>(shared) <= dynamic_shared && threads >= min_threads && size <= cluster;
   }
 };
 
 // A hash table that is read without a lock; nothing is ever taken out of it.
 constexpr size_t kBuckets = 512;
-std::atomic<Granted*> buckets[kBuckets];
+std::atomic<KernelLimits*> buckets[kBuckets];
 
-std::atomic<Granted*>& bucket_of(const void* kernel, int device) {
+std::atomic<KernelLimits*>& bucket_of(const void* kernel, int device) {
   const uint64_t key = reinterpret_cast<uintptr_t>(kernel) + static_cast<uint64_t>(device);
   return buckets[(key * 0x9e3779b97f4a7c15) >> 55];
 }
 
-Granted* find(const void* kernel, int device) {
-  Granted* entry = bucket_of(kernel, device);
+KernelLimits* find(const void* kernel, int device) {
+  KernelLimits* entry = bucket_of(kernel, device);
   while (entry && (entry->kernel != kernel || entry->device != device)) entry = entry->next;
   return entry;
 }
 
 // A multiprocessor's memory is shared out between L1 and shared memory. Asks for as many blocks as registers and
 // threads leave room for, so that shared memory does not run two blocks one after the other.
-cudaError_t set_carveout(Granted& granted, int threads, size_t dynamic_shared) {
+cudaError_t set_carveout(KernelLimits& granted, int threads, size_t dynamic_shared) {
   auto prefer = [&](int percent) {
     return cudaFuncSetAttribute(granted.kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
   };
@@ -78,18 +78,18 @@ cudaError_t set_carveout(Granted& granted, int threads, size_t dynamic_shared) {
 
 cudaError_t grant(const void* kernel, int device, int threads, size_t dynamic_shared, unsigned cluster) {
   const std::lock_guard<std::mutex> lock(once());
-  Granted* granted = find(kernel, device);
+  KernelLimits* granted = find(kernel, device);
   if (!granted) {
     cudaFuncAttributes attributes = {};
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess) return error;
-    std::atomic<Granted*>& bucket = bucket_of(kernel, device);
-    granted = new Granted(kernel, device, bucket, attributes.sharedSizeBytes);
+    std::atomic<KernelLimits*>& bucket = bucket_of(kernel, device);
+    granted = new KernelLimits(kernel, device, bucket, attributes.sharedSizeBytes);
     bucket = granted;
   }
   const auto dynamic = std::max(static_cast<int64_t>(dynamic_shared), granted->dynamic_shared.load());
-  threads = std::min(threads, granted->least_threads.load());
-  if (dynamic > granted->dynamic_shared && granted->static_shared + dynamic > kWithoutAsking) {
+  threads = std::min(threads, granted->min_threads.load());
+  if (dynamic > granted->dynamic_shared && granted->static_shared + dynamic > kDefaultSharedBytes) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic));
     if (error != cudaSuccess) return error;
@@ -100,7 +100,7 @@ cudaError_t grant(const void* kernel, int device, int threads, size_t dynamic_sh
     granted->cluster = cluster;
   }
   if (const cudaError_t error = set_carveout(*granted, threads, dynamic); error != cudaSuccess) return error;
-  granted->least_threads = threads;
+  granted->min_threads = threads;
   granted->dynamic_shared = dynamic;
   return cudaSuccess;
 }
@@ -176,15 +176,15 @@ cudaError_t query_device(int device, DeviceProperties* properties) {
 cudaError_t allow_kernel_resources(const void* kernel, int threads, size_t dynamic_shared, unsigned cluster) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const Granted* granted = find(kernel, device);
+  const KernelLimits* granted = find(kernel, device);
   if (granted && granted->covers(threads, dynamic_shared, cluster)) return cudaSuccess;
   return grant(kernel, device, threads, dynamic_shared, cluster);
 }
 
 cudaError_t Device::get(int ordinal, Device** device) {
-  constexpr int kMostDevices = 256;
-  static std::atomic<Device*> devices[kMostDevices];
-  if (ordinal < 0 || ordinal >= kMostDevices) return cudaErrorInvalidDevice;
+  constexpr int kMaxDevices = 256;
+  static std::atomic<Device*> devices[kMaxDevices];
+  if (ordinal < 0 || ordinal >= kMaxDevices) return cudaErrorInvalidDevice;
   *device = devices[ordinal];
   if (*device) return cudaSuccess;
   DeviceProperties found = {};
@@ -204,7 +204,7 @@ DeviceProperties Device::properties() const {
   return now;
 }
 
-bool Device::give_up(const Plan& plan, cudaError_t error) {
+bool Device::disable_refused(const Plan& plan, cudaError_t error) {
   switch (error) {
     case cudaErrorCooperativeLaunchTooLarge:  // there are fewer multiprocessors than the device says
     case cudaErrorInvalidClusterSize:

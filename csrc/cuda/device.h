@@ -13,7 +13,8 @@ namespace bnext::cuda {
 // A driver may refuse to launch what the device could run: all blocks of a grid together, or clusters. It does under
 // MPS, in green contexts, on virtual GPUs, in debuggers, and says so at the launch only. So whoever launches
 //
-//   plans by properties(), allocates, and launches; and does so again as long as give_up() is true of the error.
+//   plans by properties(), allocates, and launches; and does so again as long as disable_refused() is true of the
+//   error.
 //
 // Nothing has run when a launch is refused. For all threads of a process; no member takes a lock.
 class Device {
@@ -28,7 +29,7 @@ class Device {
 
   // After the first launch of this plan ended with that error: whether it is one that refuses what another plan does
   // without. Then that is remembered, and the runtime's error cleared.
-  bool give_up(const Plan& plan, cudaError_t error);
+  bool disable_refused(const Plan& plan, cudaError_t error);
 
   // What it has refused so far, for people to read.
   std::vector<std::string> refused() const;

@@ -24,25 +24,25 @@ __device__ __forceinline__ void wait_for_count(const uint32_t* counter, const Re
   __syncthreads();
 }
 
-// Counts the block among `blocks` of them, and returns its share of what is to be done when all have come, from 0 on,
-// or -1: the last `shares` to come, at most `blocks`, have one each. A block with a share returns once all have come,
-// and sees what they wrote before. They need not all be on the device together: those with a share wait for fewer than
-// `shares`, a device has room for as many (planner/plan.cpp), and blocks without a share go on or leave: so those come.
-__device__ __forceinline__ int arrive_for_share(uint32_t* counter, uint32_t blocks, uint32_t shares) {
+// Counts the block among `blocks` of them, and returns its number among the workers that go on when all have arrived,
+// the last `workers` <= `blocks` of them, counted backwards from 0; or -1 in all other blocks. A worker returns once
+// all have arrived, and sees what they wrote before. The blocks need not all be on the device together: workers wait
+// for fewer than `workers` blocks, a device has room for as many (planner/plan.cpp), and all others leave.
+__device__ __forceinline__ int arrive_among_last(uint32_t* counter, uint32_t blocks, uint32_t workers) {
   if (blocks == 1) {
     __syncthreads();
     return 0;
   }
-  // It is back at 0 when the last has come, and nobody else uses it before this launch is over.
+  // It is back at 0 when the last has arrived, and nobody else uses it before this launch is over.
   const uint32_t missing = blocks - 1 - block_increment_acq_rel(counter, blocks - 1);
-  if (missing >= shares) return -1;
+  if (missing >= workers) return -1;
   if (missing > 0) wait_for_count(counter, [](uint32_t count) { return count == 0; });
   return static_cast<int>(missing);
 }
 
 // True in the last of `blocks` blocks to call it; what the others wrote before is then visible.
 __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t blocks) {
-  return arrive_for_share(counter, blocks, 1) == 0;
+  return arrive_among_last(counter, blocks, 1) == 0;
 }
 
 // All blocks of a cooperative launch wait for each other, and see what the others wrote before.

@@ -58,13 +58,13 @@ __device__ __forceinline__ void store_parameter(void* p, DType t, int64_t channe
 // shared: words [word][column] in shared memory. (Each thread by itself would load single floats, 32 bytes from those
 // of its neighbours: on an H100 that took 1.5 to 2 us of every pass.)
 template <int N, class C>
-class ColumnShare {
+class ColumnCache {
  public:
   static constexpr int kWords = sizeof(C) / sizeof(uint32_t);
   static constexpr size_t kBytes = sizeof(C) * N * kMaxTileVecs;
 
   // In `memory` of kBytes, aligned to 16.
-  __device__ __forceinline__ ColumnShare(void* memory, const Partition& partition)
+  __device__ __forceinline__ ColumnCache(void* memory, const Partition& partition)
       : words_(static_cast<uint32_t*>(memory)), columns_(partition.columns.tile_vecs * N) {}
 
   // of(ColumnChannel) gives what belongs to each column of the tile. All threads must call; `memory` is free when they
@@ -85,7 +85,7 @@ class ColumnShare {
   }
 
   // Those of the N columns of a thread that is active.
-  __device__ __forceinline__ void get(C (&out)[N], const ColumnPlace<N>& place) const {
+  __device__ __forceinline__ void load(C (&out)[N], const ColumnPlace<N>& place) const {
     uint32_t words[kWords][N];
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {

@@ -153,13 +153,13 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Until no more than the last MOST of the thread's groups are under way.
-template <int MOST>
+// Until no more than the last MAX_PENDING of the thread's groups are under way.
+template <int MAX_PENDING>
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(BNEXT_SIMT)
-  if (simt::code_capability() >= 80) simt::wait_for_copies(MOST);
+  if (simt::code_capability() >= 80) simt::wait_for_copies(MAX_PENDING);
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(MOST) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(MAX_PENDING) : "memory");
 #endif
 }
 
@@ -200,8 +200,8 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
 
 // 16 bytes of global memory that other threads load or store meanwhile: each half as one, in no order with anything
 // else.
-struct alignas(16) Halves { uint64_t first, second; };
-__device__ __forceinline__ void store_relaxed(Halves* p, const Halves& v) {
+struct alignas(16) U64x2 { uint64_t first, second; };
+__device__ __forceinline__ void store_relaxed(U64x2* p, const U64x2& v) {
 #if defined(BNEXT_SIMT)
   *static_cast<volatile uint64_t*>(&p->first) = v.first;
   simt::preempt();
@@ -210,8 +210,8 @@ __device__ __forceinline__ void store_relaxed(Halves* p, const Halves& v) {
   asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"(v.first), "l"(v.second) : "memory");
 #endif
 }
-__device__ __forceinline__ Halves load_relaxed(const Halves* p) {
-  Halves v;
+__device__ __forceinline__ U64x2 load_relaxed(const U64x2* p) {
+  U64x2 v;
 #if defined(BNEXT_SIMT)
   v.first = *static_cast<const volatile uint64_t*>(&p->first);
   v.second = *static_cast<const volatile uint64_t*>(&p->second);

@@ -47,7 +47,7 @@ class alignas(16) Flagged {
     bool there = true;
 #pragma unroll
     for (int i = 0; i < kWords; i += 2) {
-      const Halves pair = load_relaxed(&pairs_[i / 2]);
+      const U64x2 pair = load_relaxed(&pairs_[i / 2]);
       words[i] = static_cast<uint32_t>(pair.first);
       words[i + 1] = static_cast<uint32_t>(pair.second);
       there &= pair.first >> 32 == flag && pair.second >> 32 == flag;
@@ -55,7 +55,7 @@ class alignas(16) Flagged {
     return there;
   }
 
-  Halves pairs_[kWords / 2];
+  U64x2 pairs_[kWords / 2];
 };
 
 }  // namespace bnext::cuda

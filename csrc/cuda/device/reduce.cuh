@@ -13,10 +13,6 @@
 
 namespace bnext::cuda {
 
-// States that a thread merges at a time. Their loads are all in flight before the first is needed.
-template <class State>
-constexpr int kBatch = sizeof(State) > 16 ? 4 : 8;
-
 // The merge of states `begin`, begin + step, ... below `end` of an array with `stride` between neighbours.
 template <int BATCH, class State>
 __device__ __forceinline__ State merge_strided(const State* states, int begin, int end, int step, int stride) {
@@ -37,23 +33,24 @@ __device__ __forceinline__ State merge_strided(const State* states, int begin, i
 
 // Of another lane of the warp.
 template <class State>
-__device__ __forceinline__ State shuffle_xor(const State& mine, int apart) {
+__device__ __forceinline__ State shuffle_xor(const State& mine, int lane_mask) {
   constexpr int kWords = sizeof(State) / sizeof(uint32_t);
   uint32_t words[kWords];
   memcpy(words, &mine, sizeof(State));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(~0u, words[i], apart);
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(~0u, words[i], lane_mask);
   State other;
   memcpy(&other, words, sizeof(State));
   return other;
 }
 
-// Merges what a block's threads hold, which are in rows of `lanes`, a power of two, with N columns each. store() leaves
-// it in shared memory. merge(e, lane) reads column e of all threads whose number is `lane` modulo kWarp, and merges it,
-// in that order; they are of the same column of the tile. Then each(column, state) is called, in one thread for each of
-// the lanes * N columns. All threads must call. The order of the merge depends on `lanes` and the number of threads.
+// Merges what a block's threads hold, which are in rows of `row_threads`, a power of two, with N columns each. store()
+// leaves it in shared memory. merge(e, lane) reads column e of all threads whose number is `lane` modulo kWarp, and
+// merges it, in that order; they are of the same column of the tile. Then each(column, state) is called, in one thread
+// for each of the row_threads * N columns. All threads must call. The order of the merge depends on `row_threads` and
+// the number of threads.
 template <int N, class Store, class Merge, class Each>
-__device__ __forceinline__ void merge_rows(int lanes, const Store& store, const Merge& merge, const Each& each) {
+__device__ __forceinline__ void merge_rows(int row_threads, const Store& store, const Merge& merge, const Each& each) {
   __syncthreads();  // nobody reads what was there before
   store();
   __syncthreads();
@@ -62,22 +59,24 @@ __device__ __forceinline__ void merge_rows(int lanes, const Store& store, const 
   for (int e = threadIdx.x / kWarp; e < N; e += blockDim.x / kWarp) {
     auto state = merge(e, lane);
 #pragma unroll 1
-    for (int apart = kWarp / 2; apart >= lanes; apart /= 2) {
-      const decltype(state) both[2] = {state, shuffle_xor(state, apart)};  // as it should be in the lower lanes
+    for (int lane_mask = kWarp / 2; lane_mask >= row_threads; lane_mask /= 2) {
+      const decltype(state) both[2] = {state,
+                                       shuffle_xor(state, lane_mask)};  // as it should be in the lower row_threads
       state = merge_all(both);
     }
-    if (lane < lanes) each(lane * N + e, state);
+    if (lane < row_threads) each(lane * N + e, state);
   }
 }
 
 // The same for threads with one state each, in `memory` of kMaxThreads of them.
 template <class State, class Each>
-__device__ __forceinline__ void merge_states(const State& mine, int lanes, void* memory, const Each& each) {
+__device__ __forceinline__ void merge_states(const State& mine, int row_threads, void* memory, const Each& each) {
   State* slots = static_cast<State*>(memory);
   merge_rows<1>(
-      lanes, [&] { slots[threadIdx.x] = mine; },
+      row_threads, [&] { slots[threadIdx.x] = mine; },
       [&](int, int lane) {
-        return merge_strided<kBatch<State>>(slots + lane, 0, static_cast<int>(blockDim.x) / kWarp, 1, kWarp);
+        return merge_strided<merge_batch(sizeof(State), false)>(slots + lane, 0, static_cast<int>(blockDim.x) / kWarp,
+                                                                1, kWarp);
       },
       each);
 }
@@ -99,15 +98,15 @@ struct Partials {
   // Merges channels [first, past), as many at a time as the block has threads for, each one's partial results shared
   // out among the rows of threads; then calls finish(channel, state, operands) in one thread for each, for which
   // finish.operands(channel) is loaded meanwhile. Channel c has columns c, c + channels, ..., `repeat` of them.
-  template <int BATCH, class Finish>
+  template <class Finish>
   __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat, void* memory,
                                         const Finish& finish) const {
     int shift = 0;  // of threads to a row
     while ((1 << shift) < past - first && (1 << shift) < kWarp) ++shift;
-    const int lanes = 1 << shift, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+    const int row_threads = 1 << shift, lane = static_cast<int>(threadIdx.x) & (row_threads - 1);
     const int rows = static_cast<int>(blockDim.x) >> shift, row = static_cast<int>(threadIdx.x) >> shift;
 #pragma unroll 1
-    for (int64_t base = first; base < past; base += lanes) {
+    for (int64_t base = first; base < past; base += row_threads) {
       const int64_t channel = base + lane;
       State total = {};
       decltype(finish.operands(channel)) operands = {};
@@ -118,13 +117,13 @@ struct Partials {
           // Columns have numbers of more than 32 bits, their vectors of 32.
           const int64_t column = channel + r * channels;
           const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
-          const State merged =
-              merge_strided<BATCH>(of_tile(tile) + (column - int64_t{tile} * width), row, splits, rows, width);
+          const State merged = merge_strided<merge_batch(sizeof(State), WIDTH > 1)>(
+              of_tile(tile) + (column - int64_t{tile} * width), row, splits, rows, width);
           if (r == 0) total = merged;
           else total.merge(merged);
         }
       }
-      merge_states(total, lanes, memory, [&](int i, const State& whole) {
+      merge_states(total, row_threads, memory, [&](int i, const State& whole) {
         if (base + i < past) finish(base + i, whole, operands);  // i is the thread's lane
       });
     }
@@ -132,19 +131,17 @@ struct Partials {
 };
 
 // Merges what the blocks of a tile hold. merge_block(each) merges what the block's threads do, WIDTH columns of the
-// tile each, and calls each(column, state) in one thread for each column. The last blocks to come share the merge of
+// tile each, and calls each(column, state) in one thread for each column. The last blocks to arrive share the merge of
 // all of them, and there finish(channel, state, finish.operands(channel)) is called exactly once for each channel.
-// Control flow is uniform within a block. BATCH: partial results that a thread has in flight; by default for a pass
-// that needs its registers for nothing else.
-template <int WIDTH, class State, int BATCH = (WIDTH > 1 && sizeof(State) <= 16 ? 16 : kBatch<State>), class MergeBlock,
-          class Finish>
+// Control flow is uniform within a block.
+template <int WIDTH, class State, class MergeBlock, class Finish>
 __device__ __forceinline__ void merge_blocks(int64_t channels, const Partition& partition, const Scratch& scratch,
                                              const WorkTile& work, void* memory, MergeBlock&& merge_block,
                                              const Finish& finish) {
   const bool by_tile = partition.repeat == 1;
   const auto blocks = static_cast<uint32_t>(by_tile ? partition.splits : partition.blocks());
   const Partials<WIDTH, State> partials(partition, scratch);
-  const int width = partials.width, shares = partition.merge_shares;
+  const int width = partials.width, workers = partition.merge_workers;
   const int64_t begin = work.tile * width;
   State* const mine = partials.of_tile(work.tile) + work.split * width;
   const bool alone = partition.splits == 1 && by_tile;
@@ -154,13 +151,13 @@ __device__ __forceinline__ void merge_blocks(int64_t channels, const Partition& 
     else if (begin + column < channels) finish(begin + column, merged, finish.operands(begin + column));
   });
   if (alone) return;
-  const int share = arrive_for_share(&scratch.counters[by_tile ? work.tile : 0], blocks, shares);
-  if (share < 0) return;
+  const int worker = arrive_among_last(&scratch.counters[by_tile ? work.tile : 0], blocks, workers);
+  if (worker < 0) return;
   // The channels of the tile, or all of them where a channel's columns lie in several tiles.
   const int64_t first = by_tile ? begin : 0, past = by_tile ? min(channels, begin + width) : channels;
-  const int64_t part = static_cast<uint32_t>(past - first + shares - 1) / static_cast<uint32_t>(shares);
-  partials.template merge<BATCH>(min(past, first + share * part), min(past, first + (share + 1) * part), channels,
-                                 partition.repeat, memory, finish);
+  const int64_t part = static_cast<uint32_t>(past - first + workers - 1) / static_cast<uint32_t>(workers);
+  partials.merge(min(past, first + worker * part), min(past, first + (worker + 1) * part), channels, partition.repeat,
+                 memory, finish);
 }
 
 }  // namespace bnext::cuda

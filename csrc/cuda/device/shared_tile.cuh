@@ -30,9 +30,10 @@ class SharedTile {
 
   // Loads a walk's chunks into registers, and stores them. A chunk for which there is no room is left to the L2 cache:
   // it will be read again.
-  class Storing {
+  class GlobalToShared {
    public:
-    __device__ __forceinline__ Storing(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
+    __device__ __forceinline__ GlobalToShared(const typename Op::Params& p, const SharedTile& tile)
+        : p_(p), tile_(tile) {}
 
     template <int COUNT>
     __device__ __forceinline__ void load(const Chunk<COUNT, true>& chunk, Vecs<COUNT>& vecs) {
@@ -51,9 +52,10 @@ class SharedTile {
   // Copies a walk's chunks, some chunks ahead, and loads them when they are there: more is under way than registers
   // would hold. (The whole part at once took an H100 no less.)
   template <class Walk>
-  class Copying {
+  class AsyncGlobalToShared {
    public:
-    __device__ __forceinline__ Copying(const typename Op::Params& p, const SharedTile& tile, const Walk& walk)
+    __device__ __forceinline__ AsyncGlobalToShared(const typename Op::Params& p, const SharedTile& tile,
+                                                   const Walk& walk)
         : p_(p), tile_(tile), ahead_(walk) {
       begin();
     }
@@ -81,12 +83,12 @@ class SharedTile {
     // The next chunk as a group of its own; or what is left of the walk, even if that is nothing: `kAhead` groups are
     // then always behind that of the chunk that is loaded.
     __device__ __forceinline__ void copy() {
-      if (ahead_.left >= CHUNK) {
+      if (ahead_.remaining >= CHUNK) {
         copy_chunk<CHUNK>();
       } else {
 #pragma unroll
         for (int k = 1; k < CHUNK; ++k) {
-          if (ahead_.left > 0) copy_chunk<1>();
+          if (ahead_.remaining > 0) copy_chunk<1>();
         }
       }
       commit_copies();
@@ -95,7 +97,7 @@ class SharedTile {
     template <int COUNT>
     __device__ __forceinline__ void copy_chunk() {
       Chunk<COUNT, true> chunk;
-      take(ahead_, chunk);
+      next_chunk(ahead_, chunk);
       tile_.copy(p_, to_, chunk);
       to_ += COUNT * tile_.stride_;
     }
@@ -109,14 +111,14 @@ class SharedTile {
   // Loads from global memory by way of the tile, where the chunks remain.
   template <bool COPIES, class Walk>
   __device__ __forceinline__ auto fill(const typename Op::Params& p, const Walk& walk) const {
-    if constexpr (COPIES) return Copying<Walk>(p, *this, walk);
-    else return Storing(p, *this);
+    if constexpr (COPIES) return AsyncGlobalToShared<Walk>(p, *this, walk);
+    else return GlobalToShared(p, *this);
   }
 
   // Loads chunks once more, in the same order: from the tile, or from memory where there was no room.
-  class Kept {
+  class FromShared {
    public:
-    __device__ __forceinline__ Kept(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
+    __device__ __forceinline__ FromShared(const typename Op::Params& p, const SharedTile& tile) : p_(p), tile_(tile) {}
 
     template <int COUNT>
     __device__ __forceinline__ void load(const Chunk<COUNT, true>& chunk, Vecs<COUNT>& vecs) {
@@ -130,7 +132,7 @@ class SharedTile {
     const SharedTile& tile_;
     uint32_t from_ = 0;
   };
-  __device__ __forceinline__ Kept kept(const typename Op::Params& p) const { return Kept(p, *this); }
+  __device__ __forceinline__ FromShared replay(const typename Op::Params& p) const { return FromShared(p, *this); }
 
  private:
   // Whether there is room for the chunk whose first vector's slot is `offset` bytes behind the thread's first.

@@ -38,11 +38,11 @@ __device__ __forceinline__ void for_work_tiles(const Partition& partition, Body&
 
 // Goes on by so many of a walk's vectors, in one chunk.
 template <class Walk, int COUNT, bool WHOLE>
-__device__ __forceinline__ void take(Walk& walk, Chunk<COUNT, WHOLE>& chunk) {
-  chunk.keep_in_l2 = walk.left <= walk.keep_in_l2;
+__device__ __forceinline__ void next_chunk(Walk& walk, Chunk<COUNT, WHOLE>& chunk) {
+  chunk.keep_in_l2 = walk.remaining <= walk.keep_in_l2;
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) walk.next(chunk, k);
-  walk.left -= COUNT;
+  walk.remaining -= COUNT;
 }
 
 // Calls body(Chunk) on what is left of a walk: CHUNK vectors at a time, then what remains in smaller and smaller
@@ -51,13 +51,13 @@ template <int CHUNK, bool REST = false, class Walk, class Body>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Body&& body) {
   auto once = [&] {
     Chunk<CHUNK, Walk::kWhole> chunk;
-    take(walk, chunk);
+    next_chunk(walk, chunk);
     body(chunk);
   };
   if constexpr (REST) {
-    if (walk.left >= CHUNK) once();
+    if (walk.remaining >= CHUNK) once();
   } else {
-    while (walk.left >= CHUNK) once();
+    while (walk.remaining >= CHUNK) once();
   }
   if constexpr (CHUNK > 1) for_each_chunk<CHUNK / 2, true>(walk, body);
 }
@@ -67,7 +67,7 @@ template <int N, bool ALIGNED>
 class PlanarWalk {
  public:
   static constexpr bool kWhole = ALIGNED;
-  int32_t left;        // vectors
+  int32_t remaining;   // vectors
   int32_t keep_in_l2;  // so many of the last
 
   __device__ __forceinline__ PlanarWalk(const Partition& partition, const Shape& shape, const WorkTile& work)
@@ -78,8 +78,8 @@ class PlanarWalk {
     const int32_t steps = static_cast<int32_t>(min(partition.steps - begin, partition.steps_per_split));
     // How many vectors are this thread's: the strides of the block, of which the last may not reach it.
     const int32_t threads = blockDim.x;
-    left = max((steps - static_cast<int32_t>(threadIdx.x) + threads - 1) / threads, 0);
-    if (left == 0) return;
+    remaining = max((steps - static_cast<int32_t>(threadIdx.x) + threads - 1) / threads, 0);
+    if (remaining == 0) return;
 
     // The first of them: image n, vector j of the plane.
     const int32_t plane_vecs = static_cast<int32_t>(partition.planar.plane_vecs);
@@ -95,7 +95,7 @@ class PlanarWalk {
     plane_ = n * image_ + work.tile * shape.s;
     vec_ = static_cast<uint32_t>(plane_ / N) + j_;
     stride_ = static_cast<uint32_t>(partition.planar.stride_planes * (image_ / N)) + partition.planar.stride_vecs;
-    stride_on_ = stride_ + static_cast<uint32_t>((image_ - shape.s) / N);
+    plane_stride_ = stride_ + static_cast<uint32_t>((image_ - shape.s) / N);
   }
 
   // Additions alone: a division for each vector would be most of a loop's instructions.
@@ -105,9 +105,9 @@ class PlanarWalk {
     if constexpr (ALIGNED) {
       chunk.vec[k] = vec_;
       j_ += planar_.stride_vecs;
-      const bool on = j_ >= plane_vecs;
-      if (on) j_ -= plane_vecs;
-      vec_ += on ? stride_on_ : stride_;
+      const bool crosses_plane = j_ >= plane_vecs;
+      if (crosses_plane) j_ -= plane_vecs;
+      vec_ += crosses_plane ? plane_stride_ : stride_;
     } else {
       const int64_t covering = (plane_ & -int64_t{N}) + int64_t{j_} * N;
       chunk.vec[k] = static_cast<uint32_t>(covering / N);
@@ -127,8 +127,8 @@ class PlanarWalk {
   const Partition::Planar& planar_;
   int64_t image_ = 0, plane_ = 0;  // element offset of the plane
   int32_t j_ = 0;
-  uint32_t vec_ = 0;                     // an aligned vector of it
-  uint32_t stride_ = 0, stride_on_ = 0;  // within a plane, and on to the next
+  uint32_t vec_ = 0;                        // an aligned vector of it
+  uint32_t stride_ = 0, plane_stride_ = 0;  // within a plane, and on to the next
 };
 
 // A thread's place in a column tile.
@@ -136,12 +136,12 @@ template <int N>
 struct ColumnPlace {
   int32_t vec_col, row;
   int64_t col;
-  bool active;  // some threads have no row, or no vector in it, and the last tile may have tile_vecs to spare
+  bool active;  // some threads have no row or no vector in it, and the last tile may be narrower
 
   __device__ __forceinline__ ColumnPlace(const Partition& partition, const WorkTile& work) {
     const auto& columns = partition.columns;
-    row = static_cast<int32_t>(threadIdx.x) / columns.lanes;
-    vec_col = static_cast<int32_t>(threadIdx.x) - row * columns.lanes;
+    row = static_cast<int32_t>(threadIdx.x) / columns.row_threads;
+    vec_col = static_cast<int32_t>(threadIdx.x) - row * columns.row_threads;
     col = (work.tile * columns.tile_vecs + vec_col) * N;
     active = row < columns.thread_rows && vec_col < columns.tile_vecs && col < columns.cols;
   }
@@ -152,7 +152,7 @@ template <int N>
 class ColumnWalk {
  public:
   static constexpr bool kWhole = true;
-  int32_t left;        // vectors
+  int32_t remaining;   // vectors
   int32_t keep_in_l2;  // so many of the last
 
   __device__ __forceinline__ ColumnWalk(const Partition& partition, int64_t numel, const WorkTile& work,
@@ -164,7 +164,7 @@ class ColumnWalk {
     last_ = (partition.steps - 1) * columns.cols + place.col;  // in the row that may be short
     cut_ = place.active && begin + rows_ == partition.steps && last_ + N > numel;
     if (cut_) --rows_;  // it is not whole, and comes last, or not at all
-    left = place.active ? (rows_ - place.row + columns.thread_rows - 1) / columns.thread_rows : 0;
+    remaining = place.active ? (rows_ - place.row + columns.thread_rows - 1) / columns.thread_rows : 0;
     vec_ = static_cast<uint32_t>(((begin + place.row) * columns.cols + place.col) / N);
     stride_ = static_cast<uint32_t>(columns.thread_rows * (columns.cols / N));
   }

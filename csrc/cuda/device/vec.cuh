@@ -2,12 +2,13 @@
 #pragma once
 
 #include "../../core/half.h"
+#include "../planner/partition.h"
 #include "cuda_compat.h"
 
 namespace bnext::cuda {
 
-// Elements of a vector: 16 bytes of T, or 8 elements where a byte of sign mask goes with them.
-template <class T, bool MASKED> constexpr int kVec = MASKED ? 8 : 16 / static_cast<int>(sizeof(T));
+// Elements of a vector of T.
+template <class T, bool MASKED> constexpr int kVec = vec_elements(sizeof(T), MASKED);
 
 // Unroll factor: vectors that `bytes` of registers hold, for each tensor that a thread has in flight.
 template <class T, int N>

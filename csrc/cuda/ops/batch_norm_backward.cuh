@@ -10,9 +10,6 @@
 
 namespace bnext::cuda {
 
-// Vectors of these are of 8 elements, whose bits are a byte.
-constexpr bool masks(Derivative d) { return d >= Derivative::mask; }
-
 // The two sums of a channel. They are plain: mean is known, and centred products do not cancel.
 template <class A>
 struct alignas(2 * sizeof(A)) Sums {
@@ -40,8 +37,7 @@ struct BatchNormBackward {
   using A = acc_t<T>;
   static constexpr int N = VEC;
   static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
-  // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
-  static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
+  static constexpr bool kResident = has_resident_kernels(sizeof(T), kGeneral);
   static constexpr bool kReducesMasked = true;
   // Both passes read dy and x, also where the second could do without x: plans keep what they have read.
   static constexpr int kInputs = 2;
@@ -50,8 +46,8 @@ struct BatchNormBackward {
   }
 
   // What is known of a channel before its reduction.
-  struct Known { A mean, invstd, weight, bias; };
-  __device__ __forceinline__ static Known known(const BatchNormBackwardParams& p, int64_t channel) {
+  struct ChannelParams { A mean, invstd, weight, bias; };
+  __device__ __forceinline__ static ChannelParams channel_params(const BatchNormBackwardParams& p, int64_t channel) {
     return {static_cast<const A*>(p.mean)[channel], static_cast<const A*>(p.invstd)[channel],
             load_parameter<T>(p.weight, p.weight_dtype, channel, A(1)),
             load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
@@ -67,11 +63,12 @@ struct BatchNormBackward {
   // ---- reduction
 
   using State = Sums<A>;
+  static_assert(sizeof(State) == kBackwardNumbers.state * sizeof(A));
 
   // The forward's affine step, bit for bit: scale is weight * invstd there as well.
   using Centre = Affine<A>;
-  __device__ __forceinline__ static Centre centre(const Known& known) {
-    return {known.mean, known.weight * known.invstd, known.bias};
+  __device__ __forceinline__ static Centre centre(const ChannelParams& params) {
+    return {params.mean, params.weight * params.invstd, params.bias};
   }
 
   // Vectors of each of dy and x in flight; fewer next to masked ends, to the states of N columns, and to the code of
@@ -83,22 +80,22 @@ struct BatchNormBackward {
   // What the derivative takes besides x: the mask, which has a byte a vector of 8 (plans see to it that masked vectors
   // are such), or else the residual.
   template <int COUNT>
-  struct Beside {
+  struct Extras {
     uint32_t bits[COUNT];
     Vec<T, N> added[COUNT];
   };
   template <int COUNT, bool WHOLE>
-  __device__ __forceinline__ static Beside<COUNT> beside_reduction(const BatchNormBackwardParams& p,
-                                                                   const Chunk<COUNT, WHOLE>& chunk) {
-    Beside<COUNT> beside;
+  __device__ __forceinline__ static Extras<COUNT> load_reduce_extras(const BatchNormBackwardParams& p,
+                                                                     const Chunk<COUNT, WHOLE>& chunk) {
+    Extras<COUNT> extras;
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) {
       const bool is = masked(p) && (WHOLE || int64_t{chunk.vec[k]} * N < p.shape.numel());
-      beside.bits[k] = is ? p.mask[chunk.vec[k]] : 0;
+      extras.bits[k] = is ? p.mask[chunk.vec[k]] : 0;
     }
     // By the cache: the second pass reads the residual again, which no plan keeps.
-    if (adds(p)) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, beside.added);
-    return beside;
+    if (adds(p)) FromGlobal<T, N, Reuse::again>(p.residual, p.shape).load(chunk, extras.added);
+    return extras;
   }
 
   // One thread's part of a channel: up to 4 independent sums, for short chains of dependent additions.
@@ -112,9 +109,9 @@ struct BatchNormBackward {
 
     template <int COUNT, bool WHOLE>
     __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                        const Vec<T, N> (&vecs)[2][COUNT], const Beside<COUNT>& beside) {
+                                        const Vec<T, N> (&vecs)[2][COUNT], const Extras<COUNT>& extras) {
       for_each_gradient(
-          p, chunk, vecs, beside, [&](int) { return affine; },
+          p, chunk, vecs, extras, [&](int) { return affine; },
           [&](int k, const A(&dy)[N], const A(&x)[N]) {
 #pragma unroll
             for (int e = 0; e < N; ++e) {
@@ -127,7 +124,7 @@ struct BatchNormBackward {
     __device__ __forceinline__ State result() { return merge_all(sums); }
   };
 
-  static constexpr bool kTakesFirst = false;
+  static constexpr bool kNeedsShiftRow = false;
 
   // One thread's N columns. Their affine steps stay in registers, since every row needs them.
   struct ColumnReducer {
@@ -144,9 +141,9 @@ struct BatchNormBackward {
 
     template <int COUNT>
     __device__ __forceinline__ void add(const BatchNormBackwardParams& p, const Chunk<COUNT, true>& chunk,
-                                        const Vec<T, N> (&vecs)[2][COUNT], const Beside<COUNT>& beside) {
+                                        const Vec<T, N> (&vecs)[2][COUNT], const Extras<COUNT>& extras) {
       for_each_gradient(
-          p, chunk, vecs, beside, [&](int e) { return affine[e]; },
+          p, chunk, vecs, extras, [&](int e) { return affine[e]; },
           [&](int, const A(&dy)[N], const A(&x)[N]) {
 #pragma unroll
             for (int e = 0; e < N; ++e) sums[e].add(dy[e], x[e] - affine[e].mean);
@@ -185,7 +182,7 @@ struct BatchNormBackward {
   // Adds the elements that the end of the tensor cut from the last vector of columns: fewer than N.
   __device__ __forceinline__ static void add_tail(const BatchNormBackwardParams& p, int64_t channel, State& whole) {
     const int64_t numel = p.shape.numel();
-    const Affine<A> affine = centre(known(p, channel));
+    const Affine<A> affine = centre(channel_params(p, channel));
     const A param = static_cast<A>(p.activation_param);
 #pragma unroll 1
     for (int64_t i = numel & -int64_t{N}; i < numel; ++i) {
@@ -218,8 +215,8 @@ struct BatchNormBackward {
     store_parameter<T>(p.dbias, p.weight_dtype, channel, whole.dy);
   }
 
-  __device__ __forceinline__ static void after_reduction(const BatchNormBackwardParams&) {}
-  __device__ __forceinline__ static void end(const BatchNormBackwardParams&, const Scratch&, int64_t) {}
+  __device__ __forceinline__ static void between_passes(const BatchNormBackwardParams&) {}
+  __device__ __forceinline__ static void at_kernel_end(const BatchNormBackwardParams&, const Scratch&, int64_t) {}
 
   // ---- from a channel's sums to the coefficients of its gradient
 
@@ -234,6 +231,7 @@ struct BatchNormBackward {
     Affine<A> affine;
     AffineGradient<A> gradient;
   };
+  static_assert(sizeof(Coefficients) == kBackwardNumbers.coefficients * sizeof(A));
 
   // What finish() wrote, or a synchronised sum put in its place. Without a dx, or in evaluation mode, nobody wrote the
   // sums, although there may be memory for them.
@@ -242,20 +240,20 @@ struct BatchNormBackward {
     return {static_cast<const A*>(p.sum_dy)[channel], static_cast<const A*>(p.sum_dy_xmu)[channel]};
   }
   // A pass on its own saves nothing: unlike the forward's in evaluation mode, it has no statistics of its own.
-  __device__ __forceinline__ static Summary load_summary_of_pass(const BatchNormBackwardParams& p, int64_t channel,
-                                                                 bool) {
+  __device__ __forceinline__ static Summary load_standalone_summary(const BatchNormBackwardParams& p, int64_t channel,
+                                                                    bool) {
     return load_summary(p, channel);
   }
 
-  __device__ __forceinline__ static Coefficients coefficients(const BatchNormBackwardParams& p, const Known& known,
-                                                              const Summary& sums) {
-    const Affine<A> affine = centre(known);
+  __device__ __forceinline__ static Coefficients coefficients(const BatchNormBackwardParams& p,
+                                                              const ChannelParams& params, const Summary& sums) {
+    const Affine<A> affine = centre(params);
     // In evaluation mode mean and invstd are constants, and dx = dy' * scale.
     if (!p.training) return {affine, {affine.mean, affine.scale, A(0), A(0)}};
     const A inverse = A(1) / static_cast<A>(p.count);
     // The order of the products is part of the result: invstd squared by itself may overflow where the sum is small.
     return {affine,
-            {affine.mean, affine.scale, sums.dy * inverse, sums.dy_xmu * inverse * known.invstd * known.invstd}};
+            {affine.mean, affine.scale, sums.dy * inverse, sums.dy_xmu * inverse * params.invstd * params.invstd}};
   }
 
   // ---- elementwise
@@ -267,18 +265,18 @@ struct BatchNormBackward {
                                                                          : 64);
 
   template <int COUNT, bool WHOLE>
-  __device__ __forceinline__ static Beside<COUNT> beside_elementwise(const BatchNormBackwardParams& p,
-                                                                     const Chunk<COUNT, WHOLE>& chunk) {
-    return beside_reduction(p, chunk);
+  __device__ __forceinline__ static Extras<COUNT> load_apply_extras(const BatchNormBackwardParams& p,
+                                                                    const Chunk<COUNT, WHOLE>& chunk) {
+    return load_reduce_extras(p, chunk);
   }
 
   // at(e) is the coefficients of element e of a vector.
   template <int COUNT, bool WHOLE, class CoefficientsAt>
   __device__ __forceinline__ static void apply(const BatchNormBackwardParams& p, const Chunk<COUNT, WHOLE>& chunk,
-                                               const Vec<T, N> (&vecs)[2][COUNT], const Beside<COUNT>& beside,
+                                               const Vec<T, N> (&vecs)[2][COUNT], const Extras<COUNT>& extras,
                                                const CoefficientsAt& at) {
     for_each_gradient(
-        p, chunk, vecs, beside, [&](int e) { return at(e).affine; },
+        p, chunk, vecs, extras, [&](int e) { return at(e).affine; },
         [&](int k, const A(&dy)[N], const A(&x)[N]) {
           // Without an activation dresidual is dy itself, and with relu alone there is no residual.
           if (masks(DERIVATIVE) && p.dresidual) {
@@ -300,7 +298,8 @@ struct BatchNormBackward {
  private:
   // Whether the derivative comes from the bits that the forward kept: a constant, but for kernels that look it up.
   __device__ __forceinline__ static bool masked(const BatchNormBackwardParams& p) {
-    return DERIVATIVE == Derivative::mask || (DERIVATIVE >= Derivative::general && p.mask != nullptr);
+    constexpr bool depends = DERIVATIVE == Derivative::general || DERIVATIVE == Derivative::run_time;
+    return DERIVATIVE == Derivative::mask || (depends && p.mask != nullptr);
   }
   // Whether the activation's argument, which is to be found again, has the residual in it.
   __device__ __forceinline__ static bool adds(const BatchNormBackwardParams& p) {
@@ -312,9 +311,9 @@ struct BatchNormBackward {
   __device__ __forceinline__ static void for_each_gradient(const BatchNormBackwardParams& p,
                                                            const Chunk<COUNT, WHOLE>& chunk,
                                                            const Vec<T, N> (&vecs)[2][COUNT],
-                                                           const Beside<COUNT>& beside, const AffineAt& affine_at,
+                                                           const Extras<COUNT>& extras, const AffineAt& affine_at,
                                                            Body&& body) {
-    const auto& bits = beside.bits;
+    const auto& bits = extras.bits;
     const bool active =
         DERIVATIVE == Derivative::run_time ? p.activation != Activation::none : DERIVATIVE != Derivative::none;
     // Of the whole chunk before anything else, so that the code of an activation is there once and not for each vector.
@@ -335,7 +334,7 @@ struct BatchNormBackward {
 #pragma unroll
           for (int e = 0; e < N; ++e) {
             derivative[k][e] = affine_at(e)(derivative[k][e]);
-            if (adds(p)) derivative[k][e] += beside.added[k][e];
+            if (adds(p)) derivative[k][e] += extras.added[k][e];
           }
         }
         // The branch is uniform over the grid, and there is nothing but arithmetic in each of its arms.
@@ -359,12 +358,9 @@ struct BatchNormBackward {
         if constexpr (kGeneral) {
           dy[e] = through(dy[e], derivative[k][e]);
         } else {
-          // relu's derivative is 0 or 1, which makes the product a selection: one instruction less. masked() is a
-          // constant but in run_time, whose kernels have one instance of the code for all.
-          A derivative;
-          if (masked(p)) derivative = bits[k] >> (e % 8) & 1 ? A(1) : A(0);
-          else derivative = Relu::grad(affine_at(e)(x[e]), A(0));
-          dy[e] = derivative == A(1) ? dy[e] : A(0);
+          // masked() is a constant but in run_time, whose kernels have one instance of the code for all.
+          if (masked(p)) dy[e] = bits[k] >> (e % 8) & 1 ? dy[e] : A(0);
+          else dy[e] = relu_gate(affine_at(e)(x[e]), dy[e]);
         }
       }
       body(k, dy, x);

@@ -22,8 +22,8 @@ namespace bnext {
 // therefore what variances differ by from their plain average: otherwise each of a dozen merges would make all of them
 // that much smaller or larger.
 template <int COUNT, class A>
-__device__ __forceinline__ void set_to_merge(Welford<A>& whole, const A (&count)[COUNT], const A (&offset)[COUNT],
-                                             const A (&var)[COUNT]) {
+__device__ __forceinline__ void merge_weighted(Welford<A>& whole, const A (&count)[COUNT], const A (&offset)[COUNT],
+                                               const A (&var)[COUNT]) {
   whole.count = cuda::pairwise_sum<COUNT>([&](int i) { return count[i]; });
   const A inverse = reciprocal(max(whole.count, A(1)));
   A weight[COUNT];
@@ -52,16 +52,13 @@ __device__ __forceinline__ Welford<A> merge_all(const Welford<A> (&states)[COUNT
     offset[i] = count[i] > A(0) ? (states[i].shift - whole.shift) + states[i].offset : A(0);
     var[i] = states[i].var;
   }
-  set_to_merge(whole, count, offset, var);
+  merge_weighted(whole, count, offset, var);
   return whole;
 }
 
 }  // namespace bnext
 
 namespace bnext::cuda {
-
-// Vectors of these are of 8 elements, whose bits are a byte.
-constexpr bool masks(Epilogue e) { return e >= Epilogue::add_relu; }
 
 template <class Element, Epilogue EPILOGUE, int VEC = kVec<Element, masks(EPILOGUE)>>
 struct BatchNormForward {
@@ -70,16 +67,15 @@ struct BatchNormForward {
   using A = acc_t<T>;
   static constexpr int N = VEC;
   static constexpr bool kGeneral = EPILOGUE == Epilogue::general;
-  // exp of a float64 takes so much code that the general kernels of that type would be a fifth of the build.
-  static constexpr bool kResident = !(kGeneral && sizeof(T) == 8);
+  static constexpr bool kResident = has_resident_kernels(sizeof(T), kGeneral);
   static constexpr bool kReducesMasked = false;
   // The residual is none of them: statistics do not take it, and a plan that kept it would have half the room for x.
   static constexpr int kInputs = 1;
   __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }
 
   // What is known of a channel before its reduction.
-  struct Known { A weight, bias; };
-  __device__ __forceinline__ static Known known(const BatchNormForwardParams& p, int64_t channel) {
+  struct ChannelParams { A weight, bias; };
+  __device__ __forceinline__ static ChannelParams channel_params(const BatchNormForwardParams& p, int64_t channel) {
     return {load_parameter<T>(p.weight, p.weight_dtype, channel, A(1)),
             load_parameter<T>(p.bias, p.weight_dtype, channel, A(0))};
   }
@@ -100,16 +96,17 @@ struct BatchNormForward {
   // ---- reduction
 
   using State = Welford<A>;
+  static_assert(sizeof(State) == kForwardNumbers.state * sizeof(A));
 
   // Statistics need nothing but x.
   struct Nothing {};
   template <int COUNT, bool WHOLE>
-  __device__ __forceinline__ static Nothing beside_reduction(const BatchNormForwardParams&,
-                                                             const Chunk<COUNT, WHOLE>&) {
+  __device__ __forceinline__ static Nothing load_reduce_extras(const BatchNormForwardParams&,
+                                                               const Chunk<COUNT, WHOLE>&) {
     return {};
   }
   struct Centre {};
-  __device__ __forceinline__ static Centre centre(const Known&) { return {}; }
+  __device__ __forceinline__ static Centre centre(const ChannelParams&) { return {}; }
 
   // Vectors of a planar chunk: 32 elements, all of whose loads are in flight together, or what the registers of a full
   // multiprocessor hold of wider elements, and of vectors with masked ends.
@@ -170,7 +167,7 @@ struct BatchNormForward {
     }
   };
 
-  static constexpr bool kTakesFirst = true;
+  static constexpr bool kNeedsShiftRow = true;
 
   // One thread's N columns, all with the same count, so that they share the division of Welford::add; and with the same
   // shifts as the block's other threads, so that what they hold merges without.
@@ -246,7 +243,7 @@ struct BatchNormForward {
       }
       State whole = {};
       whole.shift = from.shifts[e * kMaxTileVecs + lane % lanes];
-      set_to_merge(whole, counts, offsets, vars);
+      merge_weighted(whole, counts, offsets, vars);
       whole.recentre();
       return whole;
     }
@@ -288,10 +285,10 @@ struct BatchNormForward {
     const A mean = whole.mean();
     if (p.mean) static_cast<A*>(p.mean)[channel] = mean;
     if (p.var) static_cast<A*>(p.var)[channel] = whole.var;
-    if (p.mean_rest) static_cast<A*>(p.mean_rest)[channel] = (whole.shift - mean) + whole.offset;
+    if (p.mean_rest) static_cast<A*>(p.mean_rest)[channel] = whole.mean_rest(mean);
     if (p.invstd) static_cast<A*>(p.invstd)[channel] = inverse_std(whole.var, p.eps);
     if (!p.running_mean) return;
-    // num_batches_tracked goes up only when every channel has read it: see after_reduction() and end().
+    // num_batches_tracked goes up only when every channel has read it: see between_passes() and at_kernel_end().
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
     store_parameter<T>(p.running_mean, p.running_dtype, channel, update.mean(operands.running_mean, mean));
     store_parameter<T>(p.running_var, p.running_dtype, channel, update.var(operands.running_var, whole.var));
@@ -299,13 +296,14 @@ struct BatchNormForward {
 
   // Adds one to num_batches_tracked, where it is given: by the first block of a pass that begins when every block of
   // the reduction has read it.
-  __device__ __forceinline__ static void after_reduction(const BatchNormForwardParams& p) {
+  __device__ __forceinline__ static void between_passes(const BatchNormForwardParams& p) {
     if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
   }
 
   // The same at the end of a kernel without such a point. A cumulative average reads it, so that the last
   // block to finish must do it, which takes a counter: the one behind those of the tiles.
-  __device__ __forceinline__ static void end(const BatchNormForwardParams& p, const Scratch& scratch, int64_t counter) {
+  __device__ __forceinline__ static void at_kernel_end(const BatchNormForwardParams& p, const Scratch& scratch,
+                                                       int64_t counter) {
     if (!p.num_batches_tracked) return;
     const bool last = p.cumulative ? arrive_last(&scratch.counters[counter], gridDim.x) : blockIdx.x == 0;
     if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
@@ -326,8 +324,8 @@ struct BatchNormForward {
 
   // For an elementwise pass on its own: in evaluation mode the running statistics, of which the thread that `saves`
   // writes mean and invstd.
-  __device__ __forceinline__ static Summary load_summary_of_pass(const BatchNormForwardParams& p, int64_t channel,
-                                                                 bool saves) {
+  __device__ __forceinline__ static Summary load_standalone_summary(const BatchNormForwardParams& p, int64_t channel,
+                                                                    bool saves) {
     if (p.running_mean == nullptr) return load_summary(p, channel);  // `normalize` by given statistics
     const A var = load_parameter<T>(p.running_var, p.running_dtype, channel, A(1));
     const Summary summary = {load_parameter<T>(p.running_mean, p.running_dtype, channel, A(0)),
@@ -339,9 +337,10 @@ struct BatchNormForward {
 
   // weight * invstd is rounded once, here as in the backward, so that both compute the same z.
   using Coefficients = Affine<A>;
-  __device__ __forceinline__ static Coefficients coefficients(const BatchNormForwardParams&, const Known& known,
-                                                              const Summary& summary) {
-    return {summary.mean, known.weight * summary.invstd, known.bias};
+  static_assert(sizeof(Coefficients) == kForwardNumbers.coefficients * sizeof(A));
+  __device__ __forceinline__ static Coefficients coefficients(const BatchNormForwardParams&,
+                                                              const ChannelParams& params, const Summary& summary) {
+    return {summary.mean, params.weight * summary.invstd, params.bias};
   }
 
   // ---- elementwise
@@ -353,8 +352,8 @@ struct BatchNormForward {
   // The residual.
   template <int COUNT> struct Added { Vec<T, N> vecs[COUNT]; };
   template <int COUNT, bool WHOLE>
-  __device__ __forceinline__ static Added<COUNT> beside_elementwise(const BatchNormForwardParams& p,
-                                                                    const Chunk<COUNT, WHOLE>& chunk) {
+  __device__ __forceinline__ static Added<COUNT> load_apply_extras(const BatchNormForwardParams& p,
+                                                                   const Chunk<COUNT, WHOLE>& chunk) {
     Added<COUNT> added;
     if (adds(p)) FromGlobal<T, N, Reuse::last>(p.residual, p.shape).load(chunk, added.vecs);
     return added;
@@ -405,8 +404,8 @@ struct BatchNormForward {
   static constexpr bool kMasks = masks(EPILOGUE) && N == 8;
 
   __device__ __forceinline__ static bool adds(const BatchNormForwardParams& p) {
-    return EPILOGUE >= Epilogue::general ? p.residual != nullptr
-                                         : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
+    constexpr bool depends = EPILOGUE == Epilogue::general || EPILOGUE == Epilogue::run_time;
+    return depends ? p.residual != nullptr : EPILOGUE == Epilogue::add || EPILOGUE == Epilogue::add_relu;
   }
 
   // From z to the activation's value. Returns the bits that say where its derivative is 1.
@@ -417,8 +416,8 @@ struct BatchNormForward {
     uint32_t bits = 0;
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      if constexpr (kMasks && Act::kept == Kept::bit) {
-        bits |= static_cast<uint32_t>(chunk.has(k, e) && kept_bit<Act>(z[e]) == A(1)) << e;
+      if constexpr (kMasks && Act::saves == Saves::mask) {
+        bits |= static_cast<uint32_t>(chunk.has(k, e) && mask_bit<Act>(z[e]) == A(1)) << e;
       }
       // One instance of the code for both: the selection is uniform.
       const bool passes = EPILOGUE == Epilogue::run_time && p.activation == Activation::none;

@@ -20,7 +20,7 @@ std::string describe(const Partition& partition) {
   } else if (partition.groups < partition.tiles) {
     out += ", " + std::to_string(partition.groups) + " at a time";
   }
-  if (partition.again_bytes > 0) out += ", " + std::to_string(partition.again_bytes) + " bytes a block read again";
+  if (partition.reread_bytes > 0) out += ", " + std::to_string(partition.reread_bytes) + " bytes a block read again";
   return out + "; " + std::to_string(partition.shared_bytes + partition.resident_bytes + partition.exchange_bytes) +
          " bytes of shared memory a block";
 }
@@ -32,10 +32,10 @@ std::string describe(const Plan& plan) {
     case PlanKind::cooperative: out += ": 1 launch of " + counted(plan.blocks, "block"); break;
     case PlanKind::automatic:  // never a plan
     case PlanKind::two_pass:
-      out +=
-          ": 2 launches, of " + describe(plan.reduce) +
-          (plan.reduce.merge_shares > 1 ? ", the last " + std::to_string(plan.reduce.merge_shares) + " merging" : "") +
-          ", and of " + describe(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
+      out += ": 2 launches, of " + describe(plan.reduce) +
+             (plan.reduce.merge_workers > 1 ? ", the last " + std::to_string(plan.reduce.merge_workers) + " merging"
+                                            : "") +
+             ", and of " + describe(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
   }
   if (plan.partial_bytes > 0) out += "; partial results of " + std::to_string(plan.partial_bytes) + " bytes";
   if (plan.resident_us > 0) {

@@ -18,15 +18,31 @@ constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general, bo
   return element_bytes == 8 || (general && (columns || element_bytes == 4)) ? 1 : 2;
 }
 
+// Which of its kernels an operation has no resident ones of: exp of a float64 takes so much code that the general
+// kernels of that type would be a fifth of the build.
+constexpr bool has_resident_kernels(int64_t element_bytes, bool general) { return !(general && element_bytes == 8); }
+
+// Elements of a vector: 16 bytes, or 8 elements where a byte of the mask goes with them.
+constexpr int32_t vec_elements(int64_t element_bytes, bool masked) {
+  return masked ? 8 : 16 / static_cast<int32_t>(element_bytes);
+}
+
+// Numbers of the accumulation type that an operation exchanges of a channel, its State, and that its elementwise pass
+// takes of one, its Coefficients: the structs in ops/ are held to it.
+struct NumbersPerChannel { int32_t state, coefficients; };
+constexpr NumbersPerChannel kForwardNumbers = {4, 3};
+constexpr NumbersPerChannel kBackwardNumbers = {2, 7};
+
 // Threads of a warp.
 constexpr int32_t kWarp = 32;
 
 // Vectors of a tile of columns, at most. Wider rows than these 256 bytes, or 512 of float64 with a mask, gain nothing.
 constexpr int32_t kMaxTileVecs = 16;
 
-// Shared memory in which the threads of a block merge what they have, in states of so many numbers of `acc_bytes`: see
-// device/reduce.cuh. A state a thread of planar layouts, two of packed planes (plans/resident_packed.cu); of `width`
-// columns a thread, two numbers each, and for statistics one more a thread, and one a column of the tile.
+// Shared memory in which the threads of a block merge their states, of so many numbers of `acc_bytes`: see
+// device/reduce.cuh. In planar layouts each thread has one state, in packed planes two (plans/resident_packed.cu). In
+// columns it has two numbers (offset and var, or both sums) for each of its `width` columns; statistics also take a
+// count for each thread, and a shift for each column of the tile.
 constexpr int64_t planar_merge_bytes(int64_t numbers, int64_t acc_bytes) { return numbers * acc_bytes * kMaxThreads; }
 constexpr int64_t packed_merge_bytes(int64_t numbers, int64_t acc_bytes) {
   return 2 * numbers * acc_bytes * kMaxThreads;
@@ -35,17 +51,19 @@ constexpr int64_t column_merge_bytes(int64_t width, int64_t numbers, int64_t acc
   return acc_bytes * (2 * width * kMaxThreads + (numbers > 2 ? kMaxThreads + width * kMaxTileVecs : 0));
 }
 
-// Partial results in memory, of so many bytes each, that a thread merges at a time: their loads are all in flight
-// before the first is needed.
-constexpr int merge_batch(int64_t state_bytes) { return state_bytes > 16 ? 4 : state_bytes > 8 ? 8 : 16; }
+// States of so many bytes that a thread merges at a time: their loads are all in flight before the first is needed.
+// Those of columns are as many for each channel as there are blocks to a tile, those of one channel rarely more than 8.
+constexpr int merge_batch(int64_t state_bytes, bool columns) {
+  return state_bytes > 16 ? 4 : state_bytes > 8 || !columns ? 8 : 16;
+}
 
 // Blocks of a cluster, at most: what every GPU that has clusters grants without asking, and what some grant
 // on request, to as many clusters as their layout has room for.
 constexpr int32_t kMaxCluster = 8;
 constexpr int32_t kLargeCluster = 16;
 
-// Where a block keeps a part of its share of a tile, that is whole multiples of so many strides: whole chunks of
-// vectors of any kernel of so many inputs.
+// What a block keeps of its slice of a tile, if not all of it, is a multiple of this many strides, so that the chunks
+// of every kernel of so many inputs are kept whole.
 constexpr int32_t resident_strides(int64_t inputs) { return inputs > 1 ? 2 : 8; }
 
 constexpr int64_t kMaxCount = INT32_MAX - 2 * kMaxThreads;
@@ -77,18 +95,19 @@ struct Partition {
   int64_t tiles;
   int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
   int64_t splits;           // blocks that share a tile
-  int32_t merge_shares;     // blocks that share the merge of their partial results: see arrive_for_share()
+  int32_t merge_workers;    // blocks that share the merge of their partial results: see arrive_among_last()
   int64_t steps;            // planar: vectors of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
-  int64_t resident_bytes;   // dynamic shared memory: what a resident pass keeps of a block's share of a tile;
-  int64_t again_bytes;      // the rest of that share, which is read again;
+  int64_t resident_bytes;   // dynamic shared memory: what a resident pass keeps of a block's slice of a tile;
+  int64_t reread_bytes;     // the rest of that slice, which is read again;
   int64_t exchange_bytes;   // shared memory behind the first: what blocks of a cluster read of each other's columns
   int64_t l2_steps;         // of a split, its last: what the L2 cache should keep, as it will be read again
-  uint32_t first_wave, late_ns;  // clusters that begin together, and how much later their second half: wait_for_turn()
-  bool clustered;                // the blocks of a tile are a cluster, and exchange through its shared memory
-  bool pdl;                      // the launch may begin while the kernel before, of the same plan, is running
-  bool starts_next;              // the next launch does so: only the caller of both knows that
+  uint32_t first_wave,
+      stagger_ns;    // clusters that begin together, and how much later their second half: stagger_start()
+  bool clustered;    // the blocks of a tile are a cluster, and exchange through its shared memory
+  bool pdl;          // the launch may begin while the kernel before, of the same plan, is running
+  bool starts_next;  // the next launch does so: only the caller of both knows that
 
   // Columns of a matrix row that belong to one channel, in a reduction; 1 where a tile is one channel.
   int32_t repeat;
@@ -104,7 +123,7 @@ struct Partition {
     int64_t cols;
     int64_t channel_stride;
     int32_t tile_vecs;
-    int32_t lanes;        // threads to a row: tile_vecs or, where they are to merge what they have, a power of two
+    int32_t row_threads;  // threads to a row: tile_vecs or, where they are to merge what they have, a power of two
     int32_t thread_rows;  // rows a block takes in one stride: threads / lanes
     int32_t packs;
     int32_t tile_channels;  // 0 where that is not how tiles are made

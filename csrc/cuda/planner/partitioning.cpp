@@ -11,7 +11,7 @@ int32_t threads_for(int64_t work) {
   return threads;
 }
 
-int64_t splits_for(int64_t tiles, int64_t slots, int64_t most) {
+int64_t splits_for(int64_t tiles, int64_t slots, int64_t max_splits) {
   int64_t best = 1;
   double best_filled = 0;
   for (int64_t waves = 1; waves <= 4 && best_filled < 0.9; ++waves) {
@@ -22,12 +22,12 @@ int64_t splits_for(int64_t tiles, int64_t slots, int64_t most) {
       best_filled = filled;
     }
   }
-  return std::min(best, std::max<int64_t>(1, most));
+  return std::min(best, std::max<int64_t>(1, max_splits));
 }
 
 void set_splits(Partition& partition, int64_t splits, int64_t stride) {
-  const int64_t most = std::max<int64_t>(1, kMaxCount / 2 / std::max<int64_t>(1, partition.tiles));
-  splits = std::clamp<int64_t>(splits, 1, most);
+  const int64_t max_splits = std::max<int64_t>(1, kMaxCount / 2 / std::max<int64_t>(1, partition.tiles));
+  splits = std::clamp<int64_t>(splits, 1, max_splits);
   partition.steps_per_split = std::max(stride, ceil_div(ceil_div(partition.steps, splits), stride) * stride);
   partition.splits = std::max<int64_t>(1, ceil_div(partition.steps, partition.steps_per_split));
   partition.groups = partition.tiles;
@@ -54,7 +54,7 @@ void set_planar_threads(Partition& partition, int32_t threads) {
 }
 
 void set_thread_rows(Partition& partition, int64_t steps) {
-  const int64_t lanes = partition.columns.lanes;
+  const int64_t lanes = partition.columns.row_threads;
   const int64_t rows = std::clamp<int64_t>(ceil_div(steps, kVecsPerThread), 1, kMaxThreads / lanes);
   partition.columns.thread_rows = static_cast<int32_t>(rows);
   partition.threads = static_cast<int32_t>(ceil_div(lanes * rows, kWarp) * kWarp);
@@ -65,7 +65,7 @@ void set_tile_vecs(Partition& partition, int64_t tile_vecs, bool merges) {
   partition.columns.tile_vecs = static_cast<int32_t>(tile_vecs);
   int32_t lanes = 1;
   while (lanes < tile_vecs) lanes *= 2;
-  partition.columns.lanes = merges ? lanes : partition.columns.tile_vecs;
+  partition.columns.row_threads = merges ? lanes : partition.columns.tile_vecs;
   set_thread_rows(partition, partition.steps);
 }
 
@@ -105,7 +105,7 @@ Partition packed_planes(const Shape& shape, int32_t vec) {
   partition.columns.tile_channels = static_cast<int32_t>(channels);
   partition.tiles = shape.c / channels;
   partition.columns.packs = static_cast<int32_t>(packs);
-  partition.columns.tile_vecs = partition.columns.lanes = static_cast<int32_t>(row_vecs / packs);
+  partition.columns.tile_vecs = partition.columns.row_threads = static_cast<int32_t>(row_vecs / packs);
   return partition;
 }
 

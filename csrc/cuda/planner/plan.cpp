@@ -14,10 +14,11 @@ namespace {
 // is not should take one launch.
 constexpr int64_t kSmallBytes = 2 * 1024 * 1024;
 
-// So many bytes of partial results make a share of their merge: one for each thread of a block, where they are largest.
-constexpr int64_t kMergeShareBytes = 4 * 1024;
-constexpr int64_t kMaxMergeShares = 8;    // tests/simt has room for as many blocks
-constexpr int64_t kMoreMergeShares = 16;  // of resident blocks, where that saves a batch: see merge_batch()
+// So many bytes of partial results take another block to merge them: one for each thread of a block, where they are
+// largest.
+constexpr int64_t kMergeWorkerBytes = 4 * 1024;
+constexpr int64_t kMaxMergeWorkers = 8;    // tests/simt has room for as many blocks
+constexpr int64_t kMoreMergeWorkers = 16;  // of resident blocks, where that saves a batch: see merge_batch()
 
 // Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
 constexpr int64_t kMaxMergedSplits = 256;
@@ -33,15 +34,16 @@ Partition reduce_partition(const Shape& shape, int32_t vec, const DeviceProperti
     set_planar_threads(partition, threads_for(ceil_div(partition.steps, kVecsPerThread)));
     int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(false, partition.planar.aligned) *
                     (kMaxThreads / partition.threads);
-    int64_t most = ceil_div(partition.steps, partition.threads * kVecsPerThread);
-    set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.threads);
+    int64_t max_splits = ceil_div(partition.steps, partition.threads * kVecsPerThread);
+    set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, max_splits), partition.threads);
     return partition;
   }
   Partition partition = columns(shape, vec, shape.c, 1, kMaxTileVecs, /*merges=*/true);
   int64_t slots =
       std::min(kMaxMergedSplits * partition.tiles, device.multiprocessors * int64_t{blocks_per_sm(true, true)});
-  int64_t most = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
-  set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, most), partition.columns.thread_rows);
+  int64_t max_splits = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
+  set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, max_splits),
+             partition.columns.thread_rows);
   return partition;
 }
 
@@ -108,15 +110,16 @@ void set_merge(Plan& plan, const Problem& problem, const DeviceProperties& devic
   }
   // Blocks that share a merge wait for each other, so that all of them must have room, and none another tile to go on
   // to, unless it waits for the merge itself.
-  merging.merge_shares = 1;
+  merging.merge_workers = 1;
   if (plan.kind == PlanKind::two_pass || merging.cooperative()) {
     const int64_t blocks = merging.repeat == 1 ? merging.splits : merging.blocks();
     const int64_t states = blocks * merging.tile_width();
     // More of blocks that are all there, where threads would merge what they have in two batches.
-    const bool batches = states > kMaxMergeShares * kMaxThreads * merge_batch(problem.state_bytes);
-    const int64_t most = merging.cooperative() && batches ? kMoreMergeShares : kMaxMergeShares;
-    merging.merge_shares = static_cast<int32_t>(std::clamp<int64_t>(
-        states * problem.state_bytes / kMergeShareBytes, 1, std::min({most, blocks, int64_t{device.multiprocessors}})));
+    const bool batches = states > kMaxMergeWorkers * kMaxThreads * merge_batch(problem.state_bytes, merging.by_columns);
+    const int64_t max_workers = merging.cooperative() && batches ? kMoreMergeWorkers : kMaxMergeWorkers;
+    merging.merge_workers =
+        static_cast<int32_t>(std::clamp<int64_t>(states * problem.state_bytes / kMergeWorkerBytes, 1,
+                                                 std::min({max_workers, blocks, int64_t{device.multiprocessors}})));
   }
   if (plan.kind == PlanKind::cooperative) ++plan.counters;  // for the barrier
 }
@@ -126,7 +129,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
   const Shape& shape = problem.shape;
   Plan plan = {};
   plan.kind = PlanKind::two_pass;
-  plan.reduce = reduce_partition(shape, problem.vec_of(problem.reduce_masked), device);
+  plan.reduce = reduce_partition(shape, problem.reduce_vec(), device);
   plan.apply = apply_partition(shape, problem.vec(), device);
 
   const PlanKind requested = options.plan.kind;
@@ -167,18 +170,14 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const Pla
 
 Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                   std::string* refusal) {
-  // The kernels of relu behind a residual, and of all other activations, write a byte of mask for every 8 elements, if
-  // it is wanted.
-  const bool general = is_general(p.activation), masked = general || (p.residual && p.activation != Activation::none);
   Problem problem = {};
   problem.shape = p.shape;
   problem.dtype = p.dtype;
-  problem.general = general;
-  problem.masked = masked;
-  problem.tensors = 1;
-  problem.beside = p.residual ? 1 : 0;
-  problem.state_bytes = 4 * acc_size_of(p.dtype);
-  problem.coefficient_bytes = 3 * acc_size_of(p.dtype);
+  problem.general = epilogue_of(p) == Epilogue::general;
+  problem.masked = masks(epilogue_of(p));
+  problem.reduce_inputs = 1;
+  problem.apply_extras = p.residual ? 1 : 0;
+  problem.set_numbers(kForwardNumbers);
   Plan plan = make_plan(problem, device, options, refusal);
   // Clusters count nothing but who has read num_batches_tracked.
   if (p.cumulative && p.num_batches_tracked && plan.kind == PlanKind::resident && plan.resident.clustered) {
@@ -189,16 +188,14 @@ Plan plan_forward(const BatchNormForwardParams& p, const DeviceProperties& devic
 
 Plan plan_backward(const BatchNormBackwardParams& p, const DeviceProperties& device, const PlanOptions& options,
                    std::string* refusal) {
-  const bool general = derivative_of(p) == Derivative::general;
   Problem problem = {};
   problem.shape = p.shape;
   problem.dtype = p.dtype;
-  problem.general = general;
-  problem.masked = problem.reduce_masked = general || derivative_of(p) == Derivative::mask;
-  problem.tensors = 2;
-  problem.beside = problem.masked && p.dresidual ? 1 : 0;
-  problem.state_bytes = 2 * acc_size_of(p.dtype);
-  problem.coefficient_bytes = 7 * acc_size_of(p.dtype);
+  problem.general = derivative_of(p) == Derivative::general;
+  problem.masked = problem.reduce_masked = masks(derivative_of(p));
+  problem.reduce_inputs = 2;
+  problem.apply_extras = problem.masked && p.dresidual ? 1 : 0;
+  problem.set_numbers(kBackwardNumbers);
   PlanOptions allowed = options;
   if (!p.elementwise() || !p.reduces()) allowed.plan = {PlanKind::two_pass};  // or one pass of it
   return make_plan(problem, device, allowed, refusal);

@@ -12,15 +12,15 @@ namespace {
 
 struct Detail {
   const char* name;
-  unsigned most;
+  unsigned max;
   const char* allowed;
   unsigned (*get)(const PlanChoice&);
   void (*set)(PlanChoice&, unsigned);
 };
 
 template <auto MEMBER>
-Detail detail(const char* name, unsigned most, const char* allowed) {
-  return {name, most, allowed, [](const PlanChoice& c) -> unsigned { return c.*MEMBER; },
+Detail detail(const char* name, unsigned max, const char* allowed) {
+  return {name, max, allowed, [](const PlanChoice& c) -> unsigned { return c.*MEMBER; },
           [](PlanChoice& c, unsigned value) { c.*MEMBER = static_cast<std::decay_t<decltype(c.*MEMBER)>>(value); }};
 }
 
@@ -47,7 +47,7 @@ void parse_detail(PlanChoice& choice, const std::string& text) {
   const bool digits = !value.empty() && value.size() <= 5 && value.find_first_not_of("0123456789") == std::string::npos;
   const unsigned number = digits ? std::stoul(value) : 0;
   const bool power = (number & (number - 1)) == 0 || name != "cluster";
-  check(number >= 1 && number <= detail->most && power,
+  check(number >= 1 && number <= detail->max && power,
         name + " of plan 'resident' should be " + detail->allowed + ", not " + in_quotes(value));
   check(detail->get(choice) == 0, name + " of plan 'resident' is given twice");
   detail->set(choice, number);

@@ -9,7 +9,7 @@
 namespace bnext::cuda {
 
 // automatic:    the fastest of the others; what is asked for, never what runs
-// resident:     one launch: blocks keep their shares in shared memory between the two passes
+// resident:     one launch: blocks keep their slices in shared memory between the two passes
 // cooperative:  one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
 //               do not fit `resident` and are small enough to come from the caches the second time
 // two_pass:     two launches: a split reduction with a fixed-order merge, then an elementwise pass

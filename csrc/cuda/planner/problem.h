@@ -11,15 +11,19 @@ struct Problem {
   bool general;               // an activation without kernels of its own
   bool masked;                // the elementwise pass reads or writes a mask
   bool reduce_masked;         // the reduction reads it
-  int64_t tensors;            // that the reduction reads
-  int64_t beside;             // that the elementwise pass alone reads, or writes beside its output
+  int64_t reduce_inputs;      // that the reduction reads
+  int64_t apply_extras;       // that the elementwise pass alone reads, or writes beside its output
   int64_t state_bytes;        // of a partial result
   int64_t coefficient_bytes;  // of a channel, in the elementwise pass
 
-  int32_t vec_of(bool with_mask) const { return with_mask ? 8 : static_cast<int32_t>(16 / size_of(dtype)); }
-  int32_t vec() const { return vec_of(masked); }
-  int64_t vec_bytes() const { return vec() * size_of(dtype) * tensors; }
-  int64_t bytes() const { return shape.numel() * size_of(dtype) * tensors; }
+  void set_numbers(NumbersPerChannel numbers) {
+    state_bytes = numbers.state * acc_size_of(dtype);
+    coefficient_bytes = numbers.coefficients * acc_size_of(dtype);
+  }
+  int32_t vec() const { return vec_elements(size_of(dtype), masked); }
+  int32_t reduce_vec() const { return vec_elements(size_of(dtype), reduce_masked); }
+  int64_t vec_bytes() const { return vec() * size_of(dtype) * reduce_inputs; }
+  int64_t bytes() const { return shape.numel() * size_of(dtype) * reduce_inputs; }
   // Shared memory that merges the states of a block's threads.
   int64_t merge_bytes(const Partition& partition) const {
     const int64_t acc = acc_size_of(dtype), numbers = state_bytes / acc;

@@ -40,22 +40,22 @@ void keep_faster(TimedPartition& best, const Problem& problem, const Partition& 
 
 // Of pairs of blocks to a multiprocessor that take several waves, the second of the first wave wait for as long as it
 // takes the first to load what they keep.
-void set_turns(Partition& partition, const Problem& problem, const DeviceProperties& device) {
+void set_stagger(Partition& partition, const Problem& problem, const DeviceProperties& device) {
   if (partition.resident_bytes == 0 || blocks_together(problem, partition, device) < 2) return;
   const int64_t together = clusters_together(device, partition.splits, 2);
   if (partition.tiles <= together) return;
   partition.first_wave = static_cast<uint32_t>(together);
-  partition.late_ns =
+  partition.stagger_ns =
       static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors / device.bandwidth);
 }
 
 // With clusters of the size that takes the least time, if that is less than `best` takes; or of the size that is asked
 // for.
 void keep_fastest_cluster(TimedPartition& best, const Problem& problem, const Partition& base,
-                          const DeviceProperties& device, int32_t wanted) {
+                          const DeviceProperties& device, int32_t requested) {
   const bool has_clusters = device.compute_capability >= 90 && device.clusters;
   for (int32_t cluster = 1; cluster <= kLargeCluster; cluster *= 2) {
-    if (wanted > 0 && cluster != wanted) continue;
+    if (requested > 0 && cluster != requested) continue;
     if (cluster > base.steps || (cluster > 1 && (!has_clusters || clusters_together(device, cluster, 1) == 0)))
       continue;
     const Partition partition = clustered(problem, base, cluster);
@@ -65,51 +65,53 @@ void keep_fastest_cluster(TimedPartition& best, const Problem& problem, const Pa
   }
 }
 
-TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t wanted) {
+TimedPartition resident_planar(const Problem& problem, const DeviceProperties& device, int32_t requested) {
   const int32_t vec = problem.vec();
   const Partition base = problem.shape.s % vec == 0 ? planar(problem.shape, vec) : packed_planes(problem.shape, vec);
   TimedPartition best;
   if (base.tiles == 0) return best;
-  keep_fastest_cluster(best, problem, base, device, wanted);
-  set_turns(best.partition, problem, device);
+  keep_fastest_cluster(best, problem, base, device, requested);
+  set_stagger(best.partition, problem, device);
   return best;
 }
 
-// Groups of blocks that together fill `slots`, and take the tiles in turn: in the fewest rounds whose shares fit into
+// Groups of blocks that together fill `slots`, and take the tiles in turn: in the fewest rounds whose slices fit into
 // `capacity` bytes of a block, or with as many groups, or blocks in each, as are asked for. resident_bytes is 0 where
 // nothing fits, or where a block holds a tile: that is a cluster of one.
-Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_t vec_bytes, const PlanChoice& wanted) {
+Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_t vec_bytes,
+                    const PlanChoice& requested) {
   const int64_t stride_bytes = partition.threads * vec_bytes;
   const int64_t max_steps = capacity / stride_bytes * partition.columns.thread_rows;
   if (max_steps <= 0) return {};
-  const int64_t splits = wanted.splits ? wanted.splits : ceil_div(partition.steps, max_steps);
-  const int64_t most = std::min(partition.tiles, slots / splits);
-  if (most == 0 || wanted.groups > most) return {};
-  const int64_t groups = wanted.groups   ? wanted.groups
-                         : wanted.splits ? most
-                                         : ceil_div(partition.tiles, ceil_div(partition.tiles, most));
-  set_splits(partition, wanted.splits ? wanted.splits : slots / groups, partition.columns.thread_rows);
+  const int64_t splits = requested.splits ? requested.splits : ceil_div(partition.steps, max_steps);
+  const int64_t max_groups = std::min(partition.tiles, slots / splits);
+  if (max_groups == 0 || requested.groups > max_groups) return {};
+  const int64_t groups = requested.groups   ? requested.groups
+                         : requested.splits ? max_groups
+                                            : ceil_div(partition.tiles, ceil_div(partition.tiles, max_groups));
+  set_splits(partition, requested.splits ? requested.splits : slots / groups, partition.columns.thread_rows);
   partition.groups = groups;
   partition.resident_bytes = partition.steps_per_split / partition.columns.thread_rows * stride_bytes;
   const bool fits = partition.splits > 1 && partition.blocks() <= slots && partition.resident_bytes <= capacity;
-  return fits && (wanted.splits == 0 || wanted.splits == partition.splits) ? partition : Partition{};
+  return fits && (requested.splits == 0 || requested.splits == partition.splits) ? partition : Partition{};
 }
 
-// The same of tiles that do not fit: as much of each block's share as does, in whole resident_strides().
+// The same of tiles that do not fit: as much of each block's slice as does, in whole resident_strides().
 Partition partly_in_groups(Partition partition, int64_t slots, int64_t capacity, const Problem& problem,
-                           const DeviceProperties& device, const PlanChoice& wanted) {
-  const int64_t groups = wanted.groups ? wanted.groups : 1;
-  const int64_t splits = wanted.splits ? wanted.splits : slots / groups;
+                           const DeviceProperties& device, const PlanChoice& requested) {
+  const int64_t groups = requested.groups ? requested.groups : 1;
+  const int64_t splits = requested.splits ? requested.splits : slots / groups;
   if (groups > partition.tiles || splits < 2 || groups * splits > slots) return {};
   set_splits(partition, splits, partition.columns.thread_rows);
   partition.groups = groups;
   const int64_t stride_bytes = partition.threads * problem.vec_bytes();
   const int64_t strides = ceil_div(partition.steps_per_split, partition.columns.thread_rows);
-  const int64_t multiple = resident_strides(problem.tensors), kept = capacity / stride_bytes / multiple * multiple;
+  const int64_t multiple = resident_strides(problem.reduce_inputs),
+                kept = capacity / stride_bytes / multiple * multiple;
   if (kept == 0 || kept >= strides || partition.splits < 2) return {};
-  if (wanted.splits && wanted.splits != partition.splits) return {};
+  if (requested.splits && requested.splits != partition.splits) return {};
   partition.resident_bytes = kept * stride_bytes;
-  partition.again_bytes = (strides - kept) * stride_bytes;
+  partition.reread_bytes = (strides - kept) * stride_bytes;
   const int64_t cached = device.l2_bytes / 2 / partition.blocks() / stride_bytes;
   partition.l2_steps = std::min(cached, strides - kept) * partition.columns.thread_rows;
   return partition;
@@ -123,30 +125,31 @@ TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, cons
   const auto narrow = static_cast<int32_t>(std::max<int64_t>(1, kNarrowBytes / row_bytes));
   Partition partition = columns(problem.shape, problem.vec(), problem.shape.c, 1, narrow, /*merges=*/true);
   if (partition.repeat > 1) return {};
-  const PlanChoice& wanted = options.plan;
+  const PlanChoice& requested = options.plan;
   const int64_t vecs = partition.columns.cols / partition.vec;
-  if (wanted.tile_vecs > vecs) return {};
-  if (wanted.tile_vecs > 0) set_tile_vecs(partition, wanted.tile_vecs, /*merges=*/true);
+  if (requested.tile_vecs > vecs) return {};
+  if (requested.tile_vecs > 0) set_tile_vecs(partition, requested.tile_vecs, /*merges=*/true);
   const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
   TimedPartition best;
   for (int32_t tile_vecs = kMaxTileVecs; tile_vecs >= narrow; tile_vecs /= 2) {
-    if (wanted.tile_vecs == 0) set_tile_vecs(partition, ceil_div(vecs, ceil_div(vecs, tile_vecs)), /*merges=*/true);
-    if (!wanted.grouped()) keep_fastest_cluster(best, problem, partition, device, wanted.cluster);
-    const bool has_groups = device.cooperative && wanted.cluster == 0;
+    if (requested.tile_vecs == 0) set_tile_vecs(partition, ceil_div(vecs, ceil_div(vecs, tile_vecs)), /*merges=*/true);
+    if (!requested.grouped()) keep_fastest_cluster(best, problem, partition, device, requested.cluster);
+    const bool has_groups = device.cooperative && requested.cluster == 0;
     for (int32_t per_sm = max_per_sm; per_sm >= 1 && has_groups; --per_sm) {
       const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
       const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
-      Partition grouped = in_groups(partition, slots, capacity, vec_bytes, wanted);
-      if (grouped.resident_bytes == 0) grouped = partly_in_groups(partition, slots, capacity, problem, device, wanted);
+      Partition grouped = in_groups(partition, slots, capacity, vec_bytes, requested);
+      if (grouped.resident_bytes == 0)
+        grouped = partly_in_groups(partition, slots, capacity, problem, device, requested);
       if (grouped.resident_bytes > 0) keep_faster(best, problem, grouped, device);
     }
-    if (wanted.tile_vecs > 0) break;
+    if (requested.tile_vecs > 0) break;
   }
   return best;
 }
 
-// The wish that gives this pass.
+// The PlanChoice that reproduces this partition.
 PlanChoice choice_of(const Partition& resident) {
   PlanChoice choice = {};
   choice.kind = PlanKind::resident;
@@ -162,24 +165,25 @@ PlanChoice choice_of(const Partition& resident) {
 }  // namespace
 
 TimedPartition resident_partition(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
-  const PlanChoice& wanted = options.plan;
-  if (problem.general && problem.dtype == DType::f64) return {};  // not compiled: see Op::kResident
+  const PlanChoice& requested = options.plan;
+  if (!has_resident_kernels(size_of(problem.dtype), problem.general)) return {};
   if (problem.shape.layout == Layout::planar) {
-    return wanted.interleaved_details() ? TimedPartition{} : resident_planar(problem, device, wanted.cluster);
+    return requested.interleaved_details() ? TimedPartition{} : resident_planar(problem, device, requested.cluster);
   }
   const int32_t max_per_sm = resident_blocks_per_sm(size_of(problem.dtype), problem.general, true);
   return resident_columns(problem, max_per_sm, device, options);
 }
 
 std::string why_not_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
-  const PlanChoice& wanted = options.plan;
+  const PlanChoice& requested = options.plan;
   const bool is_planar = problem.shape.layout == Layout::planar;
-  if (is_planar && wanted.interleaved_details()) return "in a planar layout, the one detail is cluster";
-  if (wanted.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
+  if (is_planar && requested.interleaved_details()) return "in a planar layout, the one detail is cluster";
+  if (requested.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
   const std::string capacity =
       std::to_string(std::max<int64_t>(1, device.multiprocessors - (is_planar ? 0 : options.sm_margin))) +
       " multiprocessors of " + std::to_string(device.shared_per_multiprocessor) + " bytes of shared memory";
-  if (!wanted.details()) return "its channels do not fit " + capacity + ", or make no whole vecs of 16 bytes";
+  if (!requested.details())
+    return "its channels do not fit " + capacity + ", or its rows are not whole 16-byte vectors";
   PlanOptions open = options;
   open.plan = {PlanKind::resident};
   const TimedPartition allowed = resident_partition(problem, device, open);

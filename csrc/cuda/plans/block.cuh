@@ -5,25 +5,26 @@
 //   kResident                             whether the plan `resident` is compiled for it
 //   kReducesMasked                        whether the reduction reads the mask, where there is one
 //   State                                 a channel's partial result: empty when zero-initialised, merge(const State&)
-//   Known, known(p, channel)              what is known of a channel before it is reduced
+//   ChannelParams, channel_params(p, channel)              what is known of a channel before it is reduced
 //   Operands, operands(p, channel)        what finishing it takes besides
 //   prefetch(p, channel)                  fetches that into the L2 cache
-//   Centre, centre(known)                 what reducing takes of that
-//   beside_reduction(p, chunk), beside_elementwise(p, chunk)   loads what a pass takes of a chunk beside its inputs
-//   PlanarReducer(centre)                 a thread's part of a channel: add(p, chunk, vecs, beside), result()
-//   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs, beside); over(begin, end), the
+//   Centre, centre(params)                 what reducing takes of that
+//   load_reduce_extras(p, chunk), load_apply_extras(p, chunk)   loads what a pass takes of a chunk beside its inputs
+//   PlanarReducer(centre)                 a thread's part of a channel: add(p, chunk, vecs, extras), result()
+//   ColumnReducer(centres, first)         a thread's N columns: add(p, chunk, vecs, extras); over(begin, end), the
 //                                         state of some; and for merge_columns(), store(place, memory), merge(memory,
 //                                         e, lane, lanes)
-//   kTakesFirst                           whether that takes `first`, a vector of the block's first row
+//   kNeedsShiftRow                           whether that takes `first`, a vector of the block's first row
 //   kPlanarReduceChunk<ALIGNED>, kColumnReduceChunk, kApplyChunk<COLUMNS>   vectors in flight
 //   add_tail(p, channel, state)           adds what the end of the tensor cuts from its last vector
 //   finish(p, channel, state, operands)   writes what a channel's reduction gives
 //   Summary, summary(p, state)            what the elementwise pass needs of it
 //   load_summary(p, channel)              the same, as finish() wrote it
-//   load_summary_of_pass(p, channel, saves)   the same for an elementwise pass on its own
-//   Coefficients, coefficients(p, known, summary)   what it is made with
-//   apply(p, chunk, vecs, beside, coefficients_at)   the elementwise pass on a chunk
-//   after_reduction(p), end(p, scratch, counter)   once in each block: between the passes of two_pass and cooperative,
+//   load_standalone_summary(p, channel, saves)   the same for an elementwise pass on its own
+//   Coefficients, coefficients(p, params, summary)   what it is made with
+//   apply(p, chunk, vecs, extras, coefficients_at)   the elementwise pass on a chunk
+//   between_passes(p), at_kernel_end(p, scratch, counter)   once in each block: between the passes of two_pass and
+//   cooperative,
 //                                         and at the end of a resident kernel
 #pragma once
 
@@ -66,10 +67,10 @@ __device__ __forceinline__ typename Op::State reduce_planar(const typename Op::P
                                                             const typename Op::Centre& centre) {
   typename Op::PlanarReducer reducer(centre);
   for_each_chunk<CHUNK>(walk, [&](const auto& chunk) {
-    const auto beside = Op::beside_reduction(p, chunk);
+    const auto extras = Op::load_reduce_extras(p, chunk);
     Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
     source.load(chunk, vecs);
-    reducer.add(p, chunk, vecs, beside);
+    reducer.add(p, chunk, vecs, extras);
   });
   return reducer.result();
 }
@@ -95,29 +96,30 @@ __device__ __forceinline__ void prefetch_operands(const typename Op::Params& p, 
   Op::prefetch(p, ColumnChannel(partition, p.shape, col).channel);
 }
 
-// The centres of a thread's columns; through `memory`, see ColumnShare.
+// The centres of a thread's columns; through `memory`, see ColumnCache.
 template <class Op>
-__device__ __forceinline__ void share_centres(typename Op::Centre (&centres)[Op::N], const typename Op::Params& p,
-                                              const Partition& partition, const WorkTile& work,
-                                              const ColumnPlace<Op::N>& place, void* memory) {
-  static_assert(ColumnShare<Op::N, typename Op::Coefficients>::kBytes <= kColumnBytes<Op>);
+__device__ __forceinline__ void load_centres(typename Op::Centre (&centres)[Op::N], const typename Op::Params& p,
+                                             const Partition& partition, const WorkTile& work,
+                                             const ColumnPlace<Op::N>& place, void* memory) {
+  static_assert(ColumnCache<Op::N, typename Op::Coefficients>::kBytes <= kColumnBytes<Op>);
   if constexpr (!std::is_empty_v<typename Op::Centre>) {
-    const ColumnShare<Op::N, typename Op::Centre> share(memory, partition);
+    const ColumnCache<Op::N, typename Op::Centre> cache(memory, partition);
     __syncthreads();  // all have what was shared before
-    share.fill(partition, p.shape, work, [&](const ColumnChannel& at) { return Op::centre(Op::known(p, at.channel)); });
-    if (place.active) share.get(centres, place);
+    cache.fill(partition, p.shape, work,
+               [&](const ColumnChannel& at) { return Op::centre(Op::channel_params(p, at.channel)); });
+    if (place.active) cache.load(centres, place);
   }
 }
 
 // The vector of the thread's columns in the block's first row, for operations that take it, unless that row is not
 // whole: then it is the tensor's last.
 template <class Op>
-__device__ __forceinline__ Vec<typename Op::T, Op::N> first_of_columns(const typename Op::Params& p,
-                                                                       const Partition& partition, const WorkTile& work,
-                                                                       const ColumnPlace<Op::N>& place) {
+__device__ __forceinline__ Vec<typename Op::T, Op::N> load_shift_row(const typename Op::Params& p,
+                                                                     const Partition& partition, const WorkTile& work,
+                                                                     const ColumnPlace<Op::N>& place) {
   using T = typename Op::T;
   const int64_t begin = work.split * partition.steps_per_split * partition.columns.cols + place.col;
-  if (!Op::kTakesFirst || !place.active || begin + Op::N > p.shape.numel()) return {};
+  if (!Op::kNeedsShiftRow || !place.active || begin + Op::N > p.shape.numel()) return {};
   return load_vec<Reuse::last, T, Op::N>(static_cast<const T*>(Op::input(p, 0)) + begin, true);
 }
 
@@ -129,10 +131,10 @@ __device__ __forceinline__ typename Op::ColumnReducer reduce_columns(const typen
                                                                      const Vec<typename Op::T, Op::N>& first) {
   typename Op::ColumnReducer reducer(centres, first);
   for_each_chunk<CHUNK>(walk, [&](const auto& chunk) {
-    const auto beside = Op::beside_reduction(p, chunk);
+    const auto extras = Op::load_reduce_extras(p, chunk);
     Vec<typename Op::T, Op::N> vecs[Op::kInputs][chunk.count];
     source.load(chunk, vecs);
-    reducer.add(p, chunk, vecs, beside);
+    reducer.add(p, chunk, vecs, extras);
   });
   return reducer;
 }
@@ -156,10 +158,10 @@ struct Elementwise {
 
   template <int COUNT, bool WHOLE>
   __device__ __forceinline__ void operator()(const Chunk<COUNT, WHOLE>& chunk) {
-    const auto beside = Op::beside_elementwise(p, chunk);
+    const auto extras = Op::load_apply_extras(p, chunk);
     Vec<typename Op::T, Op::N> vecs[Op::kInputs][COUNT];
     source.load(chunk, vecs);
-    Op::apply(p, chunk, vecs, beside, at);
+    Op::apply(p, chunk, vecs, extras, at);
   }
 };
 

@@ -13,9 +13,9 @@ __device__ __forceinline__ WorkTile cluster_work_tile(const Partition& partition
 
 // The clusters that come to multiprocessors where others have begun wait for a while, so that later on one of the two
 // loads while the other stores or exchanges.
-__device__ __forceinline__ void wait_for_turn(const Partition& partition, const WorkTile& work) {
-  if (partition.late_ns == 0) return;
-  if (work.tile >= partition.first_wave / 2 && work.tile < partition.first_wave) __nanosleep(partition.late_ns);
+__device__ __forceinline__ void stagger_start(const Partition& partition, const WorkTile& work) {
+  if (partition.stagger_ns == 0) return;
+  if (work.tile >= partition.first_wave / 2 && work.tile < partition.first_wave) __nanosleep(partition.stagger_ns);
 }
 
 // The merge of what each block of the cluster has there in its shared memory, from rank 0 on: every block merges all
@@ -45,7 +45,7 @@ __device__ __forceinline__ State merge_cluster(const State& mine, const Partitio
     if (threadIdx.x < size) ranks[threadIdx.x] = *map_shared(&block, threadIdx.x);
   }
   __syncthreads();
-  return merge_strided<kBatch<State>>(ranks, 0, static_cast<int>(size), 1, 1);
+  return merge_strided<merge_batch(sizeof(State), false)>(ranks, 0, static_cast<int>(size), 1, 1);
 }
 
 // The merges of what all threads of the cluster hold of a tile of columns. The caller goes on to leave_cluster().
@@ -60,7 +60,7 @@ class ClusterColumns {
       : states_(reinterpret_cast<State*>(dynamic_shared() + partition.resident_bytes)),
         ranks_(static_cast<unsigned>(partition.splits)) {
     const int width = static_cast<int>(partition.tile_width());
-    merge_columns<Op>(mine, place, partition.columns.lanes, memory, [&](int column, const State& merged) {
+    merge_columns<Op>(mine, place, partition.columns.row_threads, memory, [&](int column, const State& merged) {
       if (column < width) states_[column] = merged;
     });
     if (ranks_ > 1) cluster_sync();

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     else planar_reduce_pass<Reduce, READS == Reads::planes>(p, reduce, scratch, work);
   });
   grid_sync(counter);
-  Reduce::after_reduction(p);
+  Reduce::between_passes(p);
   for_work_tiles(apply, [&](const WorkTile& work) {
     if constexpr (APPLIES_COLUMNS) column_apply_pass<Apply, false>(p, apply, work);
     else planar_apply_pass<Apply, false>(p, apply, work);

@@ -18,7 +18,7 @@ template <class Op, bool ALIGNED>
 __device__ __forceinline__ void planar_reduce_pass(const typename Op::Params& p, const Partition& partition,
                                                    const Scratch& scratch, const WorkTile& work) {
   using State = typename Op::State;
-  const typename Op::Centre centre = Op::centre(Op::known(p, work.tile));
+  const typename Op::Centre centre = Op::centre(Op::channel_params(p, work.tile));
   // The block that finishes the channel, whichever that will be, finds what it needs in the L2 cache.
   if (work.split == 0 && threadIdx.x == 0) Op::prefetch(p, work.tile);
   const State mine = reduce_planar<Op, Op::template kPlanarReduceChunk<ALIGNED>>(
@@ -50,51 +50,51 @@ __device__ __forceinline__ void column_reduce_pass(const typename Op::Params& p,
   void* const memory = shared_memory<kColumnBytes<Op>>();
   if (work.split == 0) prefetch_operands<Op>(p, partition, work);
   typename Op::Centre centres[Op::N] = {};
-  share_centres<Op>(centres, p, partition, work, place, memory);
+  load_centres<Op>(centres, p, partition, work, place, memory);
   const auto mine = reduce_columns<Op, Op::kColumnReduceChunk>(
       p, ColumnWalk<Op::N>(partition, p.shape.numel(), work, place), from_global<Op, Reuse::again>(p), centres,
-      first_of_columns<Op>(p, partition, work, place));
+      load_shift_row<Op>(p, partition, work, place));
   merge_blocks<Op::N, State>(
       p.shape.c, partition, scratch, work, memory,
-      [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.lanes, memory, each); },
+      [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.row_threads, memory, each); },
       FinishChannelWithTail<Op>{p});
 }
 
 // Only a pass on its own may find running statistics instead of the batch's.
-template <class Op, bool OF_PASS>
+template <class Op, bool STANDALONE>
 __device__ __forceinline__ typename Op::Coefficients load_coefficients(const typename Op::Params& p, int64_t channel,
                                                                        bool saves) {
-  const typename Op::Known known = Op::known(p, channel);
-  if constexpr (OF_PASS) return Op::coefficients(p, known, Op::load_summary_of_pass(p, channel, saves));
-  else return Op::coefficients(p, known, Op::load_summary(p, channel));
+  const typename Op::ChannelParams params = Op::channel_params(p, channel);
+  if constexpr (STANDALONE) return Op::coefficients(p, params, Op::load_standalone_summary(p, channel, saves));
+  else return Op::coefficients(p, params, Op::load_summary(p, channel));
 }
 
-// OF_PASS: the launch does nothing else, and may be the only one.
-template <class Op, bool OF_PASS>
+// STANDALONE: the launch does nothing else, and may be the only one.
+template <class Op, bool STANDALONE>
 __device__ __forceinline__ void planar_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
   // One thread of one block of each channel writes what evaluation mode saves.
   const bool saves = work.split == 0 && threadIdx.x == 0;
   apply_planar<Op, Op::template kApplyChunk<false>>(p, PlanarWalk<Op::N, true>(partition, p.shape, work),
                                                     from_global<Op, Reuse::last>(p),
-                                                    load_coefficients<Op, OF_PASS>(p, work.tile, saves));
+                                                    load_coefficients<Op, STANDALONE>(p, work.tile, saves));
 }
 
-template <class Op, bool OF_PASS>
+template <class Op, bool STANDALONE>
 __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
   // A tile's channels are loaded once a block, by as many threads, and not by each thread for its N columns.
-  using Share = ColumnShare<Op::N, typename Op::Coefficients>;
-  __shared__ uint4 memory[Share::kBytes / sizeof(uint4)];
+  using Cache = ColumnCache<Op::N, typename Op::Coefficients>;
+  __shared__ uint4 memory[Cache::kBytes / sizeof(uint4)];
   const ColumnPlace<Op::N> place(partition, work);
-  const Share share(memory, partition);
-  if constexpr (!OF_PASS) __syncthreads();  // of the work tile before
-  share.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
-    return load_coefficients<Op, OF_PASS>(p, at.channel, work.split == 0 && at.first);
+  const Cache cache(memory, partition);
+  if constexpr (!STANDALONE) __syncthreads();  // of the work tile before
+  cache.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
+    return load_coefficients<Op, STANDALONE>(p, at.channel, work.split == 0 && at.first);
   });
   if (!place.active) return;
   typename Op::Coefficients coefficients[Op::N];
-  share.get(coefficients, place);
+  cache.load(coefficients, place);
   apply_columns<Op, true, Op::template kApplyChunk<true>>(p, partition, work, place, from_global<Op, Reuse::last>(p),
                                                           coefficients);
 }

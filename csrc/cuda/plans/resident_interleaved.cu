@@ -17,32 +17,32 @@ namespace bnext::cuda {
 namespace {
 
 template <class Op>
-using CoefficientShare = ColumnShare<Op::N, typename Op::Coefficients>;
+using CoefficientCache = ColumnCache<Op::N, typename Op::Coefficients>;
 
 // Merges what the cluster's blocks hold of a tile, and shares what follows from it; a thread to each channel. Of each
 // channel one block writes what its reduction gives.
 template <class Op>
-__device__ __forceinline__ void share_in_cluster(const typename Op::Params& p, const Partition& partition,
-                                                 const WorkTile& work, const ColumnPlace<Op::N>& place,
-                                                 const typename Op::ColumnReducer& mine, void* memory,
-                                                 const CoefficientShare<Op>& share) {
+__device__ __forceinline__ void finish_in_cluster(const typename Op::Params& p, const Partition& partition,
+                                                  const WorkTile& work, const ColumnPlace<Op::N>& place,
+                                                  const typename Op::ColumnReducer& mine, void* memory,
+                                                  const CoefficientCache<Op>& cache) {
   const int width = static_cast<int>(partition.tile_width()), column = static_cast<int>(threadIdx.x);
   const int64_t channel = work.tile * width + column;
   const bool has = column < width && channel < p.shape.c;
   const bool finishes = has && column % static_cast<int>(partition.splits) == static_cast<int>(work.split);
   // While the other blocks are still to come.
-  typename Op::Known known = {};
+  typename Op::ChannelParams params = {};
   typename Op::Operands operands = {};
-  if (has) known = Op::known(p, channel);
+  if (has) params = Op::channel_params(p, channel);
   if (finishes) operands = Op::operands(p, channel);
   const ClusterColumns<Op> columns(partition, mine, place, memory);
   typename Op::Coefficients coefficients = {};
   if (has) {
     const auto whole = columns.merge(column);
-    coefficients = Op::coefficients(p, known, Op::summary(p, whole));
+    coefficients = Op::coefficients(p, params, Op::summary(p, whole));
     if (finishes) Op::finish(p, channel, whole, operands);
   }
-  share.fill(partition, p.shape, work, [&](const ColumnChannel&) { return coefficients; });
+  cache.fill(partition, p.shape, work, [&](const ColumnChannel&) { return coefficients; });
 }
 
 // What the reduction of a tile gave, a summary to each channel, on its way from the blocks of a group that finish the
@@ -100,21 +100,21 @@ struct FinishInGroup : FinishChannel<Op> {
 
 // The same for blocks of a group.
 template <class Op>
-__device__ __forceinline__ void share_in_group(const typename Op::Params& p, const Partition& partition,
-                                               const Scratch& scratch, const GroupSummaries<Op>& summaries,
-                                               const WorkTile& work, const ColumnPlace<Op::N>& place,
-                                               const typename Op::ColumnReducer& mine, void* memory,
-                                               const CoefficientShare<Op>& share) {
+__device__ __forceinline__ void finish_in_group(const typename Op::Params& p, const Partition& partition,
+                                                const Scratch& scratch, const GroupSummaries<Op>& summaries,
+                                                const WorkTile& work, const ColumnPlace<Op::N>& place,
+                                                const typename Op::ColumnReducer& mine, void* memory,
+                                                const CoefficientCache<Op>& cache) {
   using State = typename Op::State;
   const int64_t first = work.tile * partition.tile_width();
-  merge_blocks<Op::N, State, merge_batch(sizeof(State))>(
+  merge_blocks<Op::N, State>(
       p.shape.c, partition, scratch, work, memory,
-      [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.lanes, memory, each); },
+      [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.row_threads, memory, each); },
       FinishInGroup<Op>{{p}, summaries, first});
   __syncthreads();  // nobody merges in `memory` any more
-  share.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
-    const typename Op::Known known = Op::known(p, at.channel);
-    return Op::coefficients(p, known, summaries.wait(at.channel - first));
+  cache.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
+    const typename Op::ChannelParams params = Op::channel_params(p, at.channel);
+    return Op::coefficients(p, params, summaries.wait(at.channel - first));
   });
 }
 
@@ -135,25 +135,25 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     const ColumnPlace<N> place(partition, work);
     if (work.split == 0) prefetch_operands<Op>(p, partition, work);
     typename Op::Centre centres[N] = {};
-    share_centres<Op>(centres, p, partition, work, place, memory);
-    const auto first = first_of_columns<Op>(p, partition, work, place);
+    load_centres<Op>(centres, p, partition, work, place, memory);
+    const auto first = load_shift_row<Op>(p, partition, work, place);
     const ColumnWalk<N> walk(partition, p.shape.numel(), work, place);
     const auto mine = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres, first);
 
-    const CoefficientShare<Op> share(memory, partition);
+    const CoefficientCache<Op> cache(memory, partition);
     if (partition.clustered) {
-      share_in_cluster<Op>(p, partition, work, place, mine, memory, share);
+      finish_in_cluster<Op>(p, partition, work, place, mine, memory, cache);
     } else {
       summaries.next_tile();
-      share_in_group<Op>(p, partition, scratch, summaries, work, place, mine, memory, share);
+      finish_in_group<Op>(p, partition, scratch, summaries, work, place, mine, memory, cache);
       if (tile + partition.groups >= partition.tiles) summaries.leave();
     }
     if (!place.active) continue;
     typename Op::Coefficients coefficients[N];
-    share.get(coefficients, place);
-    apply_columns<Op, false, kChunk>(p, partition, work, place, shared_tile.kept(p), coefficients);
+    cache.load(coefficients, place);
+    apply_columns<Op, false, kChunk>(p, partition, work, place, shared_tile.replay(p), coefficients);
   }
-  Op::end(p, scratch, partition.clustered ? 0 : partition.tiles);
+  Op::at_kernel_end(p, scratch, partition.clustered ? 0 : partition.tiles);
   if (partition.clustered) leave_cluster(partition);
   else summaries.clear();
 }

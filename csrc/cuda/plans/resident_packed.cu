@@ -50,8 +50,8 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
   const auto& columns = partition.columns;
   const int channels = columns.tile_channels, plane = static_cast<int>(shape.s);
   // Threads that merge for a channel side by side: thread t is for channel t % channels.
-  const int sharers = blockDim.x / channels, sharer = threadIdx.x / channels;
-  const int channel = threadIdx.x - sharer * channels;
+  const int threads_per_channel = blockDim.x / channels, rank = threadIdx.x / channels;
+  const int channel = threadIdx.x - rank * channels;
   State* const slots = static_cast<State*>(memory);
   State total = {};
 #pragma unroll 1
@@ -72,10 +72,10 @@ __device__ __forceinline__ void merge_packed(const Partition& partition, const S
     const int begin = channel * plane, first = max(begin / N, origin);
     const int vecs = min((begin + plane + N - 1) / N, origin + columns.tile_vecs) - first;
 #pragma unroll 1
-    for (int i = sharer; i < vecs * columns.thread_rows; i += sharers) {
+    for (int i = rank; i < vecs * columns.thread_rows; i += threads_per_channel) {
       const int row = i / vecs, vec = first + i - row * vecs;
       const int second = vec * N < begin ? kMaxThreads : 0;
-      total.merge(slots[second + row * columns.lanes + vec - origin]);
+      total.merge(slots[second + row * columns.row_threads + vec - origin]);
     }
   }
 
@@ -103,17 +103,17 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   constexpr int N = Op::N, kChunk = resident_chunk<Op, true, false>();
   using State = typename Op::State;
   const WorkTile work = cluster_work_tile(partition);
-  wait_for_turn(partition, work);
+  stagger_start(partition, work);
   const int64_t first = work.tile * partition.columns.tile_channels;
 
   // One thread for each of the tile's channels.
   __shared__ typename Op::Centre shared_centres[kMaxTileChannels];
   __shared__ typename Op::Coefficients shared_coefficients[kMaxTileChannels];
-  typename Op::Known known = {};
+  typename Op::ChannelParams params = {};
   typename Op::Operands operands = {};
   if (threadIdx.x < partition.columns.tile_channels) {
-    known = Op::known(p, first + threadIdx.x);
-    shared_centres[threadIdx.x] = Op::centre(known);
+    params = Op::channel_params(p, first + threadIdx.x);
+    shared_centres[threadIdx.x] = Op::centre(params);
     if (work.split == 0) operands = Op::operands(p, first + threadIdx.x);
   }
   if constexpr (!std::is_empty_v<typename Op::Centre>) __syncthreads();
@@ -125,10 +125,10 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         typename Op::Centre centres[N] = {};
         if (place.active) of_columns(centres, shared_centres, p.shape, place.col - first * p.shape.s);
         return reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres,
-                                          first_of_columns<Op>(p, partition, mine, place));
+                                          load_shift_row<Op>(p, partition, mine, place));
       },
       [&](int channel, const State& whole) {
-        shared_coefficients[channel] = Op::coefficients(p, known, Op::summary(p, whole));
+        shared_coefficients[channel] = Op::coefficients(p, params, Op::summary(p, whole));
         if (work.split == 0) Op::finish(p, first + channel, whole, operands);
       });
 
@@ -141,9 +141,9 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     typename Op::Coefficients coefficients[N];
     of_columns(coefficients, shared_coefficients, p.shape, place.col - first * p.shape.s);
     const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
-    apply_columns<Op, false, kChunk>(p, partition, mine, place, shared_tile.kept(p), coefficients);
+    apply_columns<Op, false, kChunk>(p, partition, mine, place, shared_tile.replay(p), coefficients);
   }
-  Op::end(p, scratch, 0);
+  Op::at_kernel_end(p, scratch, 0);
   leave_cluster(partition);
 }
 

@@ -23,18 +23,18 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   constexpr bool kCopies = kHasAsyncCopies && Op::kInputs == 1;
   constexpr int kChunk = resident_chunk<Op, false, kCopies>();
   const WorkTile work = cluster_work_tile(partition);
-  wait_for_turn(partition, work);
+  stagger_start(partition, work);
   const PlanarWalk<Op::N, true> walk(partition, p.shape, work);
   const SharedTile<Op, kChunk> shared_tile(partition);
 
-  const typename Op::Known known = Op::known(p, work.tile);
+  const typename Op::ChannelParams params = Op::channel_params(p, work.tile);
   const bool finishes = work.split == 0 && threadIdx.x == 0;
   const typename Op::Operands operands = finishes ? Op::operands(p, work.tile) : typename Op::Operands{};
-  const auto mine = reduce_planar<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), Op::centre(known));
+  const auto mine = reduce_planar<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), Op::centre(params));
   const auto whole = merge_cluster(mine, partition, shared_memory<kPlanarBytes<Op>>());
   if (finishes) Op::finish(p, work.tile, whole, operands);
-  apply_planar<Op, kChunk>(p, walk, shared_tile.kept(p), Op::coefficients(p, known, Op::summary(p, whole)));
-  Op::end(p, scratch, 0);
+  apply_planar<Op, kChunk>(p, walk, shared_tile.replay(p), Op::coefficients(p, params, Op::summary(p, whole)));
+  Op::at_kernel_end(p, scratch, 0);
   leave_cluster(partition);
 }
 

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(false, tru
     apply_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                         const BNEXT_GRID_CONSTANT Partition partition) {
   wait_on_dependent_grids();
-  Op::after_reduction(p);
+  Op::between_passes(p);
   planar_apply_pass<Op, true>(p, partition, WorkTile::reverse(partition));
 }
 
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kMaxThreads, pass_blocks_per_sm<Op>(true, true
     apply_columns_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                          const BNEXT_GRID_CONSTANT Partition partition) {
   wait_on_dependent_grids();
-  Op::after_reduction(p);
+  Op::between_passes(p);
   column_apply_pass<Op, true>(p, partition, WorkTile::reverse(partition));
 }
 
