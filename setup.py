@@ -35,7 +35,7 @@ def extension():
         cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own guess may hold no headers
         library_dirs = [str(tools.link_folder(toolkit, Path("build", "cudart").absolute()))]
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        architectures = tools.architectures_for(toolkit, gpus)
+        architectures = tools.architectures_for(toolkit, gpus, tools.architectures_of_torch(torch))
     info = tools.describe(torch.__version__, torch.version.cuda, toolkit, architectures)
     recipe = tools.recipe(Path("csrc"), info, toolkit, architectures)
     kind = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension

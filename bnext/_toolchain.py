@@ -15,9 +15,10 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-#: Compiled where no GPU says which one is wanted, as far as the compiler knows them: the first of
-#: each generation, whose machine code all of it runs. Where a GPU is visible, its own is compiled.
+#: Compiled where no GPU says which one is wanted, as far as the compiler knows them and torch has kernels for that
+#: generation: the first of each, whose machine code all of it runs. Where a GPU is visible, its own is compiled.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 
 #: Where the sources' use of __CUDA_ARCH__ begins to tell architectures apart: from one of these to the next, kernels
@@ -113,17 +114,30 @@ def requested_architectures(environ: Mapping[str, str] = os.environ) -> str:
     return "" if value == "native" else value
 
 
-def architectures_for(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]]) -> list[str]:
+def architectures_for(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]], of_torch: str | None) -> list[str]:
     """The architectures to compile for; none where the user's request is for torch to read."""
-    return [] if requested_architectures() else choose_architectures(known_architectures(toolkit), capabilities)
+    if requested_architectures():
+        return []
+    return choose_architectures(known_architectures(toolkit), capabilities, of_torch)
 
 
-def choose_architectures(known: Sequence[str], capabilities: Iterable[tuple[int, int]]) -> list[str]:
-    """Those of the visible GPUs, or all of ARCHITECTURES that are known where none is visible. A GPU
-    that the compiler does not know runs the PTX of the newest that is older."""
+def choose_architectures(
+    known: Sequence[str], capabilities: Iterable[tuple[int, int]], of_torch: str | None = None
+) -> list[str]:
+    """Those of the visible GPUs. Where none is visible, all of ARCHITECTURES that are known, of the generations that
+    torch was compiled for (`of_torch`: "sm_75 sm_80 ..."; None where it does not say). A GPU that the compiler does not
+    know runs the PTX of the newest that is older."""
     older = [[a for a in known if _number(a) <= 10 * major + minor] for major, minor in capabilities]
-    chosen = {max(those, key=_number) for those in older if those} or set(ARCHITECTURES) & set(known)
+    chosen = {max(those, key=_number) for those in older if those}
+    if not chosen:
+        generations = {int(number) // 10 for number in re.findall(r"sm_(\d+)", of_torch or "")}
+        chosen = {a for a in ARCHITECTURES if a in known and (not generations or _number(a) // 10 in generations)}
     return sorted(chosen, key=_number)
+
+
+def architectures_of_torch(torch: Any) -> str | None:
+    """ "sm_75 sm_80 ...", whether or not there is a GPU; None of a torch without CUDA."""
+    return getattr(torch._C, "_cuda_getArchFlags", lambda: None)()
 
 
 def _number(architecture: str) -> int:

@@ -67,16 +67,22 @@ def _normalized(
     unbiased: bool,
 ) -> Tensor:
     running_mean, running_var, num_batches_tracked = statistics
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    # Everything that can fail comes before the first update.
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")
     unlike_torch = momentum is None or not unbiased
     if training and unlike_torch and running_mean is not None and running_var is not None:
         mean, var = torch.zeros_like(running_mean), torch.ones_like(running_var)
         y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-        _step(running_mean, running_var, mean, var, momentum, num_batches_tracked, _correction(input, unbiased))
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if input.numel() > 0:  # an empty batch has no statistics
+            _step(running_mean, running_var, mean, var, momentum, num_batches_tracked, _correction(input, unbiased))
     else:
         factor = 0.0 if momentum is None else momentum
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
     return y
 
 
@@ -104,5 +110,3 @@ def _step(
         part = 1.0 / num_batches_tracked.to(mean.dtype)
         running_mean.lerp_(mean, part)
         running_var.lerp_(var * correction, part)
-    else:
-        raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")

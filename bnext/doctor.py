@@ -260,8 +260,10 @@ def _architectures(torch: Any, toolkit: _toolchain.Toolkit | None) -> str:
     if toolkit is None:
         return "none"
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    chosen = _toolchain.choose_architectures(_toolchain.known_architectures(toolkit), gpus)
-    return f"{' '.join(chosen)} ({'the visible GPUs' if gpus else 'all, as no GPU is visible'})"
+    chosen = _toolchain.choose_architectures(
+        _toolchain.known_architectures(toolkit), gpus, _toolchain.architectures_of_torch(torch)
+    )
+    return f"{' '.join(chosen)} ({'the visible GPUs' if gpus else 'those of torch, as no GPU is visible'})"
 
 
 if __name__ == "__main__":

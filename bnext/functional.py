@@ -72,7 +72,7 @@ def batch_norm(
             one, as in Keras and Flax. The batch itself is normalized by the biased one in any case.
         ghost_batch_size: in training, normalize ceil(N / ghost_batch_size) parts of the batch, those of
             `torch.tensor_split(input, ...)`, each by its own statistics: `torch.cat([batch_norm(part, ...) for part in
-            parts])`. Each steps the running statistics and `num_batches_tracked`. Evaluation knows no parts.
+            parts])`. Each steps the running statistics and `num_batches_tracked`. Ignored where `training` is False.
 
     Where the kernels cannot go, torch's own operators compute the same: `bnext.explain` says when, and docs/models.md
     gives the rules.
@@ -131,8 +131,11 @@ def batch_norm(
     try:
         block = here.block
         y = _direct()(*args) if block is None else block.run(_direct(), *args)
-    except TypeError as error:
-        raise TypeError(_wrong_type(args) or str(error)) from None
+    except TypeError:
+        wrong = _wrong_type(args)
+        if wrong is None:  # of a hook of the user's
+            raise
+        raise TypeError(wrong) from None
     return call_kernels_or_torch(*args) if y is None else y
 
 
@@ -152,6 +155,7 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         _check_broadcast(input, residual)
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
+        apply(activation, activation_param, torch.empty(0, dtype=torch.result_type(input, residual)))  # complex, say
     if route.way == "sum":
         how = training, momentum, eps
         y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, unbiased, ghost_batch_size)

@@ -74,10 +74,15 @@ def _load(name: str) -> Callable[..., Any]:
 
     def load(*args: Any, **kwargs: Any) -> Any:
         extension()
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        device = tensors[0].device.type
         key = _KEYS.get(device)
         if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"bnext::{name}", key):
             raise NotImplementedError(f"bnext::{name} has kernels for cpu and cuda tensors, not for {device}")
+        for t in tensors:
+            if t.layout != torch.strided or t.is_quantized:
+                kind = "quantized" if t.is_quantized else str(t.layout).removeprefix("torch.")
+                raise NotImplementedError(f"bnext::{name} has kernels for dense tensors, not for {kind} ones")
         return getattr(torch.ops.bnext, name).default(*args, **kwargs)
 
     return load

@@ -57,11 +57,17 @@ def batch_norm(
         return torch.cat([of_part(*pair) for pair in zip(parts, residuals, strict=True)])
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+    values = input[:, 0].numel() if input.numel() > 0 else 0
+    if training and values == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")
     given = (None, None) if training else (running_mean, running_var)
     settings = _Settings(training, eps, activation, activation_param)
     y, mean, var = _BatchNorm.apply(input, weight, bias, residual, *given, settings)
-    if training:
-        values = input.numel() // input.shape[1]
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.detach().add_(1)
+    if training and values > 0:  # an empty batch has no statistics
         step = var * (values / (values - 1)) if unbiased else var
         _step(running_mean, running_var, num_batches_tracked, momentum, mean, step)
     return y
@@ -76,13 +82,9 @@ def _step(
     mean: Tensor,
     var: Tensor,
 ) -> None:
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if running_mean is None or running_var is None:
         return
-    if momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")
+    if momentum is None and num_batches_tracked is not None:
         weight = 1.0 / num_batches_tracked.to(mean.dtype)
     else:
         weight = torch.full((), momentum, dtype=mean.dtype, device=mean.device)

@@ -4,7 +4,7 @@
 //
 // A case is a list of key=value, each with a default (see Case). For each it prints one line: ok or
 // FAIL, the plan it got, and the largest error of each output in units of u (half an ulp of 1 in the
-// accumulation type) of that output's natural scale; what the storage type rounds off is not zero_inactive.
+// accumulation type) of that output's natural scale; what the storage type rounds off is not counted.
 // Exit status 1 if any case failed.
 //
 // The oracle computes in long double from the rounded inputs. Statistics and sums are compared with

@@ -624,9 +624,9 @@ def test_training_steps_of_a_network(tmp_path, capsys):
         assert row["peak"] >= row["kept"] > 0 and 0 < row["share"] < 1
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["fits"] == pytest.approx(2**30 / (row["peak"] / 64), rel=0.2)
-    zero_inactive = bnext.memory(bnext.fuse(model.NETWORKS["lenet"][0]()), torch.randn(64, 3, 32, 32)).total
+    counted = bnext.memory(bnext.fuse(model.NETWORKS["lenet"][0]()), torch.randn(64, 3, 32, 32)).total
     images = 64 * 3 * 32 * 32 * 4  # there before the step
-    for way, bytes_ in (("fuse", zero_inactive.before), ("recompute", zero_inactive.after)):
+    for way, bytes_ in (("fuse", counted.before), ("recompute", counted.after)):
         assert rows[way]["kept"] == pytest.approx(bytes_ - images, rel=0.1)
     text = capsys.readouterr().out
     assert all(way.label in text for way in model.WAYS.values()) and "lenet, batch 64, float32, contiguous" in text

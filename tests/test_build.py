@@ -129,23 +129,25 @@ def test_cudart_without_its_plain_name_gets_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "known, visible, chosen",
+    "known, visible, of_torch, chosen",
     [
         (
             ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1"],
             [],
+            None,
             ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0"],
         ),
-        (["5.0", "7.5", "8.0", "9.0"], [], ["7.5", "8.0", "9.0"]),
-        (["7.5", "9.0", "12.0"], [(9, 0)], ["9.0"]),
-        (["7.5", "9.0", "12.0"], [(12, 0), (7, 5), (12, 0)], ["7.5", "12.0"]),
-        (["7.5", "9.0"], [(10, 3)], ["9.0"]),  # newer than the compiler: runs the newest's PTX
-        (["9.0", "10.0", "12.0"], [(11, 0)], ["10.0"]),  # or that of the newest before it
-        (["7.5", "9.0"], [(7, 0)], ["7.5", "9.0"]),  # one that this compiler no longer knows says nothing
+        (["5.0", "7.5", "8.0", "9.0"], [], None, ["7.5", "8.0", "9.0"]),
+        (["7.5", "8.0", "9.0", "10.0", "11.0"], [], "sm_80 sm_86 sm_90a sm_100", ["8.0", "9.0", "10.0"]),
+        (["7.5", "9.0", "12.0"], [(9, 0)], "sm_75 sm_90", ["9.0"]),
+        (["7.5", "9.0", "12.0"], [(12, 0), (7, 5), (12, 0)], None, ["7.5", "12.0"]),
+        (["7.5", "9.0"], [(10, 3)], None, ["9.0"]),  # newer than the compiler: runs the newest's PTX
+        (["9.0", "10.0", "12.0"], [(11, 0)], None, ["10.0"]),  # or that of the newest before it
+        (["7.5", "9.0"], [(7, 0)], None, ["7.5", "9.0"]),  # one that this compiler no longer knows says nothing
     ],
 )
-def test_architectures(known, visible, chosen):
-    assert _toolchain.choose_architectures(known, visible) == chosen
+def test_architectures(known, visible, of_torch, chosen):
+    assert _toolchain.choose_architectures(known, visible, of_torch) == chosen
 
 
 def test_architectures_of_the_compiler(tmp_path):
@@ -216,10 +218,10 @@ def test_which_code_a_gpu_runs(built_for, capability, code):
 def test_torch_cuda_arch_list_is_left_to_torch(tmp_path, monkeypatch):
     toolkit = find(tmp_path, CUDA_HOME=make_toolkit(tmp_path / "home"))[0]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    assert _toolchain.architectures_for(toolkit, [(7, 5)]) == []
+    assert _toolchain.architectures_for(toolkit, [(7, 5)], None) == []
     assert not any("arch" in flag for flag in _toolchain.recipe(ROOT / "csrc", {}, toolkit, []).nvcc)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
-    assert _toolchain.architectures_for(toolkit, [(7, 5)]) == ["7.5"]
+    assert _toolchain.architectures_for(toolkit, [(7, 5)], None) == ["7.5"]
 
 
 def test_cuda_sources_need_a_toolkit(tmp_path):

@@ -1,5 +1,6 @@
 """torch.compile and torch.export."""
 
+import contextlib
 import copy
 
 import pytest
@@ -140,3 +141,23 @@ def test_errors_are_found_while_tracing(device):
     with pytest.raises(Exception, match="should contain 4 elements not 3"):
         torch.compile(m, fullgraph=True, backend="aot_eager")(torch.randn(2, 4, 5, 5, device=device))
     assert m.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_compiled_autograd_takes_the_backward(device, activation):
+    """In one graph: autograd's node is one that it can trace."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), bnext.BatchNorm2d(6, activation=activation), nn.Flatten(), nn.Linear(6 * 36, 2)]
+    model = nn.Sequential(*layers).to(device)
+    x = torch.randn(4, 3, 8, 8, device=device)
+
+    def gradients(compiler):
+        model.zero_grad()
+        loss = model(x).square().sum()
+        with torch._dynamo.compiled_autograd._enable(compiler) if compiler else contextlib.nullcontext():
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    compiled = gradients(lambda graph: torch.compile(graph, backend="aot_eager", fullgraph=True))
+    for ours, theirs in zip(compiled, gradients(None), strict=True):
+        torch.testing.assert_close(ours, theirs)

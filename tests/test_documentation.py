@@ -87,6 +87,48 @@ def test_commands_exist(page):
             assert (page.parent / link).exists(), link
 
 
+def long_lines(text: str, most: int = 120) -> list[int]:
+    """The numbers of the lines of Markdown that are too long and could be wrapped: not those of code, formulas, tables,
+    headings and pictures, nor a single word such as a link."""
+    found, fence = [], ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        opened = re.match(r"\s*(```|\$\$)", line)
+        if opened and fence in ("", opened[1]):
+            fence = "" if fence else opened[1]
+        elif fence or len(line) <= most or re.match(r"\s*(\||#|!\[)", line):
+            continue
+        elif len(words) > (2 if re.fullmatch(r"[-*+]|\d+\.", words[0]) else 1):
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_prose_is_wrapped(page):
+    """At 120 characters, as code is, so that a change of a few words is a diff of a few lines."""
+    assert long_lines(page.read_text()) == []
+
+
+LONG = "word " * 30
+
+
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        (f"short\n{LONG}\nshort", [2]),
+        (f"- {LONG}", [1]),
+        (f"```\n{LONG}\n```\n{LONG}", [4]),
+        (f"$$\n{LONG}\n$$\n{LONG}", [4]),
+        (f"```py\n$$\n```\n{LONG}", [4]),
+        (f"| {LONG} |\n# {LONG}\n![{LONG}](picture.png)", []),
+        (f"- [link](https://{'a' * 120})", []),
+        (f"1. see [link](https://{'a' * 120})", [1]),
+    ],
+)
+def test_a_long_line_of_prose_is_told_from_others(text, lines):
+    assert long_lines(text) == lines
+
+
 @pages
 def test_files_that_are_named_exist(page):
     """`csrc/core/types.h`, also where it is no link."""

@@ -97,7 +97,7 @@ WRONG = [
     (IndexError, r"at least 2 dimensions.*got 0D", ("input",), torch.ones(())),
     (TypeError, r"argument '{}' must be Tensor or None, not list", ("weight", "bias", "running_mean", "residual", "num_batches_tracked"), [1, 2, 3]),
     (TypeError, r"argument 'input' must be Tensor, not list", ("input",), [1, 2, 3]),
-    (TypeError, r"argument 'training' must be bool, not NoneType", ("training",), None),
+    (TypeError, r"argument '{}' must be bool, not NoneType", ("training", "unbiased"), None),
     (TypeError, r"argument 'training' must be bool, not int", ("training",), 1),
     (TypeError, r"argument '{}' must be float or int.*, not str", ("momentum", "eps"), "much"),
 ]  # fmt: skip
@@ -223,3 +223,74 @@ def test_known_instruction_set(choice):
     environment = {**os.environ, "BNEXT_CPU": choice, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", RUN_ONE_LAYER], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_expanded_statistics_are_refused_before_they_are_updated(device):
+    """Each channel has a value to be updated; of memory that channels share, none would be that of any."""
+    mean, counter = torch.zeros(3, device=device), torch.tensor(0, device=device)
+    var = torch.ones(1, device=device).expand(3)
+    x = torch.randn(4, 3, 5, 5, device=device)
+    with pytest.raises(RuntimeError, match="running_var should have memory for each of its elements"):
+        batch_norm(x, mean, var, training=True, num_batches_tracked=counter)
+    assert not mean.any() and counter == 0
+    strided = torch.ones(3, 2, device=device)[:, 0]
+    batch_norm(x, mean, strided, training=True, num_batches_tracked=counter)
+    assert counter == 1 and (strided != 1).all()
+
+
+@pytest.mark.parametrize("name", ["input", "residual"])
+def test_inference_tensors_are_refused_before_the_statistics_move(device, name):
+    with torch.inference_mode():
+        tensors = {"input": torch.randn(4, 3, 5, 5, device=device), "residual": torch.randn(4, 3, 5, 5, device=device)}
+    tensors |= {other: t.clone() for other, t in tensors.items() if other != name}
+    m = bnext.BatchNorm2d(3, activation="silu", device=device)
+    message = f"{name} is an inference tensor, which cannot be saved for backward"
+    assert_refused(m, RuntimeError, message, tensors["input"], tensors["residual"])
+
+
+def test_a_residual_that_the_activation_does_not_take_changes_nothing(device):
+    residual = torch.ones(4, 3, 5, 5, dtype=torch.complex64, device=device)
+    m = bnext.BatchNorm2d(3, activation="relu", device=device)
+    assert_refused(m, (NotImplementedError, RuntimeError), "complex", torch.randn(4, 3, 5, 5, device=device), residual)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_a_call_that_torch_refuses_changes_nothing(device, momentum, unbiased):
+    """A counter of another dtype leads to torch's operators."""
+    m = bnext.BatchNorm2d(3, momentum=momentum, unbiased=unbiased, device=device)
+    m.num_batches_tracked = torch.tensor(0, dtype=torch.int32, device=device)
+    assert_refused(m, RuntimeError, None, torch.randn(4, 3, 5, 5, dtype=torch.float64, device=device))
+    assert_refused(m, ValueError, "Expected more than 1 value", torch.randn(1, 3, 1, 1, device=device))
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "running_mean"])
+def test_tensors_that_are_not_dense(name):
+    tensors = {"input": torch.randn(4, 3, 5, 5), "running_mean": torch.zeros(3), "weight": torch.ones(3)}
+    tensors[name] = tensors[name].to_sparse()
+    with pytest.raises((NotImplementedError, RuntimeError), match="sparse|dense"):
+        batch_norm(tensors["input"], tensors["running_mean"], torch.ones(3), tensors["weight"])
+    with pytest.raises(
+        NotImplementedError, match="bnext::batch_norm_stats has kernels for dense tensors, not for sparse"
+    ):
+        torch.ops.bnext.batch_norm_stats(torch.randn(4, 3).to_sparse())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantized_input():
+    x = torch.quantize_per_tensor(torch.randn(4, 3, 5, 5), 0.1, 0, torch.quint8)
+    with pytest.raises(NotImplementedError, match="quantized|quint8|QUInt8"):
+        bnext.BatchNorm2d(3)(x)
+
+
+def test_a_type_error_of_a_hook_keeps_its_place(device):
+    """Only those of arguments are told in other words."""
+
+    def pack(t):
+        raise TypeError("a fault of mine")
+
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, pytest.raises(TypeError, match="a fault of mine") as caught:
+        bnext.BatchNorm2d(3, device=device)(x)
+    assert any(entry.name == "pack" for entry in caught.traceback)

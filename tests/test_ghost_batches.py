@@ -411,11 +411,11 @@ def check_compiled(device, backend):
     layer = bnext.BatchNorm2d(3, ghost_batch_size=4, activation="relu", device=device)
     compiled = copy.deepcopy(layer)
 
-    def zero_inactive(module, inputs):
+    def counted(module, inputs):
         graphs.append(module)
         return torch._dynamo.lookup_backend(backend)(module, inputs)
 
-    f = torch.compile(lambda x, r: compiled(x, r) * 2, fullgraph=True, backend=zero_inactive)
+    f = torch.compile(lambda x, r: compiled(x, r) * 2, fullgraph=True, backend=counted)
     for examples in (8, 9, 3, 4, 14, 31):
         x, r = torch.randn(2, examples, 3, 5, 3, device=device)
         results = []

@@ -1,4 +1,4 @@
-"""`make gpu` rehearsed where there is no GPU: what it would run can be zero_inactive, compiled, interrupted and summed up."""
+"""`make gpu` rehearsed where there is no GPU: what it would run can be counted, compiled, interrupted and summed up."""
 
 from __future__ import annotations
 

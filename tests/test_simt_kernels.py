@@ -24,7 +24,8 @@ HOST = sorted(build.ROOT.glob("csrc/cuda/**/*.cpp"))
 KERNEL_DRIVER, DEVICE_DRIVER = "tests/kernel_driver.cpp", "tests/device_driver.cpp"
 DEFINES = ["BNEXT_SIMT"]
 
-MODES = ("sanitize", "race")
+# The modes, each with the 16-bit type that it does without.
+MODES = {"sanitize": "f16", "race": "bf16"}
 PLANS = ["automatic", "cooperative", "resident", "two_pass"]  # where a shape does not allow one, it gets two_pass
 FORWARD = ["stats", "normalize", "forward", "eval"]
 BACKWARD = ["backward_reduce", "backward_input", "backward", "backward_eval"]
@@ -204,7 +205,9 @@ def cases(op):
 
 @functools.cache
 def driver(mode):
-    return build.build("kernel_driver", mode, KERNELS, [KERNEL_DRIVER, *HOST], DEFINES)
+    return build.build(
+        "kernel_driver", mode, KERNELS, [KERNEL_DRIVER, *HOST], [*DEFINES, f"BNEXT_WITHOUT={MODES[mode]}"]
+    )
 
 
 def run(lines, mode="sanitize"):
@@ -225,23 +228,23 @@ def ran(lines):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", FORWARD + BACKWARD)
 def test_kernels(op, mode):
-    lines = cases(op)
+    lines = [text for text in cases(op) if f"dtype={MODES[mode]} " not in text]
     printed, errors = run(lines, mode)
     bad = [text for text in printed if ": ok " not in text]
     assert not bad, "\n".join([*bad[-20:], errors[-8000:]])
     assert len(printed) == len(lines)
     if op in ("forward", "backward"):
-        plans_that_ran(printed)
+        plans_that_ran(printed, [dtype for dtype in DTYPES if dtype != MODES[mode]])
     if op in ("stats", "forward", "backward_reduce", "backward"):
         assert sum(": ok two_pass/" in text for text in printed) >= 2, "merges that several blocks share"
 
 
-def plans_that_ran(printed):
-    """Each kind of plan was reached in each dtype and layout, the resident one alone, in company, and in rounds."""
+def plans_that_ran(printed, dtypes):
+    """Each kind of plan was reached in each of these dtypes and layouts, the resident one alone, in company, and in rounds."""
     ran = {
         (*re.search(r"dtype=(\w+) layout=(\w+)", text).groups(), re.search(r": ok (\S+)", text)[1]) for text in printed
     }
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for layout in LAYOUTS:
             plans = {plan for *where, plan in ran if where == [dtype, layout]}
             # blocks of a tile, rounds
@@ -388,6 +391,8 @@ def test_devices_are_queried_prepared_and_remembered():
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_of_several_processes_are_merged(mode):
     """tests/merge_driver.cpp."""
-    executable = build.build("merge_driver", mode, ["csrc/cuda/batch_norm_merge.cu"], ["tests/merge_driver.cpp"], DEFINES)
+    executable = build.build(
+        "merge_driver", mode, ["csrc/cuda/batch_norm_merge.cu"], ["tests/merge_driver.cpp"], DEFINES
+    )
     done = subprocess.run([executable], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "ok 2880\n"), done.stdout + done.stderr

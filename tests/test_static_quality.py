@@ -402,7 +402,7 @@ def test_copies_to_shared_memory_are_asynchronous_where_they_are_meant_to_be(arc
 @pytest.mark.parametrize("plan", RESIDENT)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_resident_kernels_load_each_tensor_once(plan, architecture):
-    """The bytes that docs/kernels.md declares, zero_inactive in the loops. x, and backward dy, are loaded in loops that leave
+    """The bytes that docs/kernels.md declares, counted in the loops. x, and backward dy, are loaded in loops that leave
     all of it in shared memory, or copied there in loops that take it from there, and store nothing; the loops that
     store take them from there, and load no more than the residual. Those of tiles that may not fit have another way
     besides, which loads what is read again: the first time with a hint to the L2 cache."""

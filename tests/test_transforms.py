@@ -197,3 +197,85 @@ def test_transforms_inside_a_compiled_graph(device, activation):
     for f, argument in ((grad(loss), x[0]), (vmap(m), x), (jacrev(lambda x: m(x).sum(0)), x[0])):
         compiled = torch.compile(f, backend="aot_eager")
         torch.testing.assert_close(compiled(argument), f(argument), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"ghost_batch_size": 2}], ids=str)
+def test_a_gradient_that_comes_with_a_tangent(device, options, create_graph):
+    """Forward over reverse where the tangent begins behind the batch norm: its forward saw none."""
+
+    def tangents(norm):
+        x, weight, residual = (t.detach().clone().requires_grad_() for t in tensors)
+        with torch.autograd.forward_ad.dual_level():
+            y = norm(x, weight, residual)
+            target = torch.autograd.forward_ad.make_dual(
+                torch.zeros_like(y), torch.linspace(-1, 1, y.numel()).view_as(y)
+            )
+            loss = (y - target.to(y)).square().sum()
+            grads = torch.autograd.grad(loss, (x, weight, residual), create_graph=create_graph)
+            return [torch.autograd.forward_ad.unpack_dual(g).tangent for g in grads]
+
+    x, weight, _, residual = problem(device, shape=(4, 3, 2, 2))
+    tensors = x, weight, residual
+
+    def by_torch(x, weight, residual):
+        size = options.get("ghost_batch_size", 4)
+        parts = [nn.functional.batch_norm(part, None, None, weight, training=True) for part in x.split(size)]
+        y = torch.cat(parts) + residual
+        return y * y.sigmoid() if "activation" in options else y
+
+    def by_bnext(x, weight, residual):
+        return batch_norm(x, None, None, weight, training=True, residual=residual, **options)
+
+    for ours, theirs in zip(tangents(by_bnext), tangents(by_torch), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_transforms_of_the_backward_of_an_outer_graph(device, residual):
+    x, weight, bias, r = problem(device, shape=(4, 3, 2, 2))
+    kept = r if residual else None
+    y = batch_norm(x, None, None, weight, bias, training=True, activation="relu", residual=kept)
+    expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+    expected = nn.functional.relu(expected + r if residual else expected)
+    dys = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def pull(output):
+        return lambda dy: torch.autograd.grad(output, (x, weight, bias), dy, retain_graph=True)
+
+    for ours, theirs in zip(vmap(pull(y))(dys), vmap(pull(expected))(dys), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    _, ours = jvp(pull(y), (dys[0],), (dys[1],))
+    for tangent, wanted in zip(ours, pull(expected)(dys[1]), strict=True):  # the backward is linear in dy
+        torch.testing.assert_close(tangent, wanted)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_an_empty_batch_moves_no_statistics(device, momentum):
+    m = bnext.BatchNorm1d(3, momentum=momentum, device=device)
+    m(torch.randn(8, 3, device=device) + 5)
+    before = {name: t.clone() for name, t in m.state_dict().items()}
+    x = torch.randn(0, 3, device=device)
+    with torch.autograd.forward_ad.dual_level():
+        m(torch.autograd.forward_ad.make_dual(x, x))
+    m.num_batches_tracked = m.num_batches_tracked.int()  # by torch's operators
+    m(x)
+    assert m.num_batches_tracked == 3
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(m, name), before[name], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{"momentum": None}, {"unbiased": False}, {"decay": 0.9}], ids=str)
+def test_an_empty_batch_moves_no_statistics_in_torchscript(device, options):
+    m = torch.jit.script(bnext.BatchNorm1d(3, device=device, **options))
+    m(torch.randn(8, 3, device=device) + 5)
+    before = m.running_mean.clone(), m.running_var.clone()
+    m(torch.randn(0, 3, device=device))
+    torch.testing.assert_close((m.running_mean, m.running_var), before, rtol=0, atol=0)
+
+
+def test_one_value_a_channel_gets_the_error_of_torch(device):
+    m = bnext.BatchNorm1d(3, track_running_stats=False, device=device)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        grad(lambda x: m(x).sum())(torch.randn(1, 3, device=device))

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "double_backward.h"
+#include "obstacle.h"
 
 namespace bnext {
 namespace {
@@ -98,6 +99,17 @@ Restored restore(AutogradContext* ctx) {
       tensors.size() > 7 ? std::move(tensors[7]) : Tensor()};
 }
 
+bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+
+// torch would find out when the statistics have been updated.
+void check_can_be_saved(const char* name, const Tensor& t) {
+  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), name,
+              " is an inference tensor, which cannot be saved for backward: clone it outside of InferenceMode");
+}
+void check_can_be_saved(const char* name, const OptionalTensor& t) {
+  if (given(t)) check_can_be_saved(name, *t);
+}
+
 // Reads needs_input_grad in order, past arguments that were not given and so have no edge.
 class Needs {
  public:
@@ -113,6 +125,8 @@ class Needs {
 
 // The Functions have the names of their nodes: what a profiler shows, and an error of autograd.
 struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNormBackwardBackward> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static variable_list forward(AutogradContext* ctx, const Tensor& dy, const OptionalTensor& /*x*/,
                                const OptionalTensor& /*weight*/, const OptionalTensor& /*bias*/,
                                const OptionalTensor& /*residual*/, const Saved& saved, std::array<bool, 4> needs) {
@@ -135,6 +149,8 @@ struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNorm
 };
 
 struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& residual, const Settings& settings) {
     ctx->set_materialize_grads(false);
@@ -143,15 +159,20 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     // Without a residual the activation's argument follows from x.
     const bool use_mask = given(residual) && saves_of(activation) == Saves::mask;
     const bool use_residual = given(residual) && saves_of(activation) == Saves::residual;
-    auto [y, mean, invstd, mask] = run_forward(x, weight, bias, residual, settings, /*save=*/true, use_mask);
-
     // With frozen statistics and parameters, dx is dy times a constant.
     const bool need_x = settings.training || active || (given(weight) && weight->requires_grad()) ||
                         (given(bias) && bias->requires_grad());
+    const bool need_bias = active && !use_mask;
+    if (need_x) check_can_be_saved("input", x);
+    check_can_be_saved("weight", weight);
+    if (need_bias) check_can_be_saved("bias", bias);
+    if (use_residual) check_can_be_saved("residual", residual);
+    auto [y, mean, invstd, mask] = run_forward(x, weight, bias, residual, settings, /*save=*/true, use_mask);
+
     const OptionalTensor none;
     const int64_t arguments = given(weight) + 2 * given(bias) + 4 * given(residual);
     save(ctx,
-         {need_x ? OptionalTensor(x) : none, weight, active && !use_mask ? bias : none, mean, invstd,
+         {need_x ? OptionalTensor(x) : none, weight, need_bias ? bias : none, mean, invstd,
           use_mask ? OptionalTensor(mask) : none, use_residual ? residual : none, activation, settings.activation_param,
           settings.training, settings.eps},
          arguments);
@@ -173,7 +194,10 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     const auto keep = [&](size_t i, Tensor& gradient) {
       if (needs[i]) result[i] = std::move(gradient);
     };
-    if (at::GradMode::is_enabled()) {  // create_graph
+    if (in_transform() || has_tangent(dy)) {  // of a graph whose forward saw neither
+      Gradients all = gradients(saved, dy, needs);
+      for (size_t i = 0; i < all.size(); ++i) keep(i, all[i]);
+    } else if (at::GradMode::is_enabled()) {  // create_graph
       variable_list all =
           BnextBatchNormBackwardBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs);
       for (size_t i = 0; i < all.size(); ++i) keep(i, all[i]);
@@ -190,9 +214,7 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
 
 namespace {
 
-bool tracked(const Tensor& t) {
-  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
-}
+bool tracked(const Tensor& t) { return (at::GradMode::is_enabled() && t.requires_grad()) || has_tangent(t); }
 bool tracked(const OptionalTensor& t) { return given(t) && tracked(*t); }
 
 }  // namespace

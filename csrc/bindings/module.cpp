@@ -29,12 +29,12 @@ Tensor batch_norm_if_possible(const Tensor& input, const OptionalTensor& weight,
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // pybind11 would take None for false.
-  const auto training = py::arg("training").noconvert();
+  const auto training = py::arg("training").noconvert(), unbiased = py::arg("unbiased").noconvert();
   const auto any = [](const char* name) { return py::arg(name); };
   m.def("batch_norm_if_possible", torch::wrap_pybind_function_no_gil(&batch_norm_if_possible), any("input"),
         any("weight"), any("bias"), any("running_mean"), any("running_var"), any("num_batches_tracked"),
-        any("residual"), training, any("momentum"), any("eps"), any("activation"), any("activation_param"),
-        any("unbiased"), any("ghost_batch_size"));
+        any("residual"), training, any("momentum"), any("eps"), any("activation"), any("activation_param"), unbiased,
+        any("ghost_batch_size"));
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&batch_norm));
   m.def("obstacle", torch::wrap_pybind_function(&obstacle));
   m.def("set_enabled", torch::wrap_pybind_function(&set_enabled));

@@ -3,12 +3,11 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace bnext {
-namespace {
-
-// vmap, grad, jvp and so on wrap tensors on their way through the dispatcher, where a C++ Function cannot follow.
 bool in_transform() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
+
+namespace {
 
 bool has_kernels(at::DeviceType device) { return device == at::kCPU || device == at::kCUDA || device == at::kMeta; }
 

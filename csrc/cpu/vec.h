@@ -198,13 +198,17 @@ void sum_short_rows(int64_t rows, int64_t width, Begin begin, F f) {
 template <class A, class Begin, class F>
 void sum_rows(int64_t rows, int64_t width, Begin begin, F f) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  switch (width / lanes) {
-    case 0:
-      for (int64_t r = 0; r < rows; r++) f(begin(r), int64_t{0}, Index<0>{}, Partial{width});
-      return;
-    case 1: return sum_short_rows<A, 1>(rows, width, begin, f);
-    case 2: return sum_short_rows<A, 2>(rows, width, begin, f);
-    case 3: return sum_short_rows<A, 3>(rows, width, begin, f);
+  if (width < lanes) {
+    for (int64_t r = 0; r < rows; r++) f(begin(r), int64_t{0}, Index<0>{}, Partial{width});
+    return;
+  }
+  // Where a vector takes four registers, accumulators are in memory either way.
+  if constexpr (Vec<A>::registers <= 2) {
+    switch (width / lanes) {
+      case 1: return sum_short_rows<A, 1>(rows, width, begin, f);
+      case 2: return sum_short_rows<A, 2>(rows, width, begin, f);
+      case 3: return sum_short_rows<A, 3>(rows, width, begin, f);
+    }
   }
   for (int64_t r = 0; r < rows; r++) {
     const auto row = begin(r);
