@@ -91,6 +91,8 @@ def apply(name: str, param: float, y: Tensor) -> Tensor:
         return torch.sigmoid(y)
     if name == "tanh":
         return torch.tanh(y)
+    if name != "none":
+        raise ValueError(f"there is no activation {name}")
     return y
 
 
@@ -107,6 +109,12 @@ def fusible(module: nn.Module) -> tuple[ActivationName | None, float | None] | N
     except ValueError:
         return None
     return _public(name), param if has_parameter(name) else None
+
+
+def module_of(name: ActivationName, param: float | None) -> nn.Module:
+    """The layer of torch.nn for the `activation` and `activation_param` of one of bnext."""
+    row = _TABLE[name]
+    return row.module() if row.parameter is None or param is None else row.module(**{row.parameter: param})
 
 
 def _public(name: str) -> ActivationName | None:

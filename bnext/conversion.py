@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnext import nn as layers
 from bnext import torch_layers
 from bnext._extension import extension
+from bnext.activation import module_of
 from bnext.sync import SyncBatchNorm
 
 __all__ = ["Report", "convert", "convert_sync_batchnorm", "revert"]
@@ -64,7 +66,7 @@ _REVERTED = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__
 #: Those that `SyncBatchNorm` can stand for: it has no children to call.
 _SYNCHRONISABLE = {*_OURS, *_OURS.values()} - {torch_layers.TorchBatchNormAct2d, layers.BatchNormAct2d}
 
-#: What makes a batch norm compute what it does. A subclass with one of its own is not ours to replace.
+#: What makes a batch norm compute what it does. A subclass, or a layer, with one of its own is not ours to replace.
 _BEHAVIOUR = ("forward", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
 
 
@@ -92,7 +94,20 @@ def _own_behaviour(layer: nn.Module, base: type[nn.Module]) -> str:
     if any(c.__module__.startswith("torch.distributed.fsdp") for c in kind.__mro__):
         return "fully_shard has changed its class: convert the model before that"
     changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
-    return f"{spelled(kind)} has its own {', '.join(changed)}" if changed else ""
+    return f"{spelled(kind)} has its own {', '.join(changed)}" if changed else _set_on_it(layer, "convert")
+
+
+def _set_on_it(layer: nn.Module, what: str) -> str:
+    """What of its behaviour somebody has set on the layer itself, as accelerate does, and which would go on calling the
+    methods of its old class; or nothing."""
+    changed = [name for name in _BEHAVIOUR if name in vars(layer)]
+    return f"it has its own {', '.join(changed)}, set on the layer: {what} the model before that" if changed else ""
+
+
+def is_watched(layer: nn.Module, arguments: bool = False) -> bool:
+    """Whether a hook sees what the layer returns, or a gradient of it; with `arguments`, also where it sees those."""
+    hooks = [layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks]
+    return any(hooks) or (arguments and bool(layer._forward_pre_hooks))
 
 
 def convert(model: Model, *, inplace: bool = True, strict: bool = False, report: Report | None = None) -> Model:
@@ -151,8 +166,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any | None = None) 
         `module`; where it is itself a batch norm layer, the one that replaces it.
 
     Raises:
-        TypeError: a layer with a forward or another method of its own that decides what a batch norm does, or a
-            parametrization, which the new one would not have; nothing has been changed then.
+        TypeError: a layer with a forward or another method of its own that decides what a batch norm does, be it of
+            its class or set on it, or a parametrization, which the new one would not have; nothing has been changed
+            then.
         ValueError: a lazy layer before its first batch, or one with `ghost_batch_size`; likewise.
     """
     replaced: dict[nn.Module, nn.Module] = {}
@@ -177,9 +193,7 @@ def _synchronised(layer: nn.Module, process_group: Any | None, name: str) -> Syn
     if own:
         raise TypeError(f"{where}: {own}")
     new = SyncBatchNorm.__new__(SyncBatchNorm)
-    # All that it has; containers of its own, but for hooks, whose handles go on working.
-    containers = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    new.__dict__.update({key: copy.copy(value) if key in containers else value for key, value in vars(layer).items()})
+    _share_with(new, layer)
     new.process_group = process_group
     new._name = name or None
     extension()  # as the constructor does
@@ -191,38 +205,135 @@ def revert(model: Model, *, inplace: bool = True) -> Model:
 
     A layer without activation becomes its class of `torch.nn`, which takes no residual; one with an activation, or with
     what else `torch.nn` does not have, becomes one of `bnext.torch_layers`, which computes the same by torch's
-    operators. The result can be scripted, exported and quantized, and a program saved from it runs without bnext.
-    `convert` undoes it.
+    operators. The result can be scripted and exported, and a program saved from it runs without bnext. `convert` undoes
+    it.
+
+    Tools that fold a batch norm, or replace it, know its class of `torch.nn` alone. So where a graph calls the layers,
+    as in what `fuse` and `torch.fx.symbolic_trace` return, a layer's sum and its activation become nodes of the graph,
+    and it becomes one of `torch.nn`; names in state dicts stay. Elsewhere nobody but the layer can run its activation,
+    and the tools that are known raise an error.
+
+    >>> import torch, bnext
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), bnext.BatchNorm2d(8, activation="relu"))
+    >>> reverted = bnext.revert(torch.fx.symbolic_trace(model))
+    >>> [(name, type(layer).__name__) for name, layer in reverted.named_children()]
+    [('0', 'Conv2d'), ('1', 'BatchNorm2d'), ('1_activation', 'ReLU')]
 
     Args:
         model: any module.
         inplace: change `model`; otherwise revert a copy, which shares its parameters and buffers.
 
     Raises:
-        ValueError: a layer is of a class derived from bnext's, or lazy and fused. Nothing has changed then.
+        ValueError: a layer is of a class derived from bnext's, has a forward set on it, or is lazy and fused. Nothing
+            has changed then.
     """
     model = model if inplace else _sharing_copy(model)
-    ours = (layers._BatchNorm, layers.FrozenBatchNorm2d)
-    found: dict[nn.Module, type[nn.Module]]
-    found = {layer: _reverted(name, layer) for name, layer in model.named_modules() if isinstance(layer, ours)}
-    for layer, kind in found.items():
+    _find_reverted(model)  # raises before anything has changed
+    for module in list(model.modules()):
+        if isinstance(module, fx.GraphModule):
+            _take_out_activations(module)
+    for layer, kind in _find_reverted(model).items():
         layer.__class__ = kind
-        own = torch_layers.OWN_ATTRIBUTES if kind in _TORCHS.values() else ()
-        found_in_children = ("activation", "activation_param") if kind is torch_layers.TorchBatchNormAct2d else ()
-        for name in (*own, *found_in_children):
-            layer.__dict__.pop(name, None)
+        _forget(layer, _ACTIVATION if kind is torch_layers.TorchBatchNormAct2d else ())  # found in its children
     return model
+
+
+_ACTIVATION = ("activation", "activation_param")
+
+
+def _find_reverted(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
+    ours = (layers._BatchNorm, layers.FrozenBatchNorm2d)
+    return {layer: _reverted(name, layer) for name, layer in model.named_modules() if isinstance(layer, ours)}
 
 
 def _reverted(name: str, layer: nn.Module) -> type[nn.Module]:
     kind = type(layer)
-    own = any(layer.__dict__.get(key, usual) != usual for key, usual in torch_layers.OWN_ATTRIBUTES.items())
-    reverted = (None if own else _TORCHS.get(kind)) or _REVERTED.get(kind)
-    if reverted is None:
-        raise ValueError(
-            f"bnext.revert: {name or 'the layer'} is {layer!r} of {spelled(kind)}, which torch has nothing for"
-        )
+    reverted = (None if _has_own(layer) else _TORCHS.get(kind)) or _REVERTED.get(kind)
+    why = "which torch has nothing for" if reverted is None else _set_on_it(layer, "revert")
+    if reverted is None or why:
+        raise ValueError(f"bnext.revert: {name or 'the layer'} is {layer!r} of {spelled(kind)}, {why}")
     return reverted
+
+
+def _has_own(layer: nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Whether it computes what no layer of `torch.nn` does."""
+    usual = torch_layers.OWN_ATTRIBUTES.items()
+    return any(layer.__dict__.get(key, value) != value for key, value in usual if key not in but)
+
+
+def _forget(layer: nn.Module, names: tuple[str, ...]) -> None:
+    """Deletes these attributes, and of a layer of `torch.nn` all that such a layer does not have."""
+    for name in (*names, *(torch_layers.OWN_ATTRIBUTES if type(layer) in _TORCHS.values() else ())):
+        layer.__dict__.pop(name, None)
+
+
+def _take_out_activations(module: fx.GraphModule) -> None:
+    """Makes nodes of the graph of what the batch norms that it calls do at their end. They become new layers, of the
+    same tensors: those that they were may be another model's, too, which needs their activation."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    parts: dict[nn.Module, nn.Module] = {}
+    for path, nodes in calls.items():
+        layer: Any = module.get_submodule(path)
+        kind = _without_activation(layer)
+        residuals = [_residual_of(node) for node in nodes]
+        inside = any(path.startswith(f"{target}.") for target in calls)  # of what calls it by its own code
+        if kind is None or inside or any(r is NotImplemented for r in residuals):
+            continue
+        if is_watched(layer, arguments=any(r is not None for r in residuals)):
+            continue
+        if layer not in parts:
+            new = parts[layer] = kind.__new__(kind)
+            _share_with(new, layer)
+            _forget(new, _ACTIVATION)
+        name = f"{path}_activation"
+        while name in calls or _has_submodule(module, name):
+            name += "_"
+        module.set_submodule(path, parts[layer])
+        module.add_submodule(name, module_of(layer.activation, layer.activation_param).train(layer.training))
+        for node, residual in zip(nodes, residuals, strict=True):
+            _add_to_graph(module.graph, node, residual, name)
+    if parts:
+        module.recompile()
+
+
+def _without_activation(layer: nn.Module) -> type[nn.Module] | None:
+    """Torch's class for a layer with an activation, without it."""
+    kind = _OURS.get(type(layer), type(layer))
+    if kind not in _TORCHS or getattr(layer, "activation", None) is None:
+        return None
+    return _REVERTED.get(kind) if _has_own(layer, but=_ACTIVATION) else _TORCHS[kind]
+
+
+def _residual_of(node: fx.Node) -> Any:
+    """What a call of a batch norm adds, or None; NotImplemented where it is called in another way."""
+    rest = [*node.args[1:], *(value for key, value in node.kwargs.items() if key == "residual")]
+    if not node.args or set(node.kwargs) - {"residual"} or len(rest) > 1:
+        return NotImplemented
+    return rest[0] if rest else None
+
+
+def _add_to_graph(graph: fx.Graph, node: fx.Node, residual: Any, activation: str) -> None:
+    """activation(node + residual) in place of a `node` that did it all."""
+    with graph.inserting_before(node.next):
+        argument = node if residual is None else graph.call_function(operator.add, (node, residual))
+        result = graph.call_module(activation, (argument,))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in (argument, result))
+    node.args, node.kwargs = node.args[:1], {}
+
+
+def _has_submodule(module: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return hasattr(module.get_submodule(parent), name)
+
+
+def _share_with(new: nn.Module, layer: nn.Module) -> None:
+    """Gives `new` all that `layer` has; in containers of its own, but for hooks, whose handles go on working."""
+    containers = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    new.__dict__.update({key: copy.copy(value) if key in containers else value for key, value in vars(layer).items()})
 
 
 def _sharing_copy(model: Model) -> Model:

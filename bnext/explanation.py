@@ -7,9 +7,10 @@ import copy
 from torch import nn
 
 from bnext.conversion import spelled
-from bnext.nn import _BatchNorm
+from bnext.nn import FrozenBatchNorm2d, _BatchNorm
 from bnext.routes import Route
 from bnext.switch import is_enabled
+from bnext.torch_layers import TorchFrozenBatchNorm2d
 
 __all__ = ["Explanation", "explain"]
 
@@ -39,7 +40,7 @@ def explain(module: nn.Module, *inputs: object, **keywords: object) -> Explanati
 
     def note(name: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            if isinstance(layer, _BatchNorm):
+            if isinstance(layer, (_BatchNorm, FrozenBatchNorm2d)):
                 found[name] = layer._route(*args, **kwargs)
             elif is_enabled():
                 found[name] = Route("kernels", "bnext.enable() has put them behind torch's operators")
@@ -50,7 +51,7 @@ def explain(module: nn.Module, *inputs: object, **keywords: object) -> Explanati
         return hook
 
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, TorchFrozenBatchNorm2d)):
             layer.register_forward_pre_hook(note(name), with_kwargs=True)
     model(*inputs, **keywords)
     return found

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bnext import nn as layers
 from bnext.activation import ActivationName, fusible, fusible_call
-from bnext.conversion import convert
+from bnext.conversion import convert, is_watched
 
 __all__ = ["fuse"]
 
@@ -29,8 +29,9 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
 
     Traces `model` by torch.fx, which has to be possible: control flow must not depend on data. Finds activations that
     are modules, functions or methods, in place or not, and sums with either operand first; a result between that
-    something else uses too is left alone. Parameters, buffers and their names in state dicts stay those of `model`,
-    which is changed as well: its batch norms become bnext's, and those that are fused carry the activation.
+    something else uses too, or a hook sees, is left alone. Parameters, buffers and their names in state dicts stay
+    those of `model`, which is changed as well: its batch norms become bnext's, and those that are fused carry the
+    activation. Every module keeps its mode.
 
     Args:
         model: any module that torch.fx can trace.
@@ -48,7 +49,8 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     for node in list(graph.nodes):
         fuser.fuse_before(node)
     fused = fx.GraphModule(model, graph, type(model).__name__)
-    fused.train(model.training)
+    for name, module in fused.named_modules():  # those that only hold others are new
+        module.training = model.get_submodule(name).training
     return fused
 
 
@@ -68,7 +70,7 @@ class _Fuser:
             return
         pairs = _operands_of_sum(before) or [(before, None)]
         # Where two batch norms meet, either may take the sum in: it runs where the activation was.
-        free = [(norm, residual) for norm, residual in pairs if self._is_free_batch_norm(norm)]
+        free = [(norm, residual) for norm, residual in pairs if self._is_free_batch_norm(norm, residual)]
         if not free:
             return
         norm, residual = free[-1]
@@ -91,14 +93,16 @@ class _Fuser:
             return None
         return None if found is None or found[0] is None else (found[0], found[1])
 
-    def _is_free_batch_norm(self, node: fx.Node) -> bool:
+    def _is_free_batch_norm(self, node: fx.Node, residual: fx.Node | None) -> bool:
         """A call of one of our layers that has no activation yet, runs once, and whose result nothing else sees: no
-        other node, and no hook."""
+        other node, and no hook. With a residual, no hook that sees the arguments either."""
         if node.op != "call_module" or len(node.users) > 1 or len(node.args) != 1 or node.kwargs:
             return False
         layer: Any = self.modules.get(node.target)
         plain = type(layer) in (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
-        return plain and self.calls[node.target] == 1 and layer.activation is None and not layer._forward_hooks
+        if not plain or self.calls[node.target] != 1 or layer.activation is not None or "forward" in vars(layer):
+            return False
+        return not is_watched(layer, arguments=residual is not None)
 
 
 def _operands_of_sum(node: fx.Node) -> list[tuple[fx.Node, fx.Node | None]]:

@@ -26,7 +26,7 @@ Attributes, buffers, state dicts and pickles are those of `torch.nn`, in both di
 
 from __future__ import annotations
 
-import sys
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,7 @@ from bnext._extension import extension
 from bnext.activation import Activation, fusible, has_parameter, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
-from bnext.torch_layers import _TorchBatchNorm
+from bnext.torch_layers import _TorchBatchNorm, lost_with_children
 
 __all__ = [
     "BatchNorm1d",
@@ -50,29 +50,11 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-#: The modules of functions that make another layer of a batch norm's attributes, or fold it into a convolution. They
-#: know no activation, and all of them read `eps`.
-_REBUILDERS = {
-    "apex.parallel",
-    "detectron2.layers.batch_norm",
-    "timm.layers.norm_act",
-    "timm.layers.split_batchnorm",
-    "torch.nn.modules.batchnorm",  # SyncBatchNorm.convert_sync_batchnorm, Lightning's too
-    "torch.nn.utils.fusion",
-    "torch.utils.mkldnn",
-}
-
 
 class _BatchNorm(_TorchBatchNorm):
     """The forward of all layers here; `torch.nn`'s class after it says what shapes it takes."""
 
     # `activation` is always a name, whatever is assigned to it, which also sets `activation_param`.
-
-    __jit_unused_properties__ = ["eps"]  # TorchScript would compile it
-
-    # `__dict__` by another name: Dynamo of torch 2.11 takes `self.__dict__["eps"]` for the property again, without end.
-    # All reads and writes go by it, since Dynamo sees two dictionaries.
-    _instance_dict: dict[str, Any] = torch.nn.Module.__dict__["__dict__"]
 
     def __init__(
         self,
@@ -92,7 +74,7 @@ class _BatchNorm(_TorchBatchNorm):
         unbiased: bool | None = None,
         ghost_batch_size: int | None = None,
     ) -> None:
-        _check_keywords(activation, activation_param, decay, ghost_batch_size)  # before anything is made
+        _check_keywords(momentum, activation, activation_param, decay, ghost_batch_size)  # before anything is made
         # Only the first five have the same positions in nn.SyncBatchNorm.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)
@@ -133,20 +115,9 @@ class _BatchNorm(_TorchBatchNorm):
                 ghost_batch_size=self.ghost_batch_size,
             )
 
-    if not TYPE_CHECKING:  # torch.nn declares it as an attribute
-
-        @property
-        def eps(self):
-            """Added to the variance."""
-            if self.activation is not None and not torch.compiler.is_compiling():
-                _refuse_rebuilding(self, sys._getframe(1))
-            return self._instance_dict["eps"]
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":  # torch.nn would register a module as a child, where no forward looks for it
             self._set_activation(value)
-        elif name == "eps":  # stays where torch.nn has it, and so do pickles
-            self._instance_dict["eps"] = value
         else:
             super().__setattr__(name, value)
 
@@ -170,43 +141,37 @@ class _BatchNorm(_TorchBatchNorm):
                 self.register_parameter(name, None)
         self._set_activation(activation, activation_param)
         if decay is not None:
-            self.momentum = 1.0 - decay
+            self.momentum = float(1 - Decimal(repr(float(decay))))  # 0.1 of 0.9, where floats give 0.09999999999999998
         self.unbiased = decay is None if unbiased is None else unbiased
         self.ghost_batch_size = ghost_batch_size
 
-    def reset_parameters(self) -> None:
-        """weight = 1, bias = 0, and the running statistics as before the first batch."""
-        self.reset_running_stats()
-        if self.weight is not None:
-            torch.nn.init.ones_(self.weight)
-        if self.bias is not None:
-            torch.nn.init.zeros_(self.bias)
-
     def _route(self, input: Tensor, residual: Tensor | None = None) -> routes.Route:
         """Which way `forward` goes, for `bnext.explain`."""
-        training = (self.training and not self.frozen) or self.running_mean is None
-        statistics = (self.running_mean, self.running_var, self.num_batches_tracked)
-        return routes.while_traced(training) or routes.of_call(input, self.weight, self.bias, *statistics, residual)
+        training = self.training and not self.frozen
+        track = self.track_running_stats or not training
+        mean, var = (self.running_mean, self.running_var) if track else (None, None)
+        counter = self.num_batches_tracked if training and self.track_running_stats else None
+        by_batch = training or mean is None
+        operands = (input, self.weight, self.bias, mean, var, counter, residual)
+        return routes.while_traced(by_batch) or routes.of_call(*operands)
 
 
 def _check_keywords(
-    activation: Activation, activation_param: float | None, decay: float | None, ghost_batch_size: int | None
+    momentum: float | None,
+    activation: Activation,
+    activation_param: float | None,
+    decay: float | None,
+    ghost_batch_size: int | None,
 ) -> None:
     resolve(activation, activation_param)
+    if decay is not None and momentum != 0.1:  # the default
+        raise ValueError(f"momentum should be left out where decay is given, which is 1 - momentum, not {momentum!r}")
     if decay is not None and not 0 <= decay <= 1:
         raise ValueError(f"decay should be None or from 0 to 1, not {decay!r}")
+    if isinstance(ghost_batch_size, bool):
+        raise TypeError(f"ghost_batch_size should be None or a positive integer, not {ghost_batch_size!r}")
     if ghost_batch_size is not None and (not isinstance(ghost_batch_size, int) or ghost_batch_size < 1):
         raise ValueError(f"ghost_batch_size should be None or a positive integer, not {ghost_batch_size!r}")
-
-
-def _refuse_rebuilding(layer: _BatchNorm, reader: Any) -> None:
-    module = reader.f_globals.get("__name__")
-    if module in _REBUILDERS:
-        raise RuntimeError(
-            f"{module}.{reader.f_code.co_name} would drop activation={layer.activation!r} of {layer!r}: "
-            "use bnext.convert_sync_batchnorm(model) to synchronise, bnext.freeze(model) to freeze, "
-            "or bnext.revert(model) first"
-        )
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -254,6 +219,7 @@ class BatchNormAct2d(BatchNorm2d):
         super().__init__(num_features, *args, **keywords)
         self.drop = torch.nn.Identity() if drop is None else drop
         self.act = torch.nn.Identity() if act is None else act
+        self._find_activation()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(drop(bn(input) + residual))."""
@@ -268,6 +234,9 @@ class BatchNormAct2d(BatchNorm2d):
         activation, param = found or (None, None)
         if self.activation != activation or self.activation_param != param:
             self._set_activation(activation, param)
+
+    def _lost_by(self, evaluates: bool) -> list[str]:
+        return lost_with_children(self, evaluates)
 
 
 class FrozenBatchNorm2d(torch.nn.Module):
@@ -313,6 +282,11 @@ class FrozenBatchNorm2d(torch.nn.Module):
         )
         return y if found or act is None or drop is None else act(drop(y))
 
+    def _route(self, input: Tensor) -> routes.Route:
+        """Which way `forward` goes, for `bnext.explain`."""
+        statistics = (self.running_mean, self.running_var)
+        return routes.while_traced(False) or routes.of_call(input, self.weight, self.bias, *statistics, None, None)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)  # of a checkpoint from before it was frozen
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -342,7 +316,7 @@ class _Lazy(_BatchNorm):
         unbiased: bool | None = None,
         ghost_batch_size: int | None = None,
     ) -> None:
-        _check_keywords(activation, activation_param, decay, ghost_batch_size)
+        _check_keywords(momentum, activation, activation_param, decay, ghost_batch_size)
         lazy = torch.nn.modules.batchnorm._LazyNormBase
         lazy.__init__(self, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Sized
@@ -22,6 +23,10 @@ def freeze(model: Model, *, parameters: bool = True) -> Model:
     """Converts every batch norm of `model`, and has it evaluate from now on: by its running statistics, which no longer
     change, in training mode too. Gradients run through it to the input.
 
+    Neither `update_statistics` nor `torch.optim.swa_utils.update_bn` changes them: the latter calls
+    `reset_running_stats`, which does nothing in a frozen layer, and then trains. `reset_parameters` and
+    `load_state_dict` still do.
+
     Args:
         model: any module; changed in place.
         parameters: `weight` and `bias` of these layers do not change either: `requires_grad` is False.
@@ -36,22 +41,27 @@ def freeze(model: Model, *, parameters: bool = True) -> Model:
     for layer in _batch_norms(model):
         layer.frozen = True
         if parameters:
-            for t in (layer.weight, layer.bias):
-                if t is not None:
-                    t.requires_grad_(False)
+            trained = [name for name, t in layer.named_parameters(recurse=False) if t.requires_grad]
+            for name in trained:
+                layer.get_parameter(name).requires_grad_(False)
+            vars(layer)[_TRAINED] = (*vars(layer).get(_TRAINED, ()), *trained)
     return model
 
 
 def unfreeze(model: Model, *, parameters: bool = True) -> Model:
-    """Undoes `freeze`: `requires_grad` of the parameters is True again."""
+    """Undoes `freeze`: with `parameters`, `requires_grad` is True again where that has made it False."""
     for layer in _batch_norms(model):
         if layer.frozen:
             layer.frozen = False
+            trained = vars(layer).pop(_TRAINED, ())
             if parameters:
-                for t in (layer.weight, layer.bias):
-                    if t is not None:
-                        t.requires_grad_(True)
+                for name in trained:
+                    layer.get_parameter(name).requires_grad_(True)
     return model
+
+
+#: The attribute of a frozen layer that has the names of the parameters that trained before.
+_TRAINED = "_trained_before_freeze"
 
 
 @torch.no_grad()
@@ -70,6 +80,8 @@ def update_statistics(
     Statistics of batches are merged by Chan, Golub and LeVeque's formula, with their true counts, in float64. So a
     smaller last batch weighs less, and the spread between batches counts, which `torch.optim.swa_utils.update_bn`
     leaves out. Takes batch norms of torch.nn and of bnext; each normalizes by its batch meanwhile, as in training.
+    Frozen ones keep their statistics and normalize by them, as in training too; one that the model does not call keeps
+    its own.
 
     Args:
         model: restored to its modes afterwards, also after an error; then its statistics are the old ones, too.
@@ -79,19 +91,23 @@ def update_statistics(
         progress: shows a line on stderr; None does so where stderr is a terminal.
 
     Raises:
-        ValueError: `model` has no batch norm with running statistics, or `loader` is empty.
+        ValueError: `model` has no batch norm with running statistics that is not frozen, or `loader` is empty.
     """
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and layer.running_mean is not None
+        and not getattr(layer, "frozen", False)
     }
     if not found:
-        raise ValueError("update_statistics: model has no batch norm with running statistics")
+        raise ValueError("update_statistics: model has no batch norm with running statistics that is not frozen")
     merged = {name: _Merged() for name in found}
     modes = {module: module.training for module in model.modules()}
     before = {name: [t.clone() for t in layer.buffers()] for name, layer in found.items()}
-    hooks = [layer.register_forward_pre_hook(_merge_into(merged[name])) for name, layer in found.items()]
+    hooks = [
+        layer.register_forward_pre_hook(_merge_into(merged[name]), with_kwargs=True) for name, layer in found.items()
+    ]
     batches = 0
     try:
         model.eval()
@@ -108,8 +124,7 @@ def update_statistics(
             raise ValueError("update_statistics: loader is empty")
     except BaseException:
         for name, layer in found.items():
-            for t, old in zip(layer.buffers(), before[name], strict=True):
-                t.copy_(old)
+            _restore(layer, before[name])
         raise
     finally:
         for hook in hooks:
@@ -117,9 +132,17 @@ def update_statistics(
         for module, training in modes.items():
             module.training = training
     for name, layer in found.items():
+        if merged[name].count == 0:  # the model did not call it, or with nothing
+            _restore(layer, before[name])
+            continue
         merged[name].write(layer)
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(batches)
+
+
+def _restore(layer: nn.Module, before: list[Tensor]) -> None:
+    for t, old in zip(layer.buffers(), before, strict=True):
+        t.copy_(old)
 
 
 class _Merged:
@@ -147,14 +170,18 @@ class _Merged:
 
     def write(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         if self.mean is None or self.squares is None or layer.running_mean is None or layer.running_var is None:
-            return  # the model did not call it
+            return
         layer.running_mean.copy_(self.mean)
         unbiased = getattr(layer, "unbiased", True)
         layer.running_var.copy_(self.squares / max(self.count - unbiased, 1))
 
 
-def _merge_into(merged: _Merged) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda layer, args: merged.add(args[0].detach())
+def _merge_into(merged: _Merged) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input = args[0] if args else kwargs[next(iter(inspect.signature(layer.forward).parameters))]
+        merged.add(input.detach())
+
+    return hook
 
 
 def _batch_norms(model: nn.Module) -> list[layers._BatchNorm]:

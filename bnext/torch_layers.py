@@ -4,6 +4,8 @@ of that runs without bnext."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +34,26 @@ OWN_ATTRIBUTES = {
     "ghost_batch_size": None,
 }
 
+#: The modules of functions that make another layer of a batch norm's attributes, or fold it into a convolution. They
+#: know none of OWN_ATTRIBUTES, and all of them read `eps`.
+_REBUILDERS = {
+    "apex.parallel",
+    "detectron2.layers.batch_norm",
+    "timm.layers.norm_act",
+    "timm.layers.split_batchnorm",
+    "torch.nn.modules.batchnorm",  # SyncBatchNorm.convert_sync_batchnorm, Lightning's too
+    "torch.nn.utils.fusion",
+    "torch.utils.mkldnn",
+}
+#: Those whose result is for evaluation alone, where an activation is all that a layer has to lose.
+_FOR_EVALUATION = {
+    "__init__",  # of MkldnnBatchNorm
+    "convert_frozen_batchnorm",
+    "freeze_batch_norm_2d",
+    "fuse_conv_bn_eval",
+    "fuse_linear_bn_eval",
+}
+
 
 class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     """activation(bn(input) + residual), by torch's operators; bnext's own layers put the kernels in their place."""
@@ -42,6 +64,26 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     unbiased: bool = True  # what running_var takes of a batch
     ghost_batch_size: int | None = None
     __constants__ = ["activation", "activation_param", "frozen", "unbiased", "ghost_batch_size"]  # for TorchScript
+    __jit_unused_properties__ = ["eps"]  # TorchScript would compile it
+
+    # `__dict__` by another name: Dynamo of torch 2.11 takes `self.__dict__["eps"]` for the property again, without end.
+    # All reads and writes go by it, since Dynamo sees two dictionaries.
+    _instance_dict: dict[str, Any] = nn.Module.__dict__["__dict__"]
+
+    if not TYPE_CHECKING:  # torch.nn declares it as an attribute
+
+        @property
+        def eps(self):
+            """Added to the variance."""
+            if not torch.compiler.is_compiling():
+                _refuse_rebuilding(self, sys._getframe(1))
+            return self._instance_dict["eps"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "eps":  # stays where torch.nn has it, and so do pickles
+            self._instance_dict["eps"] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(bn(input) + residual), in the shape, dtype and memory format of `input`.
@@ -100,12 +142,56 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.ghost_batch_size,
         )
 
+    def reset_running_stats(self) -> None:
+        """As before the first batch. Those of a frozen layer do not change: `torch.optim.swa_utils.update_bn` calls
+        this of every batch norm, and then trains."""
+        if not self.frozen:
+            super().reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """weight = 1, bias = 0, and the running statistics as before the first batch, in a frozen layer too."""
+        super().reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name, usual in OWN_ATTRIBUTES.items():
-            if getattr(self, name) != usual:
-                text += f", {name}={getattr(self, name)!r}"
-        return text
+        for name in ("weight", "bias"):  # what torch.nn has no word for; newer ones say `bias`
+            if self.affine and getattr(self, name) is None and f"{name}=" not in text:
+                text += f", {name}=False"
+        return ", ".join((text, *_unusual(self, OWN_ATTRIBUTES)))
+
+    def _lost_by(self, evaluates: bool) -> list[str]:
+        """What a layer of torch.nn with the same parameters and statistics does not do."""
+        return _unusual(self, {"activation": None} if evaluates else OWN_ATTRIBUTES)
+
+
+def _unusual(layer: nn.Module, usual: Mapping[str, object]) -> list[str]:
+    return [f"{name}={getattr(layer, name)!r}" for name, value in usual.items() if getattr(layer, name) != value]
+
+
+def lost_with_children(layer: nn.Module, evaluates: bool) -> list[str]:
+    """`_lost_by` of a layer whose activation is its child `act`, after its child `drop`, which evaluates to nothing."""
+    children = {name: getattr(layer, name, None) for name in (("act",) if evaluates else ("act", "drop"))}
+    lost = [f"{name}={child!r}" for name, child in children.items() if not isinstance(child, (nn.Identity, type(None)))]
+    own = {} if evaluates else {name: usual for name, usual in OWN_ATTRIBUTES.items() if "activation" not in name}
+    return lost + _unusual(layer, own)
+
+
+def _refuse_rebuilding(layer: _TorchBatchNorm, reader: Any) -> None:
+    """Raises where the function that reads `eps` would make a layer of it that computes something else."""
+    module, function = reader.f_globals.get("__name__"), reader.f_code.co_name
+    if module not in _REBUILDERS or function == "forward":  # that of nn.SyncBatchNorm only computes
+        return
+    lost = layer._lost_by(function in _FOR_EVALUATION)
+    if lost:
+        raise RuntimeError(
+            f"{module}.{function} would drop {', '.join(lost)} of {layer!r}: "
+            "use bnext.convert_sync_batchnorm(model) to synchronise, bnext.freeze(model) to freeze, "
+            "or bnext.revert(torch.fx.symbolic_trace(model)) first, which makes the activation a layer of its own"
+        )
 
 
 def _leaf(layer: nn.Module, input: Proxy, residual: Proxy | None) -> Proxy:
@@ -148,6 +234,9 @@ class TorchBatchNormAct2d(_TorchBatchNorm, nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.act(self.drop(super().forward(input, residual)))
+
+    def _lost_by(self, evaluates: bool) -> list[str]:
+        return lost_with_children(self, evaluates)
 
 
 class TorchFrozenBatchNorm2d(nn.Module):

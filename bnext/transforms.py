@@ -84,7 +84,8 @@ def _step(
 ) -> None:
     if running_mean is None or running_var is None:
         return
-    if momentum is None and num_batches_tracked is not None:
+    if momentum is None:
+        assert num_batches_tracked is not None  # checked before anything has changed
         weight = 1.0 / num_batches_tracked.to(mean.dtype)
     else:
         weight = torch.full((), momentum, dtype=mean.dtype, device=mean.device)

@@ -38,20 +38,13 @@ def with_statistics_of(data: Data, network: nn.Module) -> nn.Module:
 
 def fold(network: nn.Module) -> nn.Module:
     """A copy for inference, of torch.nn's layers: batch norms behind convolutions and linear layers are part of these.
-
-    Raises:
-        ValueError: a batch norm has a fused activation, which would be lost. `bnext.fuse` changes no names: load the
-            state dict into a network that is not fused.
-    """
-    network = bnext.revert(copy.deepcopy(network)).eval()
-    folded = fx.symbolic_trace(network)
+    Fused activations become layers of their own."""
+    folded = bnext.revert(fx.symbolic_trace(copy.deepcopy(network))).eval()
     modules = dict(folded.named_modules())
     for node in list(folded.graph.nodes):
         norm = modules.get(node.target) if node.op == "call_module" else None
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             continue
-        if getattr(norm, "activation", None) is not None:
-            raise ValueError(f"fold: {node.target} should have no fused activation, not {norm.activation!r}")
         before = node.args[0]
         layer = modules.get(before.target) if before.op == "call_module" and len(before.users) == 1 else None
         into = _FOLDS.get(type(layer)) if layer is not None else None

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from math import isnan
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 
 import bnext
 from bnext import reference
-from bnext.activation import NAMES
+from bnext.activation import NAMES, ActivationName
 from bnext.functional import batch_norm
 
 F64 = torch.float64
@@ -58,6 +60,17 @@ layouts = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lam
 
 def test_this_file_knows_all_of_them():
     assert set(FUNCTIONS) == set(NAMES)
+
+
+def test_types_and_docs_name_all_of_them():
+    """What a checker knows, and what is written where names are told."""
+    assert get_args(ActivationName) == NAMES
+    quoted = ", ".join(f'"{name}"' for name in NAMES[:-1]) + f' or "{NAMES[-1]}"'
+    assert quoted in " ".join(bnext.functional.batch_norm.__doc__.split())
+    root = Path(bnext.__file__).parent.parent
+    for page in ("README.md", "docs/support.md"):
+        words = re.findall(r"\w+", (root / page).read_text().lower())
+        assert {name.replace("_", "") for name in NAMES} <= set(words), page
 
 
 def test_the_table_in_python_is_the_list_in_core():

@@ -1,6 +1,7 @@
 """convert, revert, and what tools that know torch.nn's batch norm do with our layers."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -95,6 +96,27 @@ def test_what_cannot_be_converted_is_named():
     assert type(fresh[0]) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("name", ["forward", "_check_input_dim", "train"])
+def test_a_method_set_on_the_layer_is_not_taken_to_another_class(name):
+    """As accelerate sets them: they go on calling the old class."""
+    layer, reverted = nn.BatchNorm2d(3), bnext.BatchNorm2d(3)
+    for norm in (layer, reverted):
+        setattr(norm, name, functools.partial(getattr(norm, name)))
+    report, model = Report(), nn.Sequential(nn.BatchNorm2d(3), layer)
+    bnext.convert(model, report=report)
+    assert type(layer) is nn.BatchNorm2d and list(report) == ["0"]
+    assert f"it has its own {name}, set on the layer" in report.unconverted["1"]
+    with pytest.raises(ValueError, match=f"1: it has its own {name}"):
+        bnext.convert(model, strict=True)
+    for norm in (layer, reverted):
+        with pytest.raises(TypeError, match=f"1: it has its own {name}"):
+            bnext.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), norm))
+    model = nn.Sequential(bnext.BatchNorm2d(3), reverted)
+    with pytest.raises(ValueError, match=f"bnext.revert: 1 is .* it has its own {name}, .*: revert the model before"):
+        bnext.revert(model)
+    assert type(model[0]) is type(reverted) is bnext.BatchNorm2d
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_revert_round_trip_is_bitwise_equal(training):
     torch.manual_seed(0)
@@ -125,6 +147,10 @@ def test_what_cannot_be_reverted_is_an_error():
         with pytest.raises(ValueError, match=r"bnext.revert: 1 is .* which torch has nothing for"):
             bnext.revert(model)
         assert type(model[0]) is bnext.BatchNorm2d
+    graph = torch.fx.symbolic_trace(nn.Sequential(fused_layer(), Own(3)))
+    with pytest.raises(ValueError, match="which torch has nothing for"):
+        bnext.revert(graph)
+    assert [type(m) for m in graph.children()] == [bnext.BatchNorm2d, Own]
     assert type(bnext.revert(bnext.LazyBatchNorm2d())) is nn.LazyBatchNorm2d
 
 
@@ -150,24 +176,251 @@ def test_reverted_layers_script_with_a_residual():
     torch.testing.assert_close(torch.jit.script(bnext.revert(model))(x), expected)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 1), bnext.BatchNorm2d(3, activation="relu")
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 1))
+        self.block.add_module("bn", bnext.BatchNorm2d(3, activation="leaky_relu", activation_param=0.3))
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        return self.block.bn(self.block[0](y), residual=y)
+
+
+def trained(model):
+    torch.manual_seed(0)
+    for _ in range(2):
+        model(torch.randn(4, 3, 5, 5))
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("first", [bnext.revert, bnext.convert], ids=["of reverted layers", "of ours"])
+def test_reverting_a_graph_takes_the_activations_out(training, first):
+    model = first(trained(Residual())).train(training)
+    kinds = [type(model.bn1), type(model.block.bn)]
+    twin = copy.deepcopy(model)
+    graph = torch.fx.symbolic_trace(model)
+    shared = bnext.revert(graph, inplace=False)
+    assert bnext.revert(graph) is graph
+    assert type(graph.bn1) is type(graph.block.bn) is type(shared.bn1) is nn.BatchNorm2d
+    assert vars(graph.bn1).keys() == vars(nn.BatchNorm2d(3)).keys()
+    assert repr(graph.bn1_activation) == "ReLU()"
+    assert repr(graph.block.bn_activation) == "LeakyReLU(negative_slope=0.3)"
+    assert all(module.training == training for module in (graph.bn1, graph.bn1_activation, shared.bn1))
+    names = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    for reverted in (graph, shared):
+        assert {name: id(t) for name, t in reverted.state_dict(keep_vars=True).items()} == names
+    # The model that was traced, whose layers they were, goes on as before.
+    assert [type(model.bn1), type(model.block.bn)] == kinds and model.bn1.activation == "relu"
+    x = torch.randn(4, 3, 5, 5)
+    expected = copy.deepcopy(twin)(x)
+    for reverted in (copy.deepcopy(graph), copy.deepcopy(model), bnext.fuse(copy.deepcopy(graph))):
+        torch.testing.assert_close(reverted(x), expected)
+        assert [*reverted.state_dict()] == [*twin.state_dict()]
+
+
+def test_tools_of_torch_take_a_reverted_graph():
+    model = trained(Residual()).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    graph = bnext.revert(torch.fx.symbolic_trace(model))
+    from torch.ao.quantization import fuse_modules
+    from torch.fx.experimental.optimization import fuse
+
+    folded = fuse_modules(graph, [["conv1", "bn1", "bn1_activation"], ["block.0", "block.bn"]])
+    assert type(folded.bn1) is type(folded.block.bn) is nn.Identity
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(graph))
+    assert type(synchronised.bn1) is nn.SyncBatchNorm
+    for result in (folded, synchronised, fuse(graph)):
+        torch.testing.assert_close(result(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_fused_model_reverts_to_is_of_torchs_layers():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU())
+    twin, x = copy.deepcopy(model), torch.randn(4, 3, 5, 5)
+    reverted = bnext.revert(bnext.fuse(model))
+    assert [type(m) for m in reverted.children()] == [nn.Conv2d, nn.BatchNorm2d, nn.SiLU]
+    torch.testing.assert_close(reverted(x), twin(x))
+
+
+def hooked_graph(register, call=lambda bn, x: bn(x)):
+    graph = graph_around(fused_layer(), call)
+    getattr(graph.leaf, register)(lambda *args: None)
+    return graph
+
+
+class Again(nn.Module):
+    """One layer, called thrice, in a module that has another one of the name that its activation would get."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = bnext.BatchNorm2d(3, activation="silu")
+        self.bn_activation = nn.Tanh()
+
+    def forward(self, x):
+        return self.bn_activation(self.bn(self.bn(self.bn(x), x)))
+
+
+def test_reverting_a_graph_that_calls_a_layer_again():
+    model = trained(Again()).eval()
+    graph = torch.fx.symbolic_trace(model)
+    graph.add_submodule("same", graph.bn)
+    next(node for node in graph.graph.nodes if node.target == "bn").target = "same"
+    x = torch.randn(4, 3, 5, 5)
+    reverted = bnext.revert(graph)
+    assert reverted.bn is reverted.same and type(reverted.bn) is nn.BatchNorm2d
+    assert type(reverted.bn_activation) is nn.Tanh
+    torch.testing.assert_close(reverted(x), model(x))
+
+
+class Inside(nn.Module):
+    """A leaf of the graph below, which calls the layer by its own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = bnext.BatchNorm2d(3, activation="relu")
+
+    def forward(self, x):
+        return self.bn(x)
+
+
+def graph_around(leaf, call):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leaf = leaf
+
+        def forward(self, x):
+            return call(self.leaf, x)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, name):
+            return m is leaf or super().is_leaf_module(m, name)
+
+    outer = Outer()
+    return torch.fx.GraphModule(outer, Tracer().trace(outer))
+
+
+KEPT = {
+    "forward hook": lambda: hooked_graph("register_forward_hook"),
+    "backward hook": lambda: hooked_graph("register_full_backward_pre_hook"),
+    "called by a leaf": lambda: graph_around(Inside(), lambda leaf, x: leaf(leaf.bn(x))),
+    "called in another way": lambda: graph_around(fused_layer(), lambda leaf, x: leaf(input=x)),
+    "sum seen": lambda: hooked_graph("register_forward_pre_hook", lambda bn, x: bn(x, x)),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_reverting_a_graph_leaves_an_activation_that_is_seen_or_called_elsewhere(case):
+    graph = KEPT[case]().eval()
+    x = torch.randn(4, 3, 5, 5)
+    expected = graph(x)
+    reverted = bnext.revert(graph)
+    kinds = [type(m) for m in reverted.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert kinds == [torch_layers.TorchBatchNorm2d]
+    torch.testing.assert_close(reverted(x), expected)
+
+
+def test_reverting_a_graph_leaves_a_hook_that_sees_the_input():
+    reverted = bnext.revert(hooked_graph("register_forward_pre_hook"))
+    assert type(reverted.leaf) is nn.BatchNorm2d and len(reverted.leaf._forward_pre_hooks) == 1
+
+
+def test_reverting_a_graph_keeps_what_else_torch_does_not_have():
+    model = nn.Sequential(bnext.BatchNorm2d(3, activation="relu"), bnext.BatchNorm2d(3, activation="relu", decay=0.9))
+    bnext.freeze(model[0])
+    graph = bnext.revert(torch.fx.symbolic_trace(model))
+    norms = [m for m in graph.children() if isinstance(m, nn.BatchNorm2d)]
+    assert [type(m) for m in norms] == [torch_layers.TorchBatchNorm2d] * 2
+    assert norms[0].frozen and not norms[1].unbiased and all(m.activation is None for m in norms)
+
+
 def fused_layer():
     return bnext.BatchNorm2d(3, activation="relu")
 
 
+def synchronise(layer):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))[0]
+
+
 TOOLS = {
-    "sync": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(fused_layer())),
-    "conv": lambda: nn.utils.fuse_conv_bn_eval(nn.Conv2d(3, 3, 1).eval(), fused_layer().eval()),
-    "linear": lambda: nn.utils.fuse_linear_bn_eval(
-        nn.Linear(3, 3).eval(), bnext.BatchNorm1d(3, activation="relu").eval()
+    "sync": lambda as_is: synchronise(as_is(fused_layer())),
+    "conv": lambda as_is: nn.utils.fuse_conv_bn_eval(nn.Conv2d(3, 3, 1).eval(), as_is(fused_layer().eval())),
+    "linear": lambda as_is: nn.utils.fuse_linear_bn_eval(
+        nn.Linear(3, 3).eval(), as_is(bnext.BatchNorm1d(3, activation="relu").eval())
     ),
-    "mkldnn": lambda: mkldnn.to_mkldnn(fused_layer().eval()),
+    "mkldnn": lambda as_is: mkldnn.to_mkldnn(as_is(fused_layer().eval())),
 }
 
 
+@pytest.mark.parametrize("as_is", [lambda layer: layer, bnext.revert], ids=["ours", "reverted"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_tools_of_torch_do_not_drop_the_activation(tool):
-    with pytest.raises(RuntimeError, match=r"would drop activation='relu' of BatchNorm.*bnext\.revert"):
-        TOOLS[tool]()
+def test_tools_of_torch_do_not_drop_the_activation(tool, as_is):
+    message = r"would drop activation='relu' of (Torch)?BatchNorm.*bnext\.revert\(torch\.fx\.symbolic_trace\(model\)\)"
+    with pytest.raises(RuntimeError, match=message):
+        TOOLS[tool](as_is)
+
+
+@pytest.mark.parametrize("as_is", [lambda layer: layer, bnext.revert], ids=["ours", "reverted"])
+@pytest.mark.parametrize("own", [{"frozen": True}, {"unbiased": False}, {"ghost_batch_size": 2}], ids=str)
+def test_tools_of_torch_do_not_drop_what_else_a_layer_has(own, as_is):
+    layer = bnext.BatchNorm2d(3)
+    vars(layer).update(own)
+    layer = as_is(layer)
+    ((name, value),) = own.items()
+    with pytest.raises(RuntimeError, match=f"would drop {name}={value} of .*use bnext.convert_sync_batchnorm"):
+        synchronise(layer)
+    conv, x = nn.Conv2d(3, 3, 1).eval(), torch.randn(2, 3, 5, 5)  # evaluation has nothing of it
+    layer.running_mean.normal_()
+    expected = layer.eval()(conv(x))
+    torch.testing.assert_close(nn.utils.fuse_conv_bn_eval(conv, layer)(x), expected, rtol=1e-4, atol=1e-5)
+    assert type(synchronise(as_is(bnext.BatchNorm2d(3)))) is nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize("as_is", [lambda layer: layer, bnext.revert], ids=["ours", "reverted"])
+@pytest.mark.parametrize(
+    "children", [{"act": nn.ReLU()}, {"act": nn.GELU()}, {"drop": nn.Dropout(0.5)}, {}], ids=lambda c: "".join(c) or "-"
+)
+def test_tools_of_torch_do_not_drop_children(children, as_is):
+    def layer():
+        return as_is(bnext.nn.BatchNormAct2d(3, **children).eval())
+
+    def fold():
+        return nn.utils.fuse_conv_bn_eval(nn.Conv2d(3, 3, 1).eval(), layer())
+
+    if not children:
+        synchronise(layer()), fold()
+        return
+    ((name, child),) = children.items()
+    for tool in (lambda: synchronise(layer()), *((fold,) if name == "act" else ())):
+        with pytest.raises(RuntimeError) as caught:
+            tool()
+        assert f"would drop {name}={child!r} of" in str(caught.value)
+    if name == "drop":  # which does nothing in evaluation
+        fold()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_reverted_layer_reads_its_own_eps():
+    """In every way to run it: eager, compiled, scripted, and copied."""
+    layer = bnext.revert(bnext.BatchNorm2d(3, eps=0.5, activation="relu", unbiased=False)).eval()
+    x = torch.randn(4, 3, 5, 5)
+    expected = (x / 1.5**0.5).relu()
+
+    def variance(x):
+        return x.var((0, 2, 3), correction=0, keepdim=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    for run in (layer, compiled, torch.jit.script(copy.deepcopy(layer)), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(run(x), expected)
+    synchronised = bnext.revert(bnext.SyncBatchNorm(3, eps=0.5, activation="relu"))  # by torch's own forward
+    torch.testing.assert_close(synchronised(x), ((x - x.mean((0, 2, 3), True)) / (variance(x) + 0.5).sqrt()).relu())
+    assert layer.eps == vars(layer)["eps"] == 0.5
+    layer.eps = 0.25
+    torch.testing.assert_close(layer(x), (x / 1.25**0.5).relu())
 
 
 def test_tools_of_torch_take_layers_without_activation():

@@ -148,6 +148,62 @@ def test_every_site_of_a_network_is_found(name, library):
     assert_same_step(fused, twin, x)
 
 
+def test_every_module_keeps_its_mode():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()), nn.BatchNorm2d(3))
+    model[0].eval()  # a backbone
+    model[0][2].train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    fused = bnext.fuse(model)
+    assert fused.get_submodule("0.1").activation == "relu"
+    for name, module in fused.named_modules():
+        assert module.training == modes[name], name
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    before = fused.get_submodule("0.1").running_mean.clone()
+    fused(torch.randn(4, 3, 5, 5))
+    assert torch.equal(fused.get_submodule("0.1").running_mean, before)
+
+
+HOOKS = {
+    "register_forward_hook": (lambda *args, **kwargs: None, {"with_kwargs": True, "always_call": True}),
+    "register_full_backward_hook": (lambda *args: None, {}),
+    "register_full_backward_pre_hook": (lambda *args: None, {}),
+    "register_backward_hook": (lambda *args: None, {}),
+    "register_forward_pre_hook": (lambda *args: None, {}),
+}
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["", "sum"])
+@pytest.mark.parametrize("of", ["bn", "act"])
+@pytest.mark.parametrize("register", HOOKS)
+def test_what_a_hook_sees_is_not_fused(register, of, summed):
+    hook, options = HOOKS[register]
+    model = Chain(lambda m, y, x: m.act(y + x if summed else y), nn.ReLU())
+    getattr(getattr(model, of), register)(hook, **options)
+    # What comes into a batch norm stays the same, unless a residual joins it.
+    fusible = (register, of, summed) == ("register_forward_pre_hook", "bn", False)
+    assert (bnext.fuse(model).bn.activation == "relu") == fusible
+
+
+def test_hooks_of_state_dicts_see_no_tensor_that_fusion_changes():
+    model = Chain(lambda m, y, x: m.act(y), nn.ReLU())
+    model.bn.register_state_dict_post_hook(lambda *args: None)
+    model.bn.register_load_state_dict_pre_hook(lambda *args: None)
+    assert bnext.fuse(model).bn.activation == "relu"
+
+
+def test_a_forward_set_on_a_layer_goes_on_running():
+    for kind in (nn.BatchNorm2d, bnext.BatchNorm2d):
+        model = Chain(lambda m, y, x: m.act(y + x), nn.ReLU())
+        model.bn, calls = kind(3), []
+        forward = model.bn.forward
+        model.bn.forward = lambda x, forward=forward, calls=calls: calls.append(1) or forward(x)
+        fused = bnext.fuse(model)
+        assert type(fused.bn) is kind and getattr(fused.bn, "activation", None) is None
+        calls.clear()
+        fused(torch.randn(4, 3, 5, 5))
+        assert calls == [1]
+
+
 def test_a_hook_goes_on_seeing_the_normalized_values():
     model = Chain(lambda m, y, x: m.act(y), nn.ReLU())
     seen = []

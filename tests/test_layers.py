@@ -28,6 +28,58 @@ def test_are_torchs_own_classes(ours, theirs):
     assert repr(ours(3, activation="relu")) == repr(theirs(3))[:-1] + ", activation='relu')"
 
 
+def test_repr_says_what_was_asked_for():
+    assert repr(bnext.BatchNorm2d(3, weight=False)).endswith(", weight=False)")
+    assert repr(bnext.BatchNorm2d(3, bias=False)).count("bias=False") == 1
+    assert "weight" not in repr(bnext.BatchNorm2d(3, affine=False))
+    for decay, momentum in ((0.9, "0.1"), (0.99, "0.01"), (0.999, "0.001"), (1, "0.0")):
+        assert f"momentum={momentum}, " in repr(bnext.BatchNorm2d(3, decay=decay))
+
+
+def test_keywords_that_contradict_each_other_or_are_of_a_wrong_type():
+    for kind in (bnext.BatchNorm2d, bnext.SyncBatchNorm):
+        for momentum in (0.3, None):
+            with pytest.raises(ValueError, match=f"momentum should be left out where decay .* not {momentum}"):
+                kind(3, momentum=momentum, decay=0.9)
+    with pytest.raises(ValueError, match="momentum should be left out where decay"):
+        bnext.LazyBatchNorm2d(momentum=0.3, decay=0.9)
+    for kind in (bnext.BatchNorm2d, bnext.nn.BatchNormAct2d):
+        with pytest.raises(TypeError, match="ghost_batch_size should be None or a positive integer, not True"):
+            kind(3, ghost_batch_size=True)
+
+
+def test_the_activation_is_found_when_the_layer_is_made():
+    made = bnext.nn.BatchNormAct2d
+    assert made(4, act=nn.ReLU()).activation == "relu"
+    layer = made(4, act=nn.LeakyReLU(0.3))
+    assert (layer.activation, layer.activation_param) == ("leaky_relu", 0.3)
+    for children in ({"act": nn.GELU()}, {"act": nn.ReLU(), "drop": nn.Dropout()}, {}):
+        assert made(4, **children).activation is None
+
+
+def test_explain_knows_which_tensors_a_call_takes(device):
+    layer = bnext.BatchNorm2d(3, device=device)
+    layer.num_batches_tracked = layer.num_batches_tracked.int()
+    x = torch.randn(2, 3, 4, 4, device=device)
+    assert bnext.explain(layer, x)[""].way == "torch"
+    for evaluating in (copy.deepcopy(layer).eval(), bnext.freeze(copy.deepcopy(layer))):
+        assert bnext.explain(evaluating, x)[""].way == "kernels"
+        with torch.profiler.profile() as profile:
+            evaluating(x)
+        assert not any("batch_norm" in e.key and e.key.startswith("aten") for e in profile.key_averages())
+    layer.track_running_stats = False  # which trains without a counter
+    assert bnext.explain(layer, x)[""].way == "kernels"
+
+
+def test_explain_knows_frozen_layers(device):
+    frozen = bnext.nn.FrozenBatchNorm2d(3).to(device)
+    model = nn.Sequential(frozen, nn.ReLU())
+    x = torch.randn(2, 3, 4, 4, device=device)
+    assert {name: route.way for name, route in bnext.explain(model, x).items()} == {"0": "kernels"}
+    found = bnext.explain(bnext.revert(model), x)
+    assert found["0"].way == "torch" and "TorchFrozenBatchNorm2d: bnext.convert" in found["0"].why
+
+
 @pairs
 def test_constructor_is_that_of_the_installed_torch(ours, theirs):
     def parameters_of(kind):

@@ -442,48 +442,145 @@ def test_resident_kernels_load_each_tensor_once(plan, architecture):
 
 
 #: Instructions that may be spent on an element of 16 or 32 bits without falling behind the memory, in the loops that
-#: take statistics and in those that normalize, by what is fused. 39 would fit under an H100's 3 TB/s.
+#: reduce and in the elementwise ones, by what is fused. 39 would fit under an H100's 3 TB/s.
 STATISTICS = 8
 #: A loop that copies counts both ways of the next chunk, whole or what is left of the walk, of which one is taken. By the
 #: elements of 16 bytes, over which a copy's instructions are spread.
 STATISTICS_AND_COPIES = {8: 10, 4: 13}
+SUMS = {"none": 7, "relu": 10, "mask": 10}
 NORMALIZE = {"none": 6, "relu": 6, "add": 7.5, "add_relu": 11.2}
+#: Of eval mode's branch, one side is taken, and both are counted.
+GRADIENT = {"none": 10, "relu": 14, "mask": 16}
+
+#: What has the loops over whole vectors: the two passes, and each way of doing both.
+STEMS = ("two_pass_reduce", "two_pass_apply", *(f"resident_{plan}" for plan in RESIDENT))
+
+
+def instructions_for_an_element(stem: str, kernel: str, found: list[Loop]) -> tuple[list[float], list[float]]:
+    """Those of the loops that reduce, and of the elementwise ones, over whole chunks, which is what there is most of."""
+    _, direction, dtype, variant = kernel.split()
+    elements = {"float": 4, "double": 2}.get(dtype, 8)  # of 16 bytes
+    inputs, _, stored = RESIDENT_BYTES[f"{direction} {variant}"]
+    walking = [loop for loop in found if loop.loads[16] >= 4 or loop.given >= 4]
+    elementwise = [loop for loop in walking if loop.stores[16] >= 4]
+    if stem == "two_pass_reduce":  # the loop that merges comes after
+        reducing = walking[:1]
+    else:
+        reducing = [loop for loop in walking if loop.copied or (loop.streamed and loop.kept)]
+
+    def reduced(loop: Loop) -> float:
+        # Of the two ways to load that tiles have which may not fit, one is taken.
+        instructions = loop.instructions - max(0, loop.loads[16] - loop.kept) * bool(loop.kept)
+        return instructions / (elements * (loop.kept or loop.loads[16] or loop.given) / inputs)
+
+    return [reduced(loop) for loop in reducing], [
+        loop.instructions / (elements * loop.stores[16] / stored) for loop in elementwise
+    ]
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "7.5"])
 def test_instructions_for_an_element(architecture):
     checked = collections.Counter()
-    for stem in ("two_pass_reduce", "two_pass_apply", *(f"resident_{plan}" for plan in RESIDENT)):
+    for stem in STEMS:
         for kernel, found in loops(CSRC / "cuda" / "plans" / f"{stem}.cu", architecture).items():
-            fused = kernel.split()[-1]
-            if exempt(kernel, architecture) or not re.search(
-                rf" forward (float|f16|bf16) ({'|'.join(NORMALIZE)})$", kernel
-            ):
+            if exempt(kernel, architecture) or " double " in kernel:
                 continue
-            elements = 4 if " float" in kernel else 8  # of 16 bytes
-            # Whole chunks, which is what there is most of. In the reduction, the loop that merges comes after.
-            walking = [loop for loop in found if loop.loads[16] >= 4 or loop.given >= 4]
-            normalizing = [loop for loop in walking if loop.stores[16] >= 4]
-            summing = (
-                walking[:1]
-                if stem == "two_pass_reduce"
-                else [loop for loop in walking if loop.copied or (loop.streamed and loop.kept)]
-            )
-            for loop in normalizing:
-                assert loop.instructions <= NORMALIZE[fused] * elements * loop.stores[16], (kernel, loop)
-            for loop in summing:
-                allowed = STATISTICS_AND_COPIES[elements] if loop.copied else STATISTICS
-                # Of the two ways to load that tiles have which may not fit, one is taken.
-                instructions = loop.instructions - max(0, loop.loads[16] - loop.kept) * bool(loop.kept)
-                assert instructions <= allowed * elements * (loop.kept or loop.loads[16] or loop.given), (
-                    kernel,
-                    loop,
-                )
-            checked["normalize"] += bool(normalizing)
-            checked["statistics"] += bool(summing)
-    # The two passes in 2 layouts, resident in 3 ways; the latter and the second pass with everything fused.
-    ways = len(NORMALIZE)
-    assert checked == {"statistics": 3 * (2 + 3 * ways), "normalize": 3 * (2 * ways + 3 * ways)}
+            _, direction, dtype, variant = kernel.split()
+            reducing, elementwise = instructions_for_an_element(stem, kernel, found)
+            if direction == "backward":
+                allowed = SUMS[variant], GRADIENT[variant]
+            elif copying(kernel, architecture):
+                allowed = STATISTICS_AND_COPIES[4 if dtype == "float" else 8], NORMALIZE[variant]
+            else:
+                allowed = STATISTICS, NORMALIZE[variant]
+            assert max(reducing, default=0) <= allowed[0], (kernel, reducing)
+            assert max(elementwise, default=0) <= allowed[1], (kernel, elementwise)
+            checked[f"{direction} reduction"] += bool(reducing)
+            checked[f"{direction} elementwise"] += bool(elementwise)
+    # Three dtypes. The two passes in 2 layouts, resident in 3 ways; what is fused concerns the backward's sums too.
+    forward, backward = len(NORMALIZE), len(GRADIENT)
+    assert checked == {
+        "forward reduction": 3 * (2 + 3 * forward),
+        "forward elementwise": 3 * (2 * forward + 3 * forward),
+        "backward reduction": 3 * (2 * backward + 3 * backward),
+        "backward elementwise": 3 * (2 * backward + 3 * backward),
+    }
+
+
+def documented(heading: str) -> list[list[str]]:
+    """The rows of the table of docs/kernels.md behind the line that begins so, without its heads."""
+    lines = (ROOT / "docs" / "kernels.md").read_text().split(heading, 1)[1].splitlines()
+    table = list(itertools.takewhile(str.strip, itertools.dropwhile(lambda line: not line.startswith("|"), lines)))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table if not line.startswith("|--")]
+
+
+of_the_compiler_in_docs = pytest.mark.skipif(
+    TOOLKIT is None or TOOLKIT.version != "13.0", reason="docs/kernels.md tells what nvcc 13.0 made of the kernels"
+)
+
+
+@of_the_compiler_in_docs
+def test_instructions_for_an_element_are_those_of_the_docs():
+    kernels = {}
+    for stem in STEMS:
+        for kernel, found in loops(CSRC / "cuda" / "plans" / f"{stem}.cu", "9.0").items():
+            if kernel.endswith(" none"):
+                kernels[kernel] = instructions_for_an_element(stem, kernel, found)
+    rows = documented("Instructions for an element in the hot loop")[1:]
+    assert len(rows) == 2 * (2 + 2 + len(RESIDENT))
+    for name, *cells in rows:
+        plan, direction = re.match(r"`(\w+)_kernel`, (\w+)", name).groups()
+        for dtype, cell in zip(("bf16", "float"), cells, strict=True):
+            counted = kernels[f"{plan} {direction} {dtype} none"]
+            assert " + ".join(f"{max(part):.1f}" for part in counted if part) == cell, (name, dtype)
+
+
+def test_there_are_as_many_kernels_as_the_docs_say():
+    total = 0
+    for files, sums in documented("## Size of the build")[1:]:
+        number = int(re.search(r"= (\d+)", sums)[1])
+        for name in re.findall(r"`(\w+\.cu)`", files):
+            assert len(usage(CSRC / "cuda" / "plans" / name, "9.0")) == number, name
+            total += number
+    assert f"{total} kernels an architecture" in (ROOT / "docs" / "kernels.md").read_text()
+
+
+@of_the_compiler_in_docs
+def test_instructions_of_an_activation_are_those_of_the_docs(tmp_path):
+    """Of a kernel that does nothing else, beyond one that does without."""
+    source = tmp_path / "activations.cu"
+    source.write_text(
+        f'''#include "{CSRC}/core/activation.h"
+        using namespace bnext;
+        template <class Act> __global__ void value(float* y, const float* z, float param) {{
+          y[threadIdx.x] = Act::value(z[threadIdx.x], param);
+        }}
+        template <class Act> __global__ void derivative(float* dz, const float* z, const float* dy, float param) {{
+          dz[threadIdx.x] = through(dy[threadIdx.x], Act::grad(z[threadIdx.x], param));
+        }}
+        template <> __global__ void derivative<Identity>(float* dz, const float* z, const float* dy, float) {{
+          dz[threadIdx.x] = dy[threadIdx.x] + z[threadIdx.x];  // one instruction
+        }}
+        #define BNEXT_KERNELS(name, type)                               \\
+          template __global__ void value<type>(float*, const float*, float); \\
+          template __global__ void derivative<type>(float*, const float*, const float*, float);
+        BNEXT_ACTIVATIONS(BNEXT_KERNELS)'''
+    )
+    cubin = tmp_path / "activations.cubin"
+    output(str(TOOLKIT.nvcc), "-cubin", "-arch=sm_90", *flags(), "-o", str(cubin), str(source))
+    counted = {}
+    for function in output(cuobjdump(), "--dump-sass", str(cubin)).split("Function : ")[1:]:
+        kernel, struct = re.search(r"(value|derivative)IN5bnext\d+([A-Za-z]\w*?\d?)EE", function).groups()
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", function)
+        counted[kernel, struct] = sum(not opcode.startswith(("NOP", "BRA")) for opcode in opcodes)
+    listed = re.findall(r"^  X\((\w+), (\w+)\)", (CSRC / "core" / "activation.h").read_text(), re.M)
+    names, cells = documented("Instructions that an activation adds")
+    assert sorted([*names, "none"]) == sorted(name for name, _ in listed)
+    value, derivative = counted["value", "Identity"], counted["derivative", "Identity"] - 1
+    for name, struct in listed:
+        if name != "none":
+            adds = f"{counted['value', struct] - value}; {counted['derivative', struct] - derivative}"
+            assert adds == cells[names.index(name)], name
 
 
 def test_resident_blocks_fit_as_the_plan_counts_on():

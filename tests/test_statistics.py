@@ -98,6 +98,91 @@ def test_freezing_what_has_no_statistics():
     assert type(net[0]) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("as_is", [lambda model: model, bnext.revert], ids=["ours", "reverted"])
+@pytest.mark.parametrize("update", ["bnext", "torch"])
+def test_frozen_statistics_are_not_updated(update, as_is):
+    net = nn.Sequential(bnext.BatchNorm2d(3), nn.Conv2d(3, 3, 1), bnext.BatchNorm2d(3))
+    for x in data([4, 4]):
+        net(x)
+    bnext.freeze(net[0])
+    net = as_is(net)
+    before = copy.deepcopy(net.state_dict())
+    if update == "bnext":
+        bnext.update_statistics(net, data([4, 6], seed=1), progress=False)
+    else:
+        torch.optim.swa_utils.update_bn(data([4, 6], seed=1), net)
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, before[name]) == (not name.startswith("2.running")), name
+    # The other one has seen what training shows it.
+    seen = torch.cat([net[1](net[0](x)) for x in data([4, 6], seed=1)])
+    if update == "bnext":
+        torch.testing.assert_close(net[2].running_mean, seen.mean((0, 2, 3)))
+    assert net[0].frozen and net[0].momentum == net[2].momentum == 0.1
+    net[0].reset_parameters()  # does what it says
+    assert net[0].running_mean.abs().sum() == 0
+
+
+def test_nothing_to_update_where_all_is_frozen():
+    with pytest.raises(ValueError, match="no batch norm with running statistics that is not frozen"):
+        bnext.update_statistics(bnext.freeze(bnext.BatchNorm2d(3)), data([4]))
+
+
+def test_the_input_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ours, self.theirs, self.renamed = bnext.BatchNorm2d(3), nn.BatchNorm2d(3), Renamed(3)
+
+        def forward(self, x):
+            self.theirs(input=x), self.renamed(x=x)
+            return self.ours(residual=x * 0, input=x)
+
+    class Renamed(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    net, batches = ByKeyword(), data([4, 6])
+    bnext.update_statistics(net, batches, progress=False)
+    for layer in net.children():
+        torch.testing.assert_close(layer.running_mean, torch.cat(batches).mean((0, 2, 3)))
+
+
+def test_a_layer_that_is_not_called_keeps_its_statistics():
+    net = nn.Sequential(bnext.BatchNorm2d(3), bnext.BatchNorm2d(3), bnext.BatchNorm2d(3))
+    for _ in range(5):
+        net(data([4])[0])
+    before = [copy.deepcopy(layer.state_dict()) for layer in net]
+
+    def forward(model, x):
+        model[0](x), model[2](x[:0])
+
+    bnext.update_statistics(net, data([4, 6]), forward=forward, progress=False)
+    assert net[0].num_batches_tracked == 2
+    for i in (1, 2):  # the last one has seen nothing either
+        assert all(torch.equal(t, before[i][name]) for name, t in net[i].state_dict().items())
+
+
+def test_unfreeze_leaves_what_did_not_train_before():
+    net = nn.Sequential(bnext.BatchNorm2d(3), bnext.BatchNorm2d(3, bias=False), bnext.BatchNorm2d(3))
+    net[0].weight.requires_grad_(False)
+    wanted = [p.requires_grad for p in net.parameters()]
+    keys = [vars(layer).keys() - {"frozen"} for layer in net]
+    bnext.freeze(net)
+    bnext.freeze(net)  # again
+    assert not any(p.requires_grad for p in net.parameters())
+    net = copy.deepcopy(bnext.convert(bnext.revert(net)))
+    bnext.unfreeze(net)
+    assert [p.requires_grad for p in net.parameters()] == wanted
+    assert [vars(layer).keys() - {"frozen"} for layer in net] == keys
+    bnext.freeze(net, parameters=False)
+    net[2].weight.requires_grad_(False)
+    bnext.unfreeze(net)
+    assert not net[2].weight.requires_grad
+    bnext.freeze(net)
+    bnext.unfreeze(net, parameters=False)
+    assert not any(p.requires_grad for p in net.parameters()) and not net[0].frozen
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_checkpointing_updates_the_statistics_once(device, momentum):
     net = nn.Sequential(nn.Conv2d(3, 4, 1), bnext.BatchNorm2d(4, momentum=momentum, activation="relu")).to(device)

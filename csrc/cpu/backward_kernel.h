@@ -161,6 +161,7 @@ template <class T, Derivative from>
       store(dys + j, Full{}, V(0));
       store(products + j, Full{}, V(0));
     }
+    // Four rows share a load and a store of the sums, which is what bounds this loop.
     int64_t r = begin;
     // `general` has the derivatives of one row at a time.
     if constexpr (from != Derivative::general) {
@@ -210,6 +211,7 @@ template <class T, Derivative from, bool training, bool by_column>
       if constexpr (by_column && reads_x) x_ahead.fetch(j);
       if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
       V dy = dy_prime(j, part, xmu);
+      // The residual is added before the activation, so that its gradient is dy'.
       if (dresidual != nullptr) store(dresidual + j, part, dy);
       if (dx == nullptr) return;
       if constexpr (training) store(dx + j, part, input_gradient(dy, xmu, mean_dy.at(j), slope.at(j), scale.at(j)));

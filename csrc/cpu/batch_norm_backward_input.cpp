@@ -1,6 +1,5 @@
 // dy, x, sums -> dx, dresidual?. Reads dy and x once, and a bit for each element or the residual; in eval mode x only
 // where the activation's derivative has to be found again.
-#include <algorithm>
 
 #include "stages.h"
 
@@ -8,20 +7,20 @@ namespace bnext::cpu {
 
 template <class A>
 InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
-    : params_(operands.params),
-      plan_(operands.plan),
+    : ElementwisePass<BackwardArgs<A>>(operands.plan, operands.args, operands.derivative == Derivative::general),
+      params_(operands.params),
       mean_dy_(operands.plan),
-      slope_(operands.plan),
-      args_(operands.args),
-      widest_(widest_row(operands.derivative == Derivative::general)),
-      kernel_(operands.kernels.gradient[static_cast<int>(operands.derivative)][params_.training][plan_.by_column]) {
-  args_.mean_dy = mean_dy_.data();
-  args_.slope = slope_.data();
-  if (args_.dz != nullptr) {
-    args_.dy = args_.dz;
-    args_.dresidual = nullptr;  // there already, where it is wanted
-    kernel_ = operands.kernels.gradient[static_cast<int>(Derivative::none)][params_.training][plan_.by_column];
+      slope_(operands.plan) {
+  BackwardArgs<A>& args = this->args_;
+  args.mean_dy = mean_dy_.data();
+  args.slope = slope_.data();
+  Derivative derivative = operands.derivative;
+  if (args.dz != nullptr) {
+    args.dy = args.dz;
+    args.dresidual = nullptr;  // there already, where it is wanted
+    derivative = Derivative::none;
   }
+  this->kernel_ = operands.kernels.gradient[static_cast<int>(derivative)][params_.training][operands.plan.by_column];
 }
 
 template <class A>
@@ -39,15 +38,6 @@ void InputGradient<A>::set(int64_t first, int64_t end) {
   }
   mean_dy_.set(first, end, mean_dy);
   slope_.set(first, end, slope);
-}
-
-template <class A>
-void InputGradient<A>::run_all(const ParallelFor& parallel) const {
-  for_each_task_reversed(parallel, plan_.grains, [&](int64_t task) {
-    const int64_t begin = task * plan_.grain;
-    for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
-                             [&](const SubMatrix& block) { run(block); });
-  });
 }
 
 template class InputGradient<float>;

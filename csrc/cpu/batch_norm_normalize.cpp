@@ -1,5 +1,4 @@
 // x, residual? -> y, mask?. Reads x and the residual once, writes y and a bit for each element.
-#include <algorithm>
 
 #include "stages.h"
 
@@ -7,22 +6,24 @@ namespace bnext::cpu {
 
 template <class A>
 Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
-    : params_(p), plan_(plan), mean_(plan), scale_(plan), bias_(plan) {
-  args_ = {};
-  args_.x = p.x;
-  args_.residual = p.residual;
-  args_.y = p.y;
-  args_.mask = p.mask;
-  args_.mean = mean_.data();
-  args_.scale = scale_.data();
-  args_.bias = bias_.data();
-  args_.activation = p.activation;
-  args_.activation_param = static_cast<A>(p.activation_param);
+    : ElementwisePass<NormalizeArgs<A>>(plan, {}, epilogue_of(p) == Epilogue::general),
+      params_(p),
+      mean_(plan),
+      scale_(plan),
+      bias_(plan) {
+  NormalizeArgs<A>& args = this->args_;
+  args.x = p.x;
+  args.residual = p.residual;
+  args.y = p.y;
+  args.mask = p.mask;
+  args.mean = mean_.data();
+  args.scale = scale_.data();
+  args.bias = bias_.data();
+  args.activation = p.activation;
+  args.activation_param = static_cast<A>(p.activation_param);
   const int64_t tensors = p.residual == nullptr ? 2 : 3;
-  args_.stream = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
-  const Epilogue epilogue = epilogue_of(p);
-  widest_ = widest_row(epilogue == Epilogue::general);
-  kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue)][plan.by_column];
+  args.stream = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
+  this->kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue_of(p))][plan.by_column];
 }
 
 template <class A>
@@ -34,15 +35,6 @@ void Normalizer<A>::set(int64_t first, int64_t end, const A* mean, const A* invs
   mean_.set(first, end, mean);
   scale_.set(first, end, scale);
   bias_.set(first, end, bias);
-}
-
-template <class A>
-void Normalizer<A>::run_all(const ParallelFor& parallel) const {
-  for_each_task_reversed(parallel, plan_.grains, [&](int64_t task) {
-    const int64_t begin = task * plan_.grain;
-    for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
-                             [&](const SubMatrix& block) { run(block); });
-  });
 }
 
 template class Normalizer<float>;

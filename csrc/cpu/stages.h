@@ -3,6 +3,7 @@
 // strips, or has to be cut, they run the first on all channels and then the second.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "cache.h"
@@ -72,25 +73,43 @@ void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, i
 template <class A>
 void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const StatsSink& sink);
 
+// An elementwise pass, once what belongs to each channel is set: of one block, or of all, on several threads.
+template <class Args>
+class ElementwisePass {
+ public:
+  void run(const SubMatrix& block) const {
+    for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
+  }
+  void run_all(const ParallelFor& parallel) const {
+    for_each_task_reversed(parallel, plan_.grains, [&](int64_t task) {
+      const int64_t begin = task * plan_.grain;
+      for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
+                               [&](const SubMatrix& block) { run(block); });
+    });
+  }
+
+ protected:
+  // `general`: of the kernels' `general` variant, whose rows are limited.
+  ElementwisePass(const Plan& plan, const Args& args, bool general)
+      : plan_(plan), args_(args), widest_(general ? kGeneralRow : std::numeric_limits<int64_t>::max()) {}
+
+  const Plan& plan_;
+  Args args_;
+  int64_t widest_;
+  void (*kernel_)(const Args&, const SubMatrix&) = nullptr;
+};
+
 // batch_norm_normalize.cpp
 template <class A>
-class Normalizer {
+class Normalizer : public ElementwisePass<NormalizeArgs<A>> {
  public:
   Normalizer(const BatchNormForwardParams&, const Plan&);
   // Of at most kChannelBatch channels.
   void set(int64_t first, int64_t end, const A* mean, const A* invstd);
-  void run(const SubMatrix& block) const {
-    for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
-  }
-  void run_all(const ParallelFor&) const;
 
  private:
   const BatchNormForwardParams& params_;
-  const Plan& plan_;
   PerChannel<A> mean_, scale_, bias_;
-  NormalizeArgs<A> args_;
-  int64_t widest_;
-  void (*kernel_)(const NormalizeArgs<A>&, const SubMatrix&);
 };
 
 struct Sums {
@@ -125,27 +144,16 @@ template <class A> void store_sums(const BatchNormBackwardParams&, int64_t first
 
 // batch_norm_backward_input.cpp
 template <class A>
-class InputGradient {
+class InputGradient : public ElementwisePass<BackwardArgs<A>> {
  public:
   explicit InputGradient(const BackwardOperands<A>&);
   // Of at most kChannelBatch channels, from the sums that store_sums left. Not needed in eval mode, which has none.
   void set(int64_t first, int64_t end);
-  void run(const SubMatrix& block) const {
-    for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
-  }
-  void run_all(const ParallelFor&) const;
 
  private:
   const BatchNormBackwardParams& params_;
-  const Plan& plan_;
   PerChannel<A> mean_dy_, slope_;
-  BackwardArgs<A> args_;
-  int64_t widest_;
-  void (*kernel_)(const BackwardArgs<A>&, const SubMatrix&);
 };
-
-// The longest row that a kernel of a variant takes.
-constexpr int64_t widest_row(bool general) { return general ? kGeneralRow : std::numeric_limits<int64_t>::max(); }
 
 // The three dtypes that accumulate in float share all code above the kernels.
 template <class F>

@@ -90,7 +90,7 @@ cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t 
   return launch_with(&attribute, kernel, grid, block, dynamic_shared, stream, std::forward<Args>(args)...);
 }
 
-// A kernel launched as overlapping may take up its blocks' places from now on.
+// Blocks of a dependent launch may become resident from here on, as the blocks of this one end.
 __device__ __forceinline__ void launch_dependent_grids() {
 #if __CUDA_ARCH__ >= 900  // a hint: without it the next kernel begins when this one is over
   asm volatile("griddepcontrol.launch_dependents;");
