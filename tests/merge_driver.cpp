@@ -1,5 +1,5 @@
-// Runs csrc/cuda/batch_norm_merge.cu on the simulated device, against the definition in long double. Prints "ok" and how many
-// cases there were, or what was wrong in one, with exit status 1.
+// Runs csrc/cuda/batch_norm_merge.cu on the simulated device, against the definition in long double. Prints "ok" and
+// how many cases there were, or what was wrong in one, with exit status 1.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -7,7 +7,7 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "double_backward.h"
+#include "gradient_formulas.h"
 #include "obstacle.h"
 
 namespace bnext {

@@ -1,6 +1,6 @@
-// The gradient of the gradient. With, for each channel, m values, mu = mean(x), s = invstd,
-// xhat = (x - mu) * s, the weight w, the bias c, the activation f of z = w xhat + c + residual, and
-// g = dy f'(z), the backward computes
+// The gradient in torch's operators, for where the kernels cannot go, and the gradient of the gradient. With, for each
+// channel, m values, mu = mean(x), s = invstd, xhat = (x - mu) * s, the weight w, the bias c, the activation f of
+// z = w xhat + c + residual, and g = dy f'(z), the backward computes
 //
 //   training:  dx = w s P(g)    with P(a) = a - mean(a) - xhat mean(a xhat)
 //   eval:      dx = w s g
