@@ -7,7 +7,7 @@ int main() {
   for (const cudaError_t error : {cudaSuccess, cudaErrorInvalidValue, cudaErrorNoKernelImageForDevice}) {
     std::string thrown = "nothing";
     try {
-      bnext::check(fails_with(error), "forward");
+      bnext::check(fails_with(error), "batch_norm_forward");
     } catch (const std::runtime_error& e) {
       thrown = e.what();
     }
@@ -15,6 +15,6 @@ int main() {
   }
   // What somebody else left behind is not ours to take.
   fails_with(cudaErrorInvalidValue);
-  bnext::check(cudaSuccess, "forward");
+  bnext::check(cudaSuccess, "batch_norm_forward");
   std::cout << (cudaGetLastError() == cudaErrorInvalidValue ? "kept" : "lost") << "\n";
 }

@@ -40,8 +40,6 @@ FUNCTIONS = {
 PARAMS = {"leaky_relu": SLOPE}
 #: Where the derivative jumps.
 KINKS = {"relu": [0.0], "relu6": [0.0, 6.0], "leaky_relu": [0.0], "hardswish": [-3.0, 3.0]}
-#: Roundings of f and f' themselves: exp within 1 unit, tanh within 2.5, and the handful of operations around them.
-ROUNDINGS = 8
 #: Activations that keep a bit an element behind a residual, and those that keep the residual.
 BITS = ["relu", "relu6", "leaky_relu"]
 
@@ -131,16 +129,14 @@ def check(device, activation, dtypes, layout, shape, with_residual, training):
     y = batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, activation=activation, activation_param=PARAMS.get(activation), residual=residual)  # fmt: skip
     y64 = f(z)
     assert y.dtype == dtype
-    own = ROUNDINGS * eps_of(mean.dtype if dtype == F64 else torch.float32)
-    y_off = Tolerance.STEEPEST * z_off + own * (y64.abs() + 1) + tolerance.rounded(y64, dtype)
-    assert_within(y, y64, y_off, f"y {shape}")
+    assert_within(y, y64, tolerance.activated(y64, z_off), f"y {shape}")
 
     # Next to a kink rounding decides which derivative is taken: no gradient arrives there.
     dy = torch.randn(shape).to(dtype)
     for kink in KINKS.get(activation, []):
         dy = dy.masked_fill((z.detach() - kink).abs() <= z_off, 0)
     dz = torch.autograd.grad(y64, z, dy.double(), retain_graph=True)[0]
-    dz_off = dy.double().abs() * (Tolerance.BENT * z_off + own)
+    dz_off = tolerance.dz(dy, z_off)
     grads = torch.autograd.grad(y, inputs, dy.to(device))
     grads64 = torch.autograd.grad(y64, exact, dy.double())
     # Every bound is linear in |dz|, and an error of dz spreads as dz itself does.
@@ -184,7 +180,7 @@ def test_special_arguments(device, activation, residual, dtype):
         for ours, theirs in compared:
             got, expected = ours[i].item(), theirs[i].to(dtype).item()
             size = max(abs(expected), min(abs(v), 1.0)) if ours is y else 1 + abs(v) * (abs(v) < 800)
-            off = ROUNDINGS * eps_of(dtype) * size + torch.finfo(dtype).tiny
+            off = Tolerance.STEPS[torch.float32] * eps_of(dtype) * size + torch.finfo(dtype).tiny
             same = got == expected or (isnan(got) and isnan(expected)) or abs(got - expected) <= off
             assert same, f"{'value' if ours is y else 'derivative'} at {v!r} is {got!r}, not {expected!r}"
 
