@@ -8,7 +8,7 @@
 ##   make clean    removes .venv and all that was built
 ##
 ## The first of these also sets up .venv. It downloads TORCH (default: torch; 3 GB where it comes with CUDA, 0.5 GB
-## where not): 1 to 10 minutes. All but lint then compile, once: on 2 cores a minute for the CPU, and about 5 more for
+## where not): 1 to 10 minutes. All but lint then compile, once: on 2 cores 3 minutes for the CPU, and 5 to 9 more for
 ## CUDA, where there is a compiler for it. Another torch:   make TORCH="torch==2.13.0" test
 ##
 ##   make gpu      on a machine with a GPU, in steps of less than nine minutes that are targets of their
@@ -79,8 +79,8 @@ $(INSTALLED): requirements-dev.txt
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
-	$(SAY) "Compiling for the torch in $(VENV): the CPU kernels take a minute on 2 cores," \
-	  "those for all CUDA architectures 5 minutes more."
+	$(SAY) "Compiling for the torch in $(VENV): the CPU kernels take 3 minutes on 2 cores," \
+	  "those for all CUDA architectures 5 to 9 more."
 	@$(VENV)/bin/python $(BUILD)
 	touch $@
 

@@ -227,7 +227,7 @@ def _compile(build: Build) -> None:
     for tool in ("ninja", os.environ.get("CXX", "c++").split()[0]):
         if shutil.which(tool) is None:
             raise ImportError(f"bnext: {build.why}, and to compile one now {tool} is missing{HINT}")
-    what, how_long = ("C++ and CUDA sources", "some minutes") if toolkit else ("C++ sources", "a minute or two")
+    what, how_long = ("C++ and CUDA sources", "some minutes") if toolkit else ("C++ sources", "two or three minutes")
     _log(f"{build.why}: compiling {what} for torch {torch.__version__}, once; takes {how_long} ({build.path.parent})")
     if torch.cuda.is_available() and toolkit is None:
         _log("no CUDA compiler was found: tensors on the GPU will be refused; see `python -m bnext.doctor`")

@@ -361,7 +361,7 @@ def test_first_use_compiles_once_and_says_so(package):
     (line,) = compilations(first)
     assert "no extension was compiled ahead of time" in line
     assert f"for torch {torch.__version__}" in line
-    assert "takes a minute or two" in line
+    assert "takes two or three minutes" in line
     second = python(package, "-c", LOAD)
     assert second.stdout == first.stdout
     assert compilations(second) == []
