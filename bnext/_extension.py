@@ -139,9 +139,9 @@ def _cuda_target() -> tuple[_toolchain.Toolkit | None, list[str]]:
     if torch.version.cuda is None or not (gpus or _toolchain.requested_architectures()):
         return None, []
     toolkit, _ = _toolchain.find_toolkit(torch.version.cuda)
-    return toolkit, _toolchain.architectures_for(
-        toolkit, gpus, _toolchain.architectures_of_torch(torch)
-    ) if toolkit else []
+    if toolkit is None:
+        return None, []
+    return toolkit, _toolchain.architectures_for(toolkit, gpus, _toolchain.architectures_of_torch(torch))
 
 
 def _cache() -> Path:

@@ -155,7 +155,8 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         _check_broadcast(input, residual)
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
-        apply(activation, activation_param, torch.empty(0, dtype=torch.result_type(input, residual)))  # complex, say
+        if residual.is_complex():  # which not every activation takes
+            apply(activation, activation_param, residual.new_empty(0))
     if route.way == "sum":
         how = training, momentum, eps
         y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, unbiased, ghost_batch_size)

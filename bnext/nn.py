@@ -147,11 +147,7 @@ class _BatchNorm(_TorchBatchNorm):
 
     def _route(self, input: Tensor, residual: Tensor | None = None) -> routes.Route:
         """Which way `forward` goes, for `bnext.explain`."""
-        training = self.training and not self.frozen
-        track = self.track_running_stats or not training
-        mean, var = (self.running_mean, self.running_var) if track else (None, None)
-        counter = self.num_batches_tracked if training and self.track_running_stats else None
-        by_batch = training or mean is None
+        mean, var, counter, by_batch = self._statistics()
         operands = (input, self.weight, self.bias, mean, var, counter, residual)
         return routes.while_traced(by_batch) or routes.of_call(*operands)
 

@@ -96,13 +96,17 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
             if type(input) is not Tensor and isinstance(input, Proxy):
                 return _leaf(self, input, residual)
         self._check_input_dim(input)
+        mean, var, counter, by_batch = self._statistics()
+        return self._batch_norm(input, mean, var, counter, residual, by_batch)
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+        """The buffers that the forward takes, and whether it normalizes by the batch."""
         training = self.training and not self.frozen
         track = self.track_running_stats or not training
         mean = self.running_mean if track else None
         var = self.running_var if track else None
         counter = self.num_batches_tracked if training and self.track_running_stats else None
-        by_batch = training or (mean is None and var is None)
-        return self._batch_norm(input, mean, var, counter, residual, by_batch)
+        return mean, var, counter, training or (mean is None and var is None)
 
     def _batch_norm(
         self,

@@ -57,16 +57,16 @@ def batch_norm(
         return torch.cat([of_part(*pair) for pair in zip(parts, residuals, strict=True)])
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    values = input[:, 0].numel() if input.numel() > 0 else 0
+    values = input.numel() // input.shape[1] if input.numel() > 0 else 0
     if training and values == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")
+    if training:
+        aten.check_average(running_mean, num_batches_tracked, momentum)
     given = (None, None) if training else (running_mean, running_var)
     settings = _Settings(training, eps, activation, activation_param)
     y, mean, var = _BatchNorm.apply(input, weight, bias, residual, *given, settings)
     if training and num_batches_tracked is not None:
-        num_batches_tracked.detach().add_(1)
+        num_batches_tracked.add_(1)
     if training and values > 0:  # an empty batch has no statistics
         step = var * (values / (values - 1)) if unbiased else var
         _step(running_mean, running_var, num_batches_tracked, momentum, mean, step)

@@ -102,12 +102,9 @@ Restored restore(AutogradContext* ctx) {
 bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
 
 // torch would find out when the statistics have been updated.
-void check_can_be_saved(const char* name, const Tensor& t) {
-  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), name,
-              " is an inference tensor, which cannot be saved for backward: clone it outside of InferenceMode");
-}
 void check_can_be_saved(const char* name, const OptionalTensor& t) {
-  if (given(t)) check_can_be_saved(name, *t);
+  TORCH_CHECK(!given(t) || !is_locked(*t), name,
+              " is an inference tensor, which cannot be saved for backward: clone it outside of InferenceMode");
 }
 
 // Reads needs_input_grad in order, past arguments that were not given and so have no edge.

@@ -127,12 +127,9 @@ void check_counter(const Tensor& x, const OptionalTensor& num_batches_tracked) {
 
 void check_writable(const char* name, const OptionalTensor& t) {
   if (!given(t)) return;
-  TORCH_CHECK(!t->is_inference() || c10::InferenceMode::is_enabled(), name,
-              " is an inference tensor, which training cannot update outside InferenceMode");
-  for (int64_t d = 0; d < t->dim(); ++d) {
-    TORCH_CHECK(t->sym_stride(d) != 0 || t->sym_size(d) == 1, name,
-                " should have memory for each of its elements, to be updated in, and is expanded");
-  }
+  TORCH_CHECK(!is_locked(*t), name, " is an inference tensor, which training cannot update outside InferenceMode");
+  TORCH_CHECK(!is_expanded(*t), name,
+              " should have memory for each of its elements, to be updated in, and is expanded");
 }
 
 void check_average(const OptionalTensor& running_mean, const OptionalTensor& num_batches_tracked,

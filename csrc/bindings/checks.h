@@ -27,6 +27,18 @@ DType to_dtype(const char* name, at::ScalarType t);
 // Only leaky_relu has a parameter.
 Activation parse_activation(std::string_view name, double param);
 
+// Outside of inference mode its tensors can neither be written nor saved for a backward.
+inline bool is_locked(const Tensor& t) { return t.is_inference() && !c10::InferenceMode::is_enabled(); }
+
+// Whether elements share memory, so that none of them can be written by itself.
+inline bool is_expanded(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.sym_stride(d) == 0 && t.sym_size(d) != 1) return true;
+  }
+  return false;
+}
+
 // Not sparse. The dispatcher refuses sparse tensors too, but its message helps nobody.
 void check_dense(const char* name, const OptionalTensor& t);
 

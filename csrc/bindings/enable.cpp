@@ -80,10 +80,7 @@ bool takes_vectors(Vectors vectors, const Tensor& x) {
 
 // Torch writes to whatever there is; a copy back, as there is here, does not write to an expanded tensor, nor to an
 // inference tensor from outside of inference mode.
-bool takes_written(const OptionalTensor& t) {
-  return !given(t) ||
-         ((t->is_contiguous() || t->stride(0) != 0) && (!t->is_inference() || c10::InferenceMode::is_enabled()));
-}
+bool takes_written(const OptionalTensor& t) { return !given(t) || !(is_expanded(*t) || is_locked(*t)); }
 
 struct Forward {
   const Tensor& input;

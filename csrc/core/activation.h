@@ -186,8 +186,8 @@ BNEXT_HD auto with_activation(Activation activation, F&& f) {
   BNEXT_UNREACHABLE();
 }
 
-// The same of those that share kernels, for their derivatives alone: none is not among them, and relu's derivative is
-// leaky_relu's with a slope of 0.
+// The same of those that share one kernel of every plan on CUDA, with uniform branches, for their derivatives alone:
+// none is not among them, and relu's derivative is leaky_relu's with a slope of 0.
 template <class F>
 BNEXT_HD void with_general_activation(Activation activation, F&& f) {
   if (activation == Activation::relu) activation = Activation::leaky_relu;
@@ -199,11 +199,6 @@ BNEXT_HD void with_general_activation(Activation activation, F&& f) {
 
 inline Saves saves_of(Activation activation) {
   return with_activation(activation, [](auto act) { return decltype(act)::saves; });
-}
-
-// CUDA kernels of the others share one instance of every plan, with uniform branches on the activation.
-constexpr bool is_general(Activation activation) {
-  return activation != Activation::none && activation != Activation::relu;
 }
 
 // dy * f'(z). Where the derivative is 0, so is the product, whatever dy is: as in torch's relu.
