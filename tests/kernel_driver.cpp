@@ -726,7 +726,7 @@ std::string Run::forward() {
   p.running_var = running_var_.get();
   p.num_batches_tracked = tracked_.as<int64_t>();
   p.mask = mask_.as<uint8_t>();  // the plan looks at whether there is one
-  const auto make_plan = [&] { return cuda::plan_forward(p, device_.properties(), options()); };
+  const auto make_plan = [&] { return cuda::make_plan(p, device_.properties(), options()); };
   const cuda::Plan plan = launch(inputs, outputs, updated, make_plan, [&](const auto& plan, const auto& scratch) {
     p.mean = mean_.get();
     p.mean_rest = mean_rest_.get();
@@ -923,7 +923,7 @@ std::string Run::backward() {
   p.dbias = dbias_.get();
   p.dx = dx_.get();
   p.dresidual = dresidual_.get();
-  const auto make_plan = [&] { return cuda::plan_backward(p, device_.properties(), options()); };
+  const auto make_plan = [&] { return cuda::make_plan(p, device_.properties(), options()); };
   const cuda::Plan plan = launch(inputs, outputs, {}, make_plan, [&](const auto& plan, const auto& scratch) {
     p.sum_dy = sum_dy_.get();
     p.sum_dy_xmu = sum_dy_xmu_.get();

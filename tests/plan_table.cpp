@@ -65,7 +65,7 @@ int main(int argc, char** argv) {
       p.activation = masked ? Activation::relu : Activation::none;
       p.residual = masked ? &present : nullptr;
       p.mask = masked ? &present : nullptr;
-      plan = plan_forward(p, device, options, &refusal);
+      plan = make_plan(p, device, options, &refusal);
     } else {
       BatchNormBackwardParams p = {};
       p.shape = shape;
@@ -74,11 +74,12 @@ int main(int argc, char** argv) {
       p.mask = masked ? &present : nullptr;
       p.dresidual = masked ? &present : nullptr;
       p.dx = p.dweight = &present;
-      plan = plan_backward(p, device, options, &refusal);
+      plan = make_plan(p, device, options, &refusal);
     }
     std::cout << "{\"kind\":\"" << name_of(plan.kind) << "\",\"refusal\":\"" << refusal << "\",\"text\":\""
               << describe(plan) << "\",\"blocks\":" << plan.blocks << ",\"partial_bytes\":" << plan.partial_bytes
-              << ",\"counters\":" << plan.counters;
+              << ",\"counters\":" << plan.counters << ",\"cluster\":" << plan.cluster
+              << ",\"cooperative\":" << plan.cooperative;
     print("resident", plan.resident);
     print("reduce", plan.reduce);
     print("apply", plan.apply);

@@ -111,7 +111,7 @@ def test_cuda_kernels_are_started_in_one_place():
 def test_a_kernel_lets_the_next_begin_only_where_it_is_ours():
     """Behind a stage on its own there may be a kernel of somebody else's that overlaps, and need not wait."""
     says_so = [p for p in CPP if re.search(r"\bstarts_next = ", p.read_text())]
-    assert {shown(p) for p in says_so} == {"csrc/cuda/launch.cpp"}
+    assert {shown(p) for p in says_so} == {"csrc/cuda/plans/two_pass.cpp"}
     calls = lines_that_match(r"launch_dependent_grids\(\);", [p for p in CPP if p.suffix == ".cu"])
     assert len(calls) == 2 and all("if (partition.starts_next) launch_dependent_grids();" in line for line in calls)
 

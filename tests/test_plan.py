@@ -210,6 +210,21 @@ def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int, ask
         assert p["splits"] == 1 or (capability >= 90 and together[(2, 4, 8, 16).index(p["splits"])] > 0), "clusters"
 
 
+def check_passes(
+    plan: dict, gpu: str, layout: str, dtype: str, shape: tuple[int, int, int], direction: str, masked: int
+) -> None:
+    vec, reduce, apply = vec_elements_of(dtype, masked), plan["reduce"], plan["apply"]
+    for each in (reduce, apply):
+        check_pass(each, shape, gpu, merges=each is reduce)
+        assert each["groups"] == each["tiles"] and each["resident_bytes"] == 0
+    assert apply["vec"] == vec
+    assert apply["columns"] or apply["aligned"], "elementwise planes are whole vectors"
+    assert apply["pdl"] == (int(gpu.split()[0]) >= 90) and not reduce["pdl"]
+    assert not reduce["starts_next"] and not apply["starts_next"], "a stage may be on its own"
+    assert reduce["vec"] == (vec if direction == "backward" else vec_elements_of(dtype, 0))
+    assert reduce["columns"] == (layout == "interleaved")
+
+
 def test_every_plan_covers_its_tensor(program):
     """Random shapes, most of them awkward, under every choice of plan."""
     pick = random.Random(0)
@@ -229,21 +244,18 @@ def test_every_plan_covers_its_tensor(program):
         gpu, layout, dtype, shape, direction, masked, kind, margin = fact
         vec, numel = vec_elements_of(dtype, masked), shape[0] * shape[1] * shape[2]
         tensors = 1 if direction == "forward" else 2
+        overlap = int(gpu.split()[0]) >= 90
         try:
-            for name in ("reduce", "apply"):
-                check_pass(plan[name], shape, gpu, merges=name == "reduce")
-                assert plan[name]["groups"] == plan[name]["tiles"] and plan[name]["resident_bytes"] == 0
-            assert plan["apply"]["vec"] == vec
-            assert plan["apply"]["columns"] or plan["apply"]["aligned"], "elementwise planes are whole vectors"
-            assert plan["apply"]["pdl"] == (int(gpu.split()[0]) >= 90) and not plan["reduce"]["pdl"]
-            assert not plan["reduce"]["starts_next"] and not plan["apply"]["starts_next"], "a stage may be on its own"
-            assert plan["reduce"]["vec"] == (vec if direction == "backward" else vec_elements_of(dtype, 0))
-            assert plan["reduce"]["columns"] == (layout == "interleaved")
+            if plan["kind"] != "resident":
+                check_passes(plan, *fact[:6])
             merging = plan["resident" if plan["kind"] == "resident" else "reduce"]
             check_scratch(plan, merging, 4 if direction == "forward" else 2, 8 if dtype == "f64" else 4)
             check_shares(plan, merging, int(gpu.split()[1]))
             assert kind in ("automatic", plan["kind"]) or plan["kind"] == "two_pass"
             assert bool(plan["refusal"]) == (kind not in ("automatic", plan["kind"])), "silence or a reason"
+            assert plan["cluster"] == (merging["splits"] if merging["clustered"] else 1)
+            together = plan["kind"] == "cooperative" or (plan["kind"] == "resident" and not merging["clustered"])
+            assert plan["cooperative"] == together, "blocks that wait for each other"
             if plan["kind"] == "cooperative":
                 assert plan["reduce"]["threads"] == plan["apply"]["threads"] == 256
                 assert 1 <= plan["blocks"] <= max(1, int(gpu.split()[1]) - margin)
@@ -256,9 +268,9 @@ def test_every_plan_covers_its_tensor(program):
             else:
                 assert kind != "cooperative" or numel == 0
                 small = 0 < numel * tensors * 16 // vec_elements_of(dtype, 0) <= 2 * 1024 * 1024
-                if kind == "automatic" and small and not plan["apply"]["pdl"]:
+                if kind == "automatic" and small and not overlap:
                     raise AssertionError("a small tensor takes one launch where two would not overlap")
-            if kind == "automatic" and plan["apply"]["pdl"]:
+            if kind == "automatic" and overlap:
                 assert plan["kind"] != "cooperative", "two launches that overlap take less time"
         except AssertionError as error:
             raise AssertionError(f"{problem}\n{plan}") from error

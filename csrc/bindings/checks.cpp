@@ -17,8 +17,6 @@ Activation parsed(Activation activation, double param) {
   return activation;
 }
 
-bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
-
 void check_device(const char* name, const Tensor& t, const Tensor& x, const char* x_name = "input") {
   TORCH_CHECK(t.device() == x.device(), name, " is on ", t.device(), ", but ", x_name, " is on ", x.device());
 }
@@ -32,8 +30,9 @@ void check_vector(const char* name, const Tensor& t, const Tensor& x) {
   check_length(name, t, x);
   check_device(name, t, x);
   const auto dtype = x.scalar_type();
-  TORCH_CHECK(t.scalar_type() == dtype || (is_half(dtype) && t.scalar_type() == at::kFloat), name, " should be ",
-              name_of(dtype), is_half(dtype) ? " or float32" : "", " for an input of ", name_of(dtype), ", not ",
+  const auto other = acc_type_of(dtype);
+  TORCH_CHECK(t.scalar_type() == dtype || t.scalar_type() == other, name, " should be ", name_of(dtype),
+              is_widened(dtype) ? " or " + name_of(other) : "", " for an input of ", name_of(dtype), ", not ",
               name_of(t.scalar_type()));
 }
 
@@ -50,16 +49,18 @@ void check_same_dtype(const char* name, const Tensor& t, const char* other_name,
 
 }  // namespace
 
-at::ScalarType acc_type_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-DType to_dtype(const char* name, at::ScalarType t) {
+std::optional<DType> find_dtype(at::ScalarType t) {
   switch (t) {
     case at::kFloat: return DType::f32;
     case at::kDouble: return DType::f64;
     case at::kHalf: return DType::f16;
     case at::kBFloat16: return DType::bf16;
-    default: break;
+    default: return {};
   }
+}
+
+DType to_dtype(const char* name, at::ScalarType t) {
+  if (const auto found = find_dtype(t)) return *found;
 #define BNEXT_PYTHON_NAME(dtype, type, python) python,
   const std::string names[] = {BNEXT_DTYPES(BNEXT_PYTHON_NAME)};
 #undef BNEXT_PYTHON_NAME
@@ -169,7 +170,7 @@ void check_merge(const Tensor& stats, const OptionalTensor& running_mean, const 
     TORCH_CHECK(t->sym_numel() == channels, name, " should contain ", channels, " elements not ", t->sym_numel());
     check_device(name, *t, stats, "stats");
     const auto running = t->scalar_type();
-    TORCH_CHECK(running == dtype || (dtype == at::kFloat && is_half(running)), name, " should be ", name_of(dtype),
+    TORCH_CHECK(find_dtype(running) && acc_type_of(running) == dtype, name, " should be ", name_of(dtype),
                 dtype == at::kFloat ? ", float16 or bfloat16" : "", " beside stats of ", name_of(dtype), ", not ",
                 name_of(running));
     check_writable(name, t);

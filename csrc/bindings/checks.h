@@ -18,11 +18,17 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
-// The dtype that statistics of x are kept in.
-at::ScalarType acc_type_of(const Tensor& x);
-
-// `name` is an argument of the operator or one that it stands for.
+// The kernels' name of a dtype that they take, or none.
+std::optional<DType> find_dtype(at::ScalarType t);
+// The same, or an error. `name` is an argument of the operator or one that it stands for.
 DType to_dtype(const char* name, at::ScalarType t);
+
+// The dtype that tensors of dtype t are accumulated in; and statistics of x are kept in.
+constexpr at::ScalarType acc_type_of(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType acc_type_of(const Tensor& x) { return acc_type_of(x.scalar_type()); }
+// Whether that is another one: parameters may be of either.
+constexpr bool is_widened(at::ScalarType t) { return acc_type_of(t) != t; }
+inline bool is_widened(const Tensor& x) { return is_widened(x.scalar_type()); }
 
 // Only leaky_relu has a parameter.
 Activation parse_activation(std::string_view name, double param);

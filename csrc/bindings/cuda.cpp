@@ -70,20 +70,11 @@ static_assert(std::atomic<cuda::PlanChoice>::is_always_lock_free);
 
 // ---- Running a plan
 
-cuda::Plan make_plan(const BatchNormForwardParams& p, const cuda::DeviceProperties& device,
-                     const cuda::PlanOptions& options, std::string* refusal) {
-  return cuda::plan_forward(p, device, options, refusal);
-}
-cuda::Plan make_plan(const BatchNormBackwardParams& p, const cuda::DeviceProperties& device,
-                     const cuda::PlanOptions& options, std::string* refusal) {
-  return cuda::plan_backward(p, device, options, refusal);
-}
-
 // The plan that `options` ask for.
 template <class Params>
 cuda::Plan plan_of(const Params& p, const cuda::DeviceProperties& device, const cuda::PlanOptions& options) {
   std::string refusal;
-  const cuda::Plan plan = make_plan(p, device, options, &refusal);
+  const cuda::Plan plan = cuda::make_plan(p, device, options, &refusal);
   TORCH_CHECK(refusal.empty(), "this shape has no plan '", cuda::to_string(options.plan),
               "', which force_plan or BNEXT_PLAN asks for: ", refusal);
   return plan;

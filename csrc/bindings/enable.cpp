@@ -40,11 +40,8 @@ std::atomic<bool> enabled{false};
 
 // ---- What the kernels here take
 
-bool is_16_bit(const Tensor& x) { return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16; }
-
 bool takes_input(const Tensor& x) {
-  return x.defined() && x.dim() >= 2 && x.numel() != 0 &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || is_16_bit(x));
+  return x.defined() && x.dim() >= 2 && x.numel() != 0 && find_dtype(x.scalar_type());
 }
 
 // A value for each channel.
@@ -68,7 +65,7 @@ bool takes_types(Vectors vectors, const Tensor& x) {
   for (const OptionalTensor& t : vectors) {
     if (given(t) && t->scalar_type() != type) return false;
   }
-  return type == x.scalar_type() || (type == at::kFloat && is_16_bit(x));
+  return type == x.scalar_type() || type == acc_type_of(x);
 }
 
 bool takes_vectors(Vectors vectors, const Tensor& x) {
@@ -268,7 +265,7 @@ struct Cuda {
 bool cudnn_takes(const Tensor& x, Vectors vectors) {
   if (!x.defined() || x.dim() > 5 || !x.is_contiguous(x.suggest_memory_format())) return false;
   for (const OptionalTensor& t : vectors) {
-    if (given(t) && (!t->is_contiguous() || (is_16_bit(x) && t->scalar_type() != at::kFloat))) return false;
+    if (given(t) && (!t->is_contiguous() || (is_widened(x) && t->scalar_type() != at::kFloat))) return false;
   }
   return true;
 }

@@ -80,25 +80,16 @@ template <> BNEXT_HD bf16 narrow<bf16>(float v) { return to_bf16(v); }
 template <class A>
 BNEXT_HD A load_scalar(const void* p, DType t, int64_t i, A fallback) {
   if (p == nullptr) return fallback;
-  switch (t) {
-#define BNEXT_CASE(name, type, python) \
-  case DType::name: return static_cast<A>(widen(static_cast<const type*>(p)[i]));
-    BNEXT_DTYPES(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
-  BNEXT_UNREACHABLE();
+  return with_dtype(t, [=](auto type) { return static_cast<A>(widen(static_cast<const decltype(type)*>(p)[i])); });
 }
 
 template <class A>
 BNEXT_HD void store_scalar(void* p, DType t, int64_t i, A v) {
   if (p == nullptr) return;
-  switch (t) {
-#define BNEXT_CASE(name, type, python) \
-  case DType::name: static_cast<type*>(p)[i] = narrow<type>(static_cast<acc_t<type>>(v)); return;
-    BNEXT_DTYPES(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
-  BNEXT_UNREACHABLE();
+  with_dtype(t, [=](auto type) {
+    using T = decltype(type);
+    static_cast<T*>(p)[i] = narrow<T>(static_cast<acc_t<T>>(v));
+  });
 }
 
 }  // namespace bnext

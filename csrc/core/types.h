@@ -36,6 +36,18 @@ struct bf16 { uint16_t bits; };
 
 BNEXT_NAMED_ENUM(DType, int32_t, BNEXT_DTYPES)
 
+// f(T{}), for T the type in memory.
+template <class F>
+BNEXT_HD auto with_dtype(DType t, F&& f) {
+  switch (t) {
+#define BNEXT_CASE(name, type, python) \
+  case DType::name: return f(type{});
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
+}
+
 // planar: (n, c, s), s contiguous: NCHW and friends. interleaved: (n * s, c), c contiguous: NHWC and every (N, C)
 // input.
 #define BNEXT_LAYOUTS(X) X(planar) X(interleaved)

@@ -19,18 +19,6 @@ void for_each_step(int64_t first, int64_t end, F run) {
   for (; first < end; first += kChannelBatch) run(first, std::min(first + kChannelBatch, end));
 }
 
-// f(a value of the storage type).
-template <class F>
-void with_type(DType t, F f) {
-  switch (t) {
-#define BNEXT_CASE(name, type, python) \
-  case DType::name: return f(type{});
-    BNEXT_DTYPES(BNEXT_CASE)
-#undef BNEXT_CASE
-  }
-  BNEXT_UNREACHABLE();
-}
-
 // Elements [first, end) of a [c] vector whose dtype is known at run time only, or `fallback` where it is null.
 template <class A>
 void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end, A fallback) {
@@ -38,7 +26,7 @@ void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end
     std::fill(values, values + (end - first), fallback);
     return;
   }
-  with_type(t, [=](auto type) {
+  with_dtype(t, [=](auto type) {
     const auto* from = static_cast<const decltype(type)*>(p);
     for (int64_t channel = first; channel < end; channel++)
       values[channel - first] = static_cast<A>(widen(from[channel]));
@@ -49,7 +37,7 @@ void load_channels(A* values, const void* p, DType t, int64_t first, int64_t end
 template <class A>
 void store_channels(const A* values, void* p, DType t, int64_t first, int64_t end) {
   if (p == nullptr) return;
-  with_type(t, [=](auto type) {
+  with_dtype(t, [=](auto type) {
     using T = decltype(type);
     T* const to = static_cast<T*>(p);
     for (int64_t channel = first; channel < end; channel++)

@@ -30,8 +30,10 @@ inline __m256d div(__m256d a, __m256d b) { return _mm256_div_pd(a, b); }
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 inline __m256d fnma(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a, b, c); }
 
+// The instruction gives its second operand where either is NaN, or both are zeros.
 inline __m256 max_keep_nan(__m256 low, __m256 v) { return _mm256_max_ps(low, v); }
 inline __m256d max_keep_nan(__m256d low, __m256d v) { return _mm256_max_pd(low, v); }
+// NLE, "not less or equal", is true of NaN, whose gradient is dy, as in torch. UQ: without an exception.
 inline __m256 relu_gate(__m256 v, __m256 dy) {
   return _mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ), dy);
 }
@@ -44,6 +46,7 @@ inline uint32_t positive_bits(__m256 v) {
 inline uint32_t positive_bits(__m256d v) {
   return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
 }
+// Without mask registers: each lane looks at its own bit of all.
 inline __m256 select_or_zero(uint32_t bits, __m256 dy) {
   const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
@@ -61,6 +64,7 @@ inline __m256 select_le(__m256 a, __m256 b, __m256 r, __m256 s) {
 inline __m256d select_le(__m256d a, __m256d b, __m256d r, __m256d s) {
   return _mm256_blendv_pd(s, r, _mm256_cmp_pd(a, b, _CMP_LE_OQ));
 }
+// Adding n to the exponent of 1 makes 2^n; the shift drops all of v but n.
 inline __m256 shift_to_exponent(__m256 v) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_castps_si256(_mm256_set1_ps(1))));

@@ -35,8 +35,10 @@ inline __m512d div(__m512d a, __m512d b) { return _mm512_div_pd(a, b); }
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 inline __m512d fnma(__m512d a, __m512d b, __m512d c) { return _mm512_fnmadd_pd(a, b, c); }
 
+// The instruction gives its second operand where either is NaN, or both are zeros.
 inline __m512 max_keep_nan(__m512 low, __m512 v) { return _mm512_max_ps(low, v); }
 inline __m512d max_keep_nan(__m512d low, __m512d v) { return _mm512_max_pd(low, v); }
+// NLE, "not less or equal", is true of NaN, whose gradient is dy, as in torch. UQ: without an exception.
 inline uint32_t positive_bits(__m512 v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 inline uint32_t positive_bits(__m512d v) { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
 inline __m512 select_or_zero(uint32_t bits, __m512 dy) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), dy); }
@@ -52,6 +54,7 @@ inline __m512 select_le(__m512 a, __m512 b, __m512 r, __m512 s) {
 inline __m512d select_le(__m512d a, __m512d b, __m512d r, __m512d s) {
   return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), s, r);
 }
+// Adding n to the exponent of 1 makes 2^n; the shift drops all of v but n.
 inline __m512 shift_to_exponent(__m512 v) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
   return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(_mm512_set1_ps(1))));

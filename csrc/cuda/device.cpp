@@ -213,11 +213,9 @@ bool Device::disable_refused(const Plan& plan, cudaError_t error) {
     case cudaErrorNotSupported: break;
     default: return false;
   }
-  const bool resident = plan.kind == PlanKind::resident;
-  const uint32_t cluster = resident ? plan.resident.cluster() : 1;
-  if (cluster > kMaxCluster) large_clusters_ = false;
-  else if (cluster > 1) clusters_ = false;
-  else if (plan.kind == PlanKind::cooperative || (resident && plan.resident.cooperative())) cooperative_ = false;
+  if (plan.cluster > kMaxCluster) large_clusters_ = false;
+  else if (plan.cluster > 1) clusters_ = false;
+  else if (plan.cooperative) cooperative_ = false;
   else return false;
   cudaGetLastError();
   return true;

@@ -85,7 +85,7 @@ def compile_object(source, mode, kernel, defines=()):
             symbols = [f"--redefine-sym={f}=simt_{f}" for f in ("memcpy", "memmove", "memset")]
             run(["objcopy", *symbols, str(out)])
 
-    return cached(f"{source.stem}-{mode}.o", parts, make)
+    return cached(f"{source.parent.name}-{source.stem}-{mode}.o", parts, make)
 
 
 def with_headers(source):

@@ -3,10 +3,13 @@
 // times the activation's derivative.
 #pragma once
 
+#include <utility>
+
 #include "../../core/epilogue.h"
 #include "../device/channels.cuh"
 #include "../device/loaders.cuh"
 #include "../device/pairwise_sum.cuh"
+#include "with_op.cuh"
 
 namespace bnext::cuda {
 
@@ -366,6 +369,32 @@ struct BatchNormBackward {
       body(k, dy, x);
     }
   }
+};
+
+// ---- see with_op.cuh
+
+template <class F>
+cudaError_t with_op(const BatchNormBackwardParams& p, F&& f) {
+  return with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (derivative_of(p)) {
+      case Derivative::none: return f(BatchNormBackward<T, Derivative::none>{});
+      case Derivative::relu: return f(BatchNormBackward<T, Derivative::relu>{});
+      case Derivative::mask: return f(BatchNormBackward<T, Derivative::mask>{});
+      case Derivative::general: return f(BatchNormBackward<T, Derivative::general>{});
+      case Derivative::run_time: break;  // derivative_of() knows the rest
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+template <class F>
+cudaError_t with_reduction(const BatchNormBackwardParams& p, F&& f) {
+  return with_op(p, std::forward<F>(f));
+}
+
+template <class T, int N> struct RunTime<BatchNormBackwardParams, T, N> {
+  using Op = BatchNormBackward<T, Derivative::run_time, N>;
 };
 
 }  // namespace bnext::cuda

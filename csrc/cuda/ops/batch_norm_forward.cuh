@@ -11,6 +11,7 @@
 #include "../device/channels.cuh"
 #include "../device/loaders.cuh"
 #include "../device/pairwise_sum.cuh"
+#include "with_op.cuh"
 
 namespace bnext {
 
@@ -425,6 +426,34 @@ struct BatchNormForward {
     }
     return bits;
   }
+};
+
+// ---- see with_op.cuh
+
+template <class F>
+cudaError_t with_op(const BatchNormForwardParams& p, F&& f) {
+  return with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (epilogue_of(p)) {
+      case Epilogue::none: return f(BatchNormForward<T, Epilogue::none>{});
+      case Epilogue::relu: return f(BatchNormForward<T, Epilogue::relu>{});
+      case Epilogue::add: return f(BatchNormForward<T, Epilogue::add>{});
+      case Epilogue::add_relu: return f(BatchNormForward<T, Epilogue::add_relu>{});
+      case Epilogue::general: return f(BatchNormForward<T, Epilogue::general>{});
+      case Epilogue::run_time: break;  // epilogue_of() knows the rest
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+// Statistics do not depend on the epilogue.
+template <class F>
+cudaError_t with_reduction(const BatchNormForwardParams& p, F&& f) {
+  return with_element(p.dtype, [&](auto element) { return f(BatchNormForward<decltype(element), Epilogue::none>{}); });
+}
+
+template <class T, int N> struct RunTime<BatchNormForwardParams, T, N> {
+  using Op = BatchNormForward<T, Epilogue::run_time, N>;
 };
 
 }  // namespace bnext::cuda

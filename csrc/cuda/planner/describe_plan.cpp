@@ -1,15 +1,28 @@
+#include "describe_plan.h"
+
 #include <cstdio>
 
-#include "plan.h"
+#include "plan_kinds.h"
 
 namespace bnext::cuda {
 namespace {
 
-std::string counted(int64_t count, const std::string& what) {
-  return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+std::string describe_launches(const Plan& plan) {
+  switch (plan.kind) {
+    case PlanKind::automatic: break;  // never a plan
+#define BNEXT_CASE(kind) \
+  case PlanKind::kind: return describe_##kind(plan);
+      BNEXT_PLANS(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  BNEXT_UNREACHABLE();
 }
 
 }  // namespace
+
+std::string counted(int64_t count, const std::string& what) {
+  return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+}
 
 std::string describe(const Partition& partition) {
   std::string out = counted(partition.tiles, "tile") + ", " + counted(partition.splits, "block") + " of " +
@@ -26,23 +39,15 @@ std::string describe(const Partition& partition) {
 }
 
 std::string describe(const Plan& plan) {
-  std::string out = name_of(plan.kind);
-  switch (plan.kind) {
-    case PlanKind::resident: out += ": 1 launch of " + describe(plan.resident); break;
-    case PlanKind::cooperative: out += ": 1 launch of " + counted(plan.blocks, "block"); break;
-    case PlanKind::automatic:  // never a plan
-    case PlanKind::two_pass:
-      out += ": 2 launches, of " + describe(plan.reduce) +
-             (plan.reduce.merge_workers > 1 ? ", the last " + std::to_string(plan.reduce.merge_workers) + " merging"
-                                            : "") +
-             ", and of " + describe(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
-  }
+  std::string out = name_of(plan.kind) + (": " + describe_launches(plan));
   if (plan.partial_bytes > 0) out += "; partial results of " + std::to_string(plan.partial_bytes) + " bytes";
-  if (plan.resident_us > 0) {
-    char times[80];
-    std::snprintf(times, sizeof(times), "; predicted: resident %.1f us, two_pass %.1f us", plan.resident_us,
-                  plan.two_pass_us);
-    out += times;
+  const char* separator = "; predicted: ";
+  for (size_t kind = 0; kind < plan.predicted_us.size(); ++kind) {
+    if (plan.predicted_us[kind] == 0) continue;
+    char time[80];
+    std::snprintf(time, sizeof(time), "%s%s %.1f us", separator, kPlanKindNames[kind], plan.predicted_us[kind]);
+    out += time;
+    separator = ", ";
   }
   return out;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <iterator>
 #include <string>
 
 #include "partition.h"
@@ -30,9 +31,15 @@ struct Plan {
   Partition apply;        // and normalize, backward_input
   int64_t blocks;         // of the kind `cooperative`
   int64_t partial_bytes;  // scratch that the kind needs
-  // Predicted times, where the automatic plan chooses by them; else 0.
-  double resident_us, two_pass_us;
-  int64_t counters;  // 32-bit counters likewise; the last is the barrier's of `cooperative`
+  int64_t counters;       // 32-bit counters likewise; the last is the barrier's of `cooperative`
+  // What a driver may refuse: a launch in clusters of more than one block, and one of blocks that are all there
+  // together.
+  uint32_t cluster = 1;
+  bool cooperative = false;
+  // Predicted times in microseconds, by kind: of this plan, and of those that it was chosen over. Else 0.
+  std::array<double, std::size(kPlanKindNames)> predicted_us;
+
+  double& us() { return predicted_us[static_cast<size_t>(kind)]; }
 };
 
 // What a caller may ask for.
@@ -46,13 +53,12 @@ struct PlanOptions {
 // averages cumulatively and counts, and which gradients are wanted: of those that one pass makes, the plan is two_pass.
 // It also is where the shape or the device does not allow what `options` ask for; *refusal then says why, and what
 // they would allow.
-Plan plan_forward(const BatchNormForwardParams&, const DeviceProperties&, const PlanOptions& = {},
-                  std::string* refusal = nullptr);
-Plan plan_backward(const BatchNormBackwardParams&, const DeviceProperties&, const PlanOptions& = {},
-                   std::string* refusal = nullptr);
+Plan make_plan(const BatchNormForwardParams&, const DeviceProperties&, const PlanOptions& = {},
+               std::string* refusal = nullptr);
+Plan make_plan(const BatchNormBackwardParams&, const DeviceProperties&, const PlanOptions& = {},
+               std::string* refusal = nullptr);
 
-// One line for people: tiles, blocks, and the shared memory of a resident pass; launches, passes, scratch.
-std::string describe(const Partition&);
+// One line for people: what is launched, scratch memory, predicted times.
 std::string describe(const Plan&);
 
 }  // namespace bnext::cuda

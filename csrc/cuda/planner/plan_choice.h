@@ -8,13 +8,17 @@
 
 namespace bnext::cuda {
 
-// automatic:    the fastest of the others; what is asked for, never what runs
 // resident:     one launch: blocks keep their slices in shared memory between the two passes
 // cooperative:  one launch: both passes of two_pass, and between them a barrier of all blocks; for tensors that
 //               do not fit `resident` and are small enough to come from the caches the second time
 // two_pass:     two launches: a split reduction with a fixed-order merge, then an elementwise pass
-#define BNEXT_PLANS(X) X(automatic) X(resident) X(cooperative) X(two_pass)
-BNEXT_NAMED_ENUM(PlanKind, uint8_t, BNEXT_PLANS)
+//
+// Each is a file of that name here, with the functions of plan_kinds.h, and one in ../plans, with launch_KIND_plan.
+#define BNEXT_PLANS(X) X(resident) X(cooperative) X(two_pass)
+
+// automatic: the fastest of them; what is asked for, never what runs.
+#define BNEXT_PLAN_KINDS(X) X(automatic) BNEXT_PLANS(X)
+BNEXT_NAMED_ENUM(PlanKind, uint8_t, BNEXT_PLAN_KINDS)
 
 // A plan, and details of `resident`, of which 0 leaves one to the plan. 8 bytes, so that an atomic holds it.
 struct PlanChoice {

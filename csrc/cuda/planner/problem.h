@@ -11,6 +11,7 @@ struct Problem {
   bool general;               // an activation without kernels of its own
   bool masked;                // the elementwise pass reads or writes a mask
   bool reduce_masked;         // the reduction reads it
+  bool reads_counter;         // every channel's finish reads num_batches_tracked
   int64_t reduce_inputs;      // that the reduction reads
   int64_t apply_extras;       // that the elementwise pass alone reads, or writes beside its output
   int64_t state_bytes;        // of a partial result

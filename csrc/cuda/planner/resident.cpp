@@ -1,12 +1,21 @@
-#include "resident.h"
-
 #include <algorithm>
 
+#include "describe_plan.h"
+#include "merging.h"
 #include "partitioning.h"
+#include "plan_kinds.h"
 #include "time_model.h"
 
 namespace bnext::cuda {
 namespace {
+
+// A resident pass, if its resident_bytes are above 0, and how long it takes.
+struct TimedPartition {
+  Partition partition = {};
+  double us = 0;
+
+  bool exists() const { return partition.resident_bytes > 0; }
+};
 
 // A column tile is kMaxTileVecs vectors wide: 256-byte rows. In a resident pass it may be as narrow as 64 bytes: still
 // whole sectors, and more tiles out of few channels, of which more rows fit the device.
@@ -162,11 +171,9 @@ PlanChoice choice_of(const Partition& resident) {
   return choice;
 }
 
-}  // namespace
-
 TimedPartition resident_partition(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
   const PlanChoice& requested = options.plan;
-  if (!has_resident_kernels(size_of(problem.dtype), problem.general)) return {};
+  if (problem.shape.numel() == 0 || !has_resident_kernels(size_of(problem.dtype), problem.general)) return {};
   if (problem.shape.layout == Layout::planar) {
     return requested.interleaved_details() ? TimedPartition{} : resident_planar(problem, device, requested.cluster);
   }
@@ -174,7 +181,10 @@ TimedPartition resident_partition(const Problem& problem, const DeviceProperties
   return resident_columns(problem, max_per_sm, device, options);
 }
 
-std::string why_not_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+// Why there is no resident pass of the wanted details, and which one there is.
+std::string why_not(const Problem& problem, const DeviceProperties& device, const PlanOptions& options) {
+  if (problem.shape.numel() == 0) return "it is empty";
+  if (!has_resident_kernels(size_of(problem.dtype), problem.general)) return "it is not compiled for this activation";
   const PlanChoice& requested = options.plan;
   const bool is_planar = problem.shape.layout == Layout::planar;
   if (is_planar && requested.interleaved_details()) return "in a planar layout, the one detail is cluster";
@@ -191,5 +201,34 @@ std::string why_not_resident(const Problem& problem, const DeviceProperties& dev
       allowed.exists() ? "'" + to_string(choice_of(allowed.partition)) + "' does" : "nor does any other 'resident'";
   return "it does not fit " + capacity + "; " + other;
 }
+
+}  // namespace
+
+std::optional<Plan> plan_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
+                                  std::string* refusal) {
+  const TimedPartition found = resident_partition(problem, device, options);
+  if (!found.exists()) {
+    if (refusal) *refusal = why_not(problem, device, options);
+    return {};
+  }
+  Plan plan = {};
+  plan.kind = PlanKind::resident;
+  plan.us() = found.us;
+  Partition& partition = plan.resident = found.partition;
+  plan.cluster = partition.cluster();
+  plan.cooperative = partition.cooperative();
+  set_partial_results(plan, partition, problem);
+  if (plan.cooperative) {
+    set_merge_workers(partition, problem, device);
+    // Two numbers to a channel, of whose words each has a flag.
+    plan.counters =
+        summaries_at(partition.tiles) + partition.groups * partition.tile_width() * acc_size_of(problem.dtype);
+  } else if (problem.reads_counter) {
+    plan.counters = 1;  // clusters count nothing but who has read it
+  }
+  return plan;
+}
+
+std::string describe_resident(const Plan& plan) { return "1 launch of " + describe(plan.resident); }
 
 }  // namespace bnext::cuda

@@ -50,7 +50,7 @@ template <class Params>
 cudaError_t launch_cooperative_plan(const Params& p, const Plan& plan, const Scratch& scratch, cudaStream_t stream) {
   if (!plan.reduce.fits() || !plan.apply.fits()) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<uint32_t>(plan.blocks)), block(kMaxThreads);
-  return with_dtype(p.dtype, [&](auto element) {
+  return with_element(p.dtype, [&](auto element) {
     // Of either width of vectors: of 16 bytes, or of 8 elements, which have a byte of mask.
     using T = decltype(element);
     using Plain = RunTimeOp<Params, T, kVec<T, false>>;

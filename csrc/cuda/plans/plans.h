@@ -10,15 +10,20 @@
 
 namespace bnext::cuda {
 
+// launch_KIND_plan, of each kind of plan.
+#define BNEXT_DECLARE(kind) \
+  template <class Params>   \
+  cudaError_t launch_##kind##_plan(const Params&, const Plan&, const Scratch&, cudaStream_t);
+BNEXT_PLANS(BNEXT_DECLARE)
+#undef BNEXT_DECLARE
+
 // The two passes of `two_pass`, which are also the stages on their own.
 template <class Params>
 cudaError_t launch_reduce(const Params&, const Partition&, const Scratch&, cudaStream_t);
 template <class Params>
 cudaError_t launch_apply(const Params&, const Partition&, cudaStream_t);
 
-template <class Params>
-cudaError_t launch_cooperative_plan(const Params&, const Plan&, const Scratch&, cudaStream_t);
-
+// The kernels of `resident`.
 template <class Params>
 cudaError_t launch_resident_planar(const Params&, const Partition&, const Scratch&, cudaStream_t);
 template <class Params>

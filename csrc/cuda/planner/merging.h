@@ -1,0 +1,16 @@
+// What the blocks of a tile need to merge their partial results: shared memory, scratch, and who merges.
+#pragma once
+
+#include "problem.h"
+
+namespace bnext::cuda {
+
+// Shared memory of the pass's blocks and, where they exchange through the device's memory, the plan's partial results
+// and a counter for each tile.
+void set_partial_results(Plan&, Partition& merging, const Problem&);
+
+// Blocks that share the merge of a tile. They wait for each other: all of them must have room, and none another tile to
+// go on to, unless that waits for the merge itself.
+void set_merge_workers(Partition&, const Problem&, const DeviceProperties&);
+
+}  // namespace bnext::cuda

@@ -1,0 +1,105 @@
+#include "two_pass.h"
+
+#include <algorithm>
+
+#include "describe_plan.h"
+#include "merging.h"
+#include "partitioning.h"
+#include "plan_kinds.h"
+#include "time_model.h"
+
+namespace bnext::cuda {
+namespace {
+
+// Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
+constexpr int64_t kMaxMergedSplits = 256;
+
+// Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
+// one set in planar form and one for each element of its vector in columns.
+constexpr int64_t kPlanarApplyStrides = 8;
+constexpr int64_t kColumnsApplyStrides = 16;
+
+Partition reduce_partition(const Shape& shape, int32_t vec, const DeviceProperties& device) {
+  if (shape.layout == Layout::planar) {
+    Partition partition = planar(shape, vec);
+    set_planar_threads(partition, threads_for(ceil_div(partition.steps, kVecsPerThread)));
+    int64_t slots = int64_t{device.multiprocessors} * blocks_per_sm(false, partition.planar.aligned) *
+                    (kMaxThreads / partition.threads);
+    int64_t max_splits = ceil_div(partition.steps, partition.threads * kVecsPerThread);
+    set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, max_splits), partition.threads);
+    return partition;
+  }
+  Partition partition = columns(shape, vec, shape.c, 1, kMaxTileVecs, /*merges=*/true);
+  int64_t slots =
+      std::min(kMaxMergedSplits * partition.tiles, device.multiprocessors * int64_t{blocks_per_sm(true, true)});
+  int64_t max_splits = ceil_div(partition.steps, partition.columns.thread_rows * kVecsPerThread);
+  set_splits(partition, splits_for(std::max<int64_t>(1, partition.tiles), slots, max_splits),
+             partition.columns.thread_rows);
+  return partition;
+}
+
+// At most `max_strides` to a block; so many blocks that they fill whole waves of the device, since the last of another
+// wave would run alone.
+void set_apply_splits(Partition& partition, int64_t stride, int64_t max_strides, const DeviceProperties& device) {
+  const int64_t slots =
+      int64_t{device.multiprocessors} * blocks_per_sm(partition.by_columns, true) * (kMaxThreads / partition.threads);
+  const int64_t strides = ceil_div(partition.steps, stride), tiles = std::max<int64_t>(1, partition.tiles);
+  const int64_t waves = std::max<int64_t>(1, ceil_div(strides * tiles, slots * max_strides));
+  set_splits(partition, std::max<int64_t>(1, waves * slots / tiles), stride);
+}
+
+Partition apply_partition(const Shape& shape, int32_t vec, const DeviceProperties& device) {
+  const bool is_planar = shape.layout == Layout::planar;
+  Partition partition;
+  if (is_planar && shape.s % vec == 0) {
+    partition = planar(shape, vec);
+    set_planar_threads(partition, threads_for(partition.steps));
+    set_apply_splits(partition, partition.threads, kPlanarApplyStrides, device);
+  } else {
+    // Planes that are not whole vectors: a vector may hold several channels, which columns provide for.
+    partition = is_planar ? columns(shape, vec, shape.c * shape.s, shape.s, kMaxTileVecs, /*merges=*/false)
+                          : columns(shape, vec, shape.c, 1, kMaxTileVecs, /*merges=*/false);
+    set_apply_splits(partition, partition.columns.thread_rows, kColumnsApplyStrides, device);
+  }
+  partition.pdl = launches_overlap(device);
+  return partition;
+}
+
+}  // namespace
+
+Plan make_passes(const Problem& problem, const DeviceProperties& device) {
+  Plan plan = {};
+  plan.kind = PlanKind::two_pass;
+  plan.reduce = reduce_partition(problem.shape, problem.reduce_vec(), device);
+  plan.apply = apply_partition(problem.shape, problem.vec(), device);
+  return plan;
+}
+
+void finish_passes(Plan& plan, const Problem& problem, const DeviceProperties& device) {
+  // Of what the reduction reads, the second pass should find half an L2 cache full.
+  const double fraction =
+      static_cast<double>(device.l2_bytes) / 2 / static_cast<double>(std::max<int64_t>(1, problem.bytes()));
+  plan.reduce.l2_steps =
+      static_cast<int64_t>(static_cast<double>(plan.reduce.steps_per_split) * std::min(1.0, fraction));
+  if (plan.apply.by_columns) plan.apply.shared_bytes = problem.coefficient_bytes * kMaxTileVecs * plan.apply.vec;
+  set_partial_results(plan, plan.reduce, problem);
+}
+
+// Any shape on any device has one.
+std::optional<Plan> plan_two_pass(const Problem& problem, const DeviceProperties& device, const PlanOptions&,
+                                  std::string*) {
+  Plan plan = make_passes(problem, device);
+  finish_passes(plan, problem, device);
+  set_merge_workers(plan.reduce, problem, device);
+  plan.us() = two_pass_time(problem, device);
+  return plan;
+}
+
+std::string describe_two_pass(const Plan& plan) {
+  const int32_t workers = plan.reduce.merge_workers;
+  return "2 launches, of " + describe(plan.reduce) +
+         (workers > 1 ? ", the last " + std::to_string(workers) + " merging" : "") + ", and of " +
+         describe(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
+}
+
+}  // namespace bnext::cuda
