@@ -80,11 +80,15 @@ template <class T>
 
   A sums[kColumns + kPadding], squares[kColumns + kPadding];
   // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
-  const auto add_rows = [&](const T* row, auto rows, auto wants_squares) {
+  const auto add_rows = [&](int64_t first, auto rows, auto wants_squares) {
+    const T* const row = p + first * stride;
+    // Several rows at once are several streams, which the hardware does not keep up with. At the end, what is there.
+    const Prefetcher<T> next(row, std::min(int64_t{rows.value}, block.rows - first - rows.value) * stride);
     each_vector([&](int64_t j, auto part) {
       const V k = load(shift + j, Full{});
       V sum(0), square(0);
       for (int r = 0; r < rows.value; r++) {
+        next.fetch(r * stride + j);
         const V d = load(row + r * stride + j, part) - k;
         sum = sum + d;
         if constexpr (wants_squares.value) square = fma(d, d, square);
@@ -100,8 +104,8 @@ template <class T>
       store(squares + j, Full{}, V(0));
     });
     int64_t r = begin;
-    for (; r + 4 <= end; r += 4) add_rows(p + r * stride, Index<4>{}, wants_squares);
-    for (; r < end; r++) add_rows(p + r * stride, Index<1>{}, wants_squares);
+    for (; r + 4 <= end; r += 4) add_rows(r, Index<4>{}, wants_squares);
+    for (; r < end; r++) add_rows(r, Index<1>{}, wants_squares);
   };
 
   const int64_t some = std::min(block.rows, kColumnRows), fourth = ceil_div(some, kPerCentre);
