@@ -1,5 +1,5 @@
 """`python bench/plot.py RESULT.json PICTURE.png`: a run at a glance, how near each provider comes to the copy rate, and
-how much faster it is than torch. With --headline one panel: how much faster bnext is, for each dtype and layout."""
+how much faster it is than torch. With --headline one panel: how much faster bnext is, by dtype, layout and epilogue."""
 
 from __future__ import annotations
 
@@ -102,40 +102,55 @@ def _bars(
     axes.set_axisbelow(True)
 
 
+#: What is fused, as a front page says it.
+_HEADLINES = {"none": ("BN", "#e8a0a8"), "relu": ("BN + ReLU", "#d1495b"), "add_relu": ("BN + add + ReLU", "#8f2c3b")}
+
+
 def headline(rows: Sequence[Row], environment: dict, path: Path) -> None:
-    """Sums over a network's layers: how many times as fast as eager bnext is, forward and backward, in float32 and
-    bfloat16, both layouts. On a CPU with all threads that were measured."""
-    phases = {"forward": "#d1495b", "backward": "#e8a0a8"}
+    """Sums over a network's layers, forward and backward in training: how many times as fast as eager bnext is, in
+    float32 and bfloat16, both layouts, by what is fused. On a CPU with all threads that were measured."""
     threads = max((row.threads or 0 for row in rows), default=0) or None
-    plain = [row for row in rows if row.epilogue == "none" and row.threads == threads and row.phase in phases]
+    training = [row for row in rows if row.threads == threads and row.phase in ("forward", "backward")]
+    ms: dict[tuple[str, str, str], dict[str, list[float | None]]] = {}
+    for entry in summarize(training):
+        if entry["dtype"] in ("float32", "bfloat16") and entry["epilogue"] in _HEADLINES:
+            of_bar = ms.setdefault((entry["dtype"], entry["layout"], entry["epilogue"]), {})
+            of_bar.setdefault(entry["provider"], []).append(entry["total_ms"])
     bars = {
-        (entry["dtype"], entry["layout"], entry["phase"]): entry["total_speedup"].get(BASELINE)
-        for entry in summarize(plain)
-        if entry["provider"] == "bnext" and entry["dtype"] in ("float32", "bfloat16")
+        bar: sum(times[BASELINE]) / sum(times["bnext"])
+        for bar, times in ms.items()
+        if all(len(times.get(name, [])) == 2 and all(times[name]) for name in ("bnext", BASELINE))
     }
-    bars = {key: value for key, value in bars.items() if value}
-    groups = list(dict.fromkeys(key[:2] for key in bars))
+    groups = list(dict.fromkeys(bar[:2] for bar in bars))
     if not groups:
-        raise ValueError(f"no float32 or bfloat16 rows of bnext and {BASELINE}, forward or backward")
+        raise ValueError(f"no float32 or bfloat16 rows of bnext and {BASELINE}, forward and backward")
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for i, (phase, color) in enumerate(phases.items()):
-        xs = [x + (i - 0.5) * 0.38 for x, group in enumerate(groups) if (*group, phase) in bars]
-        heights = [bars[(*group, phase)] for group in groups if (*group, phase) in bars]
-        drawn = axes.bar(xs, heights, 0.36, color=color, label=f"training {phase}" if i == 0 else phase)
+    fused = [name for name in _HEADLINES if any(bar[2] == name for bar in bars)]
+    width = 0.76 / len(fused)
+    for i, name in enumerate(fused):
+        there = [x for x, group in enumerate(groups) if (*group, name) in bars]
+        label, color = _HEADLINES[name]
+        drawn = axes.bar(
+            [x + (i - (len(fused) - 1) / 2) * width for x in there],
+            [bars[(*groups[x], name)] for x in there],
+            0.95 * width,
+            color=color,
+            label=label,
+        )
         axes.bar_label(drawn, fmt="%.1f", fontsize=13, padding=2)
     axes.axhline(1, color="black", linewidth=1.2)
     axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=13)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel(f"times as fast as torch {BASELINE}", fontsize=13)
-    axes.set_ylim(0, 1.12 * max(*bars.values(), 1))
+    axes.set_ylim(0, 1.2 * max(*bars.values(), 1))
     axes.tick_params(axis="x", length=0)
     axes.tick_params(axis="y", labelsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    suite, batch = plain[0].suite, plain[0].batch
-    what = [f"{suite}, N = {batch}" if batch else suite, environment["hardware"]]
+    suite, batch = training[0].suite, training[0].batch
+    what = [f"{suite}, N = {batch}" if batch else suite, "forward + backward", environment["hardware"]]
     what += [f"{threads} threads"] if threads else []
     axes.set_title(", ".join([*what, f"torch {environment['torch'].split('+')[0]}"]), loc="left", fontsize=13)
-    axes.legend(frameon=False, fontsize=13, loc="upper right", ncols=2)
+    axes.legend(frameon=False, fontsize=13, loc="upper right", ncols=len(fused))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
     pyplot.close(figure)

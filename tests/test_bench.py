@@ -737,18 +737,20 @@ def test_plot_of_every_kind_of_group(tmp_path):
 
 
 def test_headline_is_one_panel(tmp_path, monkeypatch, capsys):
-    result = ROOT / "bench" / "results" / "amd-epyc-resnet50.json"
+    result = ROOT / "bench" / "results" / "amd-epyc-avx2-compile.json"
     figures = []
     monkeypatch.setattr(plot.pyplot, "close", figures.append)
     assert plot.main([str(result), str(tmp_path / "p.png"), "--headline"]) == 0
     (axes,) = figures[0].axes
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels == [f"{d}\n{l}" for d in ("float32", "bfloat16") for l in ("contiguous", "channels_last")]  # noqa: E741
-    assert len(axes.patches) == 8 and "N = 8" in axes.get_title(loc="left")
-    summary = report.summarize(report.load(result)[1])
-    expected = [e["total_speedup"]["eager"] for e in summary if (e["provider"], e["phase"], e["threads"]) ==
-                ("bnext", "forward", 2)]  # fmt: skip
-    assert [bar.get_height() for bar in axes.patches[:4]] == pytest.approx(expected)
+    assert len(axes.patches) == 12 and "N = 8" in axes.get_title(loc="left")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["BN", "BN + ReLU", "BN + add + ReLU"]
+    rows = [
+        r for r in report.load(result)[1] if (r.dtype, r.layout, r.epilogue) == ("float32", "channels_last", "relu")
+    ]
+    of = {name: sum(r.ms * r.count for r in rows if r.provider == name) for name in ("eager", "bnext")}
+    assert axes.patches[5].get_height() == pytest.approx(of["eager"] / of["bnext"])
     for wrong in ("nothing.json", __file__):
         with pytest.raises(SystemExit):
             plot.main([wrong, str(tmp_path / "p.png")])

@@ -78,3 +78,19 @@ def test_tasks_cover_a_shape_and_share_out_evenly(tasks, layout):
     means = {threads: sum(of_threads) / len(of_threads) for threads, of_threads in ratios.items()}
     assert min(mean for threads, mean in means.items() if threads <= 16) > 0.93, means
     assert means[64] > 0.85, means
+
+
+def test_the_cache_is_the_one_that_linux_reports(tmp_path):
+    """sysconf() tells of the host's, where the processor is a virtual one."""
+    said = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if not said.exists():
+        pytest.skip("no third-level cache in sysfs")
+    size = min(int(said.read_text().strip().removesuffix("K")) << 10, 64 << 20)
+    main = tmp_path / "main.cpp"
+    main.write_text(
+        f'#include "{ROOT / "csrc" / "cpu" / "cache.h"}"\n'
+        f"int main() {{ return bnext::cpu::exceeds_cache({size}) || !bnext::cpu::exceeds_cache({size + 1}); }}\n"
+    )
+    sources = [str(main), str(ROOT / "csrc" / "cpu" / "cache.cpp")]
+    subprocess.run([cxx(), "-std=c++17", *sources, "-o", tmp_path / "main"], check=True)
+    assert subprocess.run([tmp_path / "main"]).returncode == 0

@@ -101,11 +101,14 @@ struct Partial {     // the first n lanes, 0 < n <= lanes
 // All of it, but only the last n lanes, 0 < n < lanes, are new: the end of a row that is no whole number of vectors.
 // To load and store the others a second time takes less than to leave them out.
 struct Overlapping { int64_t n; };
+// The same of one register, for rows that end in no more: 49 elements take 3 vectors and one of AVX2's registers.
+struct OneRegister {};
 
 template <class A> constexpr int64_t lanes_of(Full) { return Vec<A>::lanes; }
 template <class A> constexpr int64_t lanes_of(Streamed) { return Vec<A>::lanes; }
 template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
 template <class A> constexpr int64_t lanes_of(Overlapping) { return Vec<A>::lanes; }
+template <class A> constexpr int64_t lanes_of(OneRegister) { return Vec<A>::lanes_each; }
 
 // v in the lanes that count in a sum, 0 in the others.
 template <class A> Vec<A> zero_inactive(Full, const Vec<A>& v) { return v; }
@@ -124,6 +127,12 @@ template <class T, class V = Vec<acc_t<T>>>
 V load(const T* p, Partial part) {
   return V::each([&](int i) { return load(p + i * V::lanes_each, part.n - i * V::lanes_each); });
 }
+template <class T, class V = Vec<acc_t<T>>>
+V load(const T* p, OneRegister) {
+  V v(0);  // of whose other registers nothing comes, so that no instruction is made
+  v.r[0] = load(p);
+  return v;
+}
 template <int lanes_each, class T, class R, int n>
 void store_all(T* p, const R (&r)[n]) {
   for (int i = 0; i < n; i++) store(p + i * lanes_each, r[i]);
@@ -140,6 +149,10 @@ template <class T, class A>
 void store(T* p, Partial part, const Vec<A>& v) {
   for (int i = 0; i < Vec<A>::registers; i++)
     store(p + i * Vec<A>::lanes_each, part.n - i * Vec<A>::lanes_each, v.r[i]);
+}
+template <class T, class A>
+void store(T* p, OneRegister, const Vec<A>& v) {
+  store(p, v.r[0]);
 }
 template <class T, class A>
 void store(T* p, Streamed, const Vec<A>& v) {
@@ -260,11 +273,12 @@ void for_each_vector(int64_t width, Tail tail, F f, int64_t begin = 0) {
   int64_t i = begin;
   for (; i + lanes <= width; i += lanes) f(i, Full{});
   if (i == width) return;
-  if (tail == Tail::overlapping && width >= lanes) {
-    f(width - lanes, Overlapping{width - i});
-  } else {
-    f(i, Partial{width - i});
+  if (tail == Tail::partial || width < lanes) return f(i, Partial{width - i});
+  constexpr int64_t lanes_each = Vec<A>::lanes_each;
+  if constexpr (lanes_each < lanes) {
+    if (width - i <= lanes_each) return f(width - lanes_each, OneRegister{});
   }
+  f(width - lanes, Overlapping{width - i});
 }
 template <class A, class F>
 void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) {
