@@ -54,6 +54,14 @@ template <class T, bool by_column, class Args>
   }
 }
 
+// Whether all vectors of a block, beside those before its rows' first cache line, have whole bytes of the mask, which
+// can then be written in any order.
+template <class T>
+bool has_whole_bytes(const SubMatrix& block, const T* y) {
+  const int64_t head = Streaming::before_line(y + block.first);
+  return (block.first | block.stride | head) % 8 == 0 && block.width % Vec<acc_t<T>>::lanes == 0;
+}
+
 // Without an activation, and with relu.
 template <class T, Epilogue epilogue, bool by_column>
 [[gnu::flatten]] void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
@@ -61,17 +69,20 @@ template <class T, Epilogue epilogue, bool by_column>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
-  for (int64_t r = 0; r < block.rows; r++) {
+  const bool backwards = runs_backwards(args.stream, {args.x, adds ? args.residual : nullptr}, {args.y}) &&
+                         (mask == nullptr || has_whole_bytes(block, static_cast<const T*>(args.y)));
+  for (int64_t i = 0; i < block.rows; i++) {
+    const int64_t r = backwards ? block.rows - 1 - i : i;
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + first;
     const T* residual = static_cast<const T*>(args.residual) + (adds ? first : 0);
     T* y = static_cast<T*>(args.y) + first;
     // Decided for each row, since rows begin at any place of a cache line.
-    const Streaming streaming(args.stream, block.width, y);
+    const Streaming streaming(args.stream, backwards, block.width, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
-    const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance);
+    const Prefetcher<T> ahead(args.x, first + (backwards ? -1 : 1) * Prefetcher<T>::distance);
     for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
@@ -108,7 +119,7 @@ template <class T, bool by_column>
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    for_each_vector<A>(Streaming(args.stream, block.width, y), block.width, Tail::overlapping,
+    for_each_vector<A>(Streaming(args.stream, /*from_the_end=*/false, block.width, y), block.width, Tail::overlapping,
                        [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
   }
   if (args.stream) stream_fence();
