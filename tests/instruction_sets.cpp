@@ -35,13 +35,16 @@ struct Case {
   int64_t shift;  // elements before the tensors' first, from a cache line on: a multiple of 16 bytes
 };
 
-// Memory of its own, filled with what an unwritten element must not be.
+constexpr size_t kPage = 4096;
+
+// Memory of its own, filled with what an unwritten element must not be. It begins `shift` bytes into a page, which
+// decides which way passes go whose stores go past the caches: see runs_backwards() of csrc/cpu/vec.h.
 class Bytes {
  public:
-  Bytes(size_t size, size_t shift) : size_(size), start_(shift), memory_(size + shift + 128, 0x5a) {}
+  Bytes(size_t size, size_t shift) : size_(size), start_(shift), memory_(size + shift + 2 * kPage, 0x5a) {}
   char* data() {
-    char* line = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64;
-    return line + start_;
+    char* page = memory_.data() + (kPage - reinterpret_cast<uintptr_t>(memory_.data()) % kPage);
+    return page + start_;
   }
   std::string copy() { return std::string(data(), size_); }
 
@@ -73,8 +76,9 @@ std::string run(const Case& c, const cpu::ParallelFor& parallel) {
   const int64_t numel = c.shape.numel(), size = size_of(c.dtype), channels = c.shape.c;
   const DType acc = acc_size_of(c.dtype) == 8 ? DType::f64 : DType::f32;
   const size_t bytes = numel * size, shift = c.shift * size, vector = channels * size_of(acc);
-  Bytes x(bytes, shift), residual(bytes, shift), dy(bytes, shift), y(bytes, shift), evaluated(bytes, shift);
-  Bytes dx(bytes, shift), dresidual(bytes, shift), mask((numel + 7) / 8, 0);
+  const size_t ahead = shift + 64, behind = shift + kPage - 64;
+  Bytes x(bytes, shift), residual(bytes, shift), dy(bytes, shift), y(bytes, ahead), evaluated(bytes, behind);
+  Bytes dx(bytes, ahead), dresidual(bytes, ahead), mask((numel + 7) / 8, 0);
   fill(x.data(), c.dtype, numel, 3, 2, 1);
   fill(residual.data(), c.dtype, numel, 0, 2, 2);
   fill(dy.data(), c.dtype, numel, 0.1, 1, 3);

@@ -612,12 +612,10 @@ class Run {
   void check_sums(const std::vector<real>& derivative, const std::vector<real>& z_size);
   void check_dx(const std::vector<real>& derivative, const std::vector<real>& z_size);
 
-  // Stages on their own take a plan of two_pass.
+  // Stages on their own, and eval mode, take a plan of two_pass.
   cuda::PlanOptions options() const {
-    if (c_.op == "stats" || c_.op == "normalize" || c_.op == "backward_reduce" || c_.op == "backward_input") {
-      return {{cuda::PlanKind::two_pass}, 0};
-    }
-    return {cuda::parse_choice(c_.plan), 0};
+    if (c_.op == "forward" || c_.op == "backward" || c_.op == "backward_eval") return {cuda::parse_choice(c_.plan), 0};
+    return {{cuda::PlanKind::two_pass}, 0};
   }
 
   const Case c_;

@@ -60,12 +60,15 @@ cudaError_t launch_two_pass_plan(const Params& p, const Plan& plan, const Scratc
 
 BNEXT_INSTANTIATE(launch_two_pass_plan, const Plan&, const Scratch&, cudaStream_t)
 
+// A stage on its own is one pass of `two_pass`: plans of other kinds have none for it, or not the fastest.
 cudaError_t launch_batch_norm_stats(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
                                     cudaStream_t stream) {
+  if (plan.kind != PlanKind::two_pass) return cudaErrorInvalidValue;
   return launch_reduce(p, plan.reduce, scratch, stream);
 }
 
 cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams& p, const Plan& plan, cudaStream_t stream) {
+  if (plan.kind != PlanKind::two_pass) return cudaErrorInvalidValue;
   BatchNormForwardParams stage = p;
   stage.num_batches_tracked = nullptr;
   return launch_apply(stage, alone(plan.apply), stream);
@@ -73,10 +76,12 @@ cudaError_t launch_batch_norm_normalize(const BatchNormForwardParams& p, const P
 
 cudaError_t launch_batch_norm_backward_reduce(const BatchNormBackwardParams& p, const Plan& plan,
                                               const Scratch& scratch, cudaStream_t stream) {
+  if (plan.kind != PlanKind::two_pass) return cudaErrorInvalidValue;
   return launch_reduce(p, plan.reduce, scratch, stream);
 }
 
 cudaError_t launch_batch_norm_backward_input(const BatchNormBackwardParams& p, const Plan& plan, cudaStream_t stream) {
+  if (plan.kind != PlanKind::two_pass) return cudaErrorInvalidValue;
   return launch_input_gradient(p, alone(plan.apply), stream);
 }
 
