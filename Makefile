@@ -1,7 +1,7 @@
 ## bnext: batch normalization for PyTorch on hand-written CUDA and CPU kernels.
 ##
 ##   make demo     trains LeNet without batch normalization, with torch.nn's and with bnext's: a table, a picture;
-##                 about 2 minutes
+##                 about 3 minutes
 ##   make test     everything: style, types, and the whole test suite; 25 to 40 minutes on 2 cores with nvcc
 ##   make lint     style and types alone; a minute the first time, then seconds
 ##   make bench    times bnext and torch.nn on ResNet-50's layers: build/bench.json, build/bench.png; about 3 minutes
@@ -48,7 +48,7 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 demo: $(BUILT)
-	$(SAY) "Training LeNet in many ways on scikit-learn's digits: nothing to download, about two minutes."
+	$(SAY) "Training LeNet in many ways on scikit-learn's digits: nothing to download, about three minutes."
 	$(VENV)/bin/python -m examples.compare
 
 test: lint $(BUILT)

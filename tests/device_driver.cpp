@@ -34,16 +34,19 @@ cudaFuncAttributes attributes() {
   return out;
 }
 
-// Plans with what they may be refused for.
-Plan in_clusters(uint32_t size) {
+// A plan with what it may be refused for.
+Plan resident(int64_t splits, bool clustered) {
   Plan plan = {};
-  plan.cluster = size;
+  plan.kind = PlanKind::resident;
+  plan.resident.splits = splits;
+  plan.resident.clustered = clustered;
+  plan.resident.resident_bytes = 1;
   return plan;
 }
 
-Plan cooperative() {
+Plan of_kind(PlanKind kind) {
   Plan plan = {};
-  plan.cooperative = true;
+  plan.kind = kind;
   return plan;
 }
 
@@ -157,22 +160,24 @@ void refusals_are_remembered() {
   Device device(query());
   expect(device.refused().empty(), "nothing yet");
   cudaSetDevice(99);
-  expect(device.disable_refused(in_clusters(16), cudaErrorInvalidClusterSize), "clusters of 16");
+  expect(device.disable_refused(resident(16, true), cudaErrorInvalidClusterSize), "clusters of 16");
   expect(cudaGetLastError() == cudaSuccess, "the runtime's error is left");
   expect(device.properties().clusters && device.properties().clusters_together[3] == 0, "clusters of 8 stay");
-  expect(device.disable_refused(in_clusters(4), cudaErrorLaunchOutOfResources), "clusters");
+  expect(device.disable_refused(resident(4, true), cudaErrorLaunchOutOfResources), "clusters");
   expect(!device.properties().clusters && device.properties().cooperative, "cooperative launches stay");
-  expect(device.disable_refused(cooperative(), cudaErrorNotSupported), "cooperative launches");
-  expect(device.disable_refused(cooperative(), cudaErrorCooperativeLaunchTooLarge), "as another thread");
+  expect(device.disable_refused(of_kind(PlanKind::cooperative), cudaErrorNotSupported), "cooperative launches");
+  expect(device.disable_refused(resident(4, false), cudaErrorCooperativeLaunchTooLarge),
+         "of the other plan, as another thread");
   expect(!device.properties().cooperative && device.refused().size() == 3, "all three");
 }
 
 void other_errors_are_the_callers() {
   Device device(query());
   cudaSetDevice(99);
-  expect(!device.disable_refused(in_clusters(4), cudaErrorInvalidDevice), "another error");
-  expect(!device.disable_refused({}, cudaErrorNotSupported), "nothing to do without");
-  expect(!device.disable_refused(in_clusters(1), cudaErrorLaunchOutOfResources), "one block to a channel");
+  expect(!device.disable_refused(resident(4, true), cudaErrorInvalidDevice), "another error");
+  expect(!device.disable_refused(of_kind(PlanKind::two_pass), cudaErrorNotSupported), "nothing to do without");
+  expect(!device.disable_refused(resident(1, true), cudaErrorLaunchOutOfResources), "one block to a channel");
+  expect(!device.disable_refused(resident(1, false), cudaErrorLaunchOutOfResources), "one block to a tile");
   expect(device.refused().empty() && cudaGetLastError() == cudaErrorInvalidDevice, "the error was taken");
 }
 

@@ -38,7 +38,7 @@ struct Case {
 constexpr size_t kPage = 4096;
 
 // Memory of its own, filled with what an unwritten element must not be. It begins `shift` bytes into a page, which
-// decides which way passes go whose stores go past the caches: see runs_backwards() of csrc/cpu/vec.h.
+// decides which way passes go whose stores go past the caches: see stores_of() of csrc/cpu/vec.h.
 class Bytes {
  public:
   Bytes(size_t size, size_t shift) : size_(size), start_(shift), memory_(size + shift + 2 * kPage, 0x5a) {}

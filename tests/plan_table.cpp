@@ -78,8 +78,8 @@ int main(int argc, char** argv) {
     }
     std::cout << "{\"kind\":\"" << name_of(plan.kind) << "\",\"refusal\":\"" << refusal << "\",\"text\":\""
               << describe(plan) << "\",\"blocks\":" << plan.blocks << ",\"partial_bytes\":" << plan.partial_bytes
-              << ",\"counters\":" << plan.counters << ",\"cluster\":" << plan.cluster
-              << ",\"cooperative\":" << plan.cooperative;
+              << ",\"counters\":" << plan.counters << ",\"cluster\":" << plan.cluster()
+              << ",\"cooperative\":" << plan.cooperative();
     print("resident", plan.resident);
     print("reduce", plan.reduce);
     print("apply", plan.apply);

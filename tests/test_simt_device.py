@@ -63,7 +63,7 @@ MISTAKES = {
     # global memory
     "read_bound": {"sanitize": POISON, "race": BOUNDS},
     "write_bound": {"plain": BOUNDS, "sanitize": POISON, "race": BOUNDS},
-    "misaligned": {"race": "simt: misaligned access: "},
+    "misaligned": {"sanitize": "misaligned address", "race": "simt: misaligned access: "},
     # between blocks
     "blocks_collide": {"race": RACE},
     "last_block_no_release": {"race": RACE},

@@ -188,15 +188,15 @@ template <class T, Derivative from, bool training, bool by_column>
   // Otherwise dx does not depend on x, which may be missing, and must not: an infinite x would make it NaN.
   constexpr bool reads_x = training || from == Derivative::relu;
   Derivatives<A, from> derivatives;
-  const bool backwards = runs_backwards(args.stream, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
+  const Stores stores = stores_of(args.stream, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
   for (int64_t i = 0; i < block.rows; i++) {
-    const int64_t r = backwards ? block.rows - 1 - i : i;
+    const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + (reads_x ? first : 0);
     T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
     T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
-    const Streaming streaming(args.stream, backwards, block.width, dx, dresidual);
+    const Streaming streaming(stores, block.width, dx, dresidual);
     // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
     const Tail tail = args.dx == args.dy ? Tail::partial : Tail::overlapping;
     const P mean(args.mean + channel), scale(args.scale + channel);
@@ -204,7 +204,7 @@ template <class T, Derivative from, bool training, bool by_column>
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
-    const int64_t ahead = first + (backwards ? -1 : 1) * Prefetcher<T>::distance;
+    const int64_t ahead = first + Prefetcher<T>::distance(stores);
     const Prefetcher<T> dy_ahead(args.dy, ahead), x_ahead(args.x, ahead);
     for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
       V xmu(0);

@@ -40,7 +40,7 @@ template <class T, bool by_column, class Args>
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
   const VecAffine<A, by_column> affine{mean, scale, bias};
-  const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance);
+  const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::kDistance);
   const auto normalized = [&](int64_t j, auto part) {
     if constexpr (by_column) ahead.fetch(j);
     return affine(load(x + j, part), j);
@@ -54,8 +54,7 @@ template <class T, bool by_column, class Args>
   }
 }
 
-// Whether all vectors of a block, beside those before its rows' first cache line, have whole bytes of the mask, which
-// can then be written in any order.
+// Whether each store to a block's rows has whole bytes of the mask, which can then be written in any order.
 template <class T>
 bool has_whole_bytes(const SubMatrix& block, const T* y) {
   const int64_t head = Streaming::before_line(y + block.first);
@@ -69,20 +68,21 @@ template <class T, Epilogue epilogue, bool by_column>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
-  const bool backwards = runs_backwards(args.stream, {args.x, adds ? args.residual : nullptr}, {args.y}) &&
-                         (mask == nullptr || has_whole_bytes(block, static_cast<const T*>(args.y)));
+  Stores stores = stores_of(args.stream, {args.x, adds ? args.residual : nullptr}, {args.y});
+  if (mask != nullptr && args.stream && !has_whole_bytes(block, static_cast<const T*>(args.y)))
+    stores = Stores::past_caches;
   for (int64_t i = 0; i < block.rows; i++) {
-    const int64_t r = backwards ? block.rows - 1 - i : i;
+    const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + first;
     const T* residual = static_cast<const T*>(args.residual) + (adds ? first : 0);
     T* y = static_cast<T*>(args.y) + first;
     // Decided for each row, since rows begin at any place of a cache line.
-    const Streaming streaming(args.stream, backwards, block.width, y);
+    const Streaming streaming(stores, block.width, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
-    const Prefetcher<T> ahead(args.x, first + (backwards ? -1 : 1) * Prefetcher<T>::distance);
+    const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance(stores));
     for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       if constexpr (by_column) ahead.fetch(j);
@@ -119,7 +119,8 @@ template <class T, bool by_column>
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    for_each_vector<A>(Streaming(args.stream, /*from_the_end=*/false, block.width, y), block.width, Tail::overlapping,
+    const Streaming streaming(args.stream ? Stores::past_caches : Stores::to_cache, block.width, y);
+    for_each_vector<A>(streaming, block.width, Tail::overlapping,
                        [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
   }
   if (args.stream) stream_fence();

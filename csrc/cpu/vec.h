@@ -241,12 +241,15 @@ void sum_rows(int64_t rows, int64_t width, Begin begin, F f) {
   }
 }
 
-// Whether a pass whose stores go past the caches had better go through memory from its end. A load waits for every such
-// store under way whose address has the same low 12 bits, and of an output that was allocated right behind an input
-// each store has those of the input's next cache line: passes take up to 2.8 times as long.
-inline bool runs_backwards(bool streams, std::initializer_list<const void*> inputs,
-                           std::initializer_list<const void*> outputs) {
-  if (!streams) return false;
+// How an elementwise pass stores, and which way it goes through memory.
+enum class Stores { to_cache, past_caches, past_caches_backwards };
+
+// A load waits for every store past the caches under way whose address has the same low 12 bits, and of an output that
+// was allocated right behind an input each store has those of the input's next cache line: passes take up to 2.8 times
+// as long. From the end of memory on, there is none nearby.
+inline Stores stores_of(bool past_caches, std::initializer_list<const void*> inputs,
+                        std::initializer_list<const void*> outputs) {
+  if (!past_caches) return Stores::to_cache;
   constexpr uintptr_t kPage = 4096;
   uintptr_t nearest_ahead = kPage, nearest_behind = kPage;
   for (const void* out : outputs) {
@@ -257,22 +260,27 @@ inline bool runs_backwards(bool streams, std::initializer_list<const void*> inpu
       nearest_behind = std::min(nearest_behind, kPage - ahead);
     }
   }
-  return nearest_ahead < nearest_behind;
+  return nearest_ahead < nearest_behind ? Stores::past_caches_backwards : Stores::past_caches;
+}
+
+// The i-th of so many rows, on that way.
+inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
+  return stores == Stores::past_caches_backwards ? rows - 1 - i : i;
 }
 
 // Where the stores of an element-wise pass over a row may go past the caches: whole cache lines of it, as half a line
 // takes a detour through memory. Not worth it in short rows, unless these are whole lines: a line that two rows share
 // is fetched first, by the normal stores at their ends.
 struct Streaming {
+  Stores stores;
   int64_t head = 0;  // elements before the first such line
   int64_t length = 0;
-  bool backwards = false;
 
   // `p` and `q`: where the outputs of the row begin; a null pointer is in nobody's way.
   template <class T>
-  Streaming(bool wanted, bool from_the_end, int64_t width, const T* p, const T* q = nullptr) : backwards(from_the_end) {
+  Streaming(Stores how, int64_t width, const T* p, const T* q = nullptr) : stores(how) {
     constexpr int64_t kLine = 64 / sizeof(T), kLongRow = 1024 / sizeof(T);
-    if (!wanted) return;
+    if (how == Stores::to_cache) return;
     const int64_t to_line = before_line(p != nullptr ? p : q), lines = (width - to_line) / kLine * kLine;
     if (p != nullptr && q != nullptr && before_line(q) != to_line) return;
     if (lines != width && width < kLongRow) return;
@@ -307,8 +315,9 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
   const int64_t head = streaming.head, end = head + streaming.length;
   if (streaming.length > 0) {
     for (int64_t i = 0; i < head; i += lanes) f(i, Partial{std::min(lanes, head - i)});
-    const int64_t step = streaming.backwards ? -lanes : lanes;
-    int64_t i = streaming.backwards ? end - lanes : head;
+    const bool backwards = streaming.stores == Stores::past_caches_backwards;
+    const int64_t step = backwards ? -lanes : lanes;
+    int64_t i = backwards ? end - lanes : head;
     for (int64_t left = streaming.length; left > 0; left -= lanes, i += step) f(i, Streamed{});
     tail = Tail::partial;
   }
@@ -319,7 +328,8 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
 // dereferences them.
 template <class T> struct Prefetcher {
   // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
-  static constexpr int64_t distance = 2048 / sizeof(T);
+  static constexpr int64_t kDistance = 2048 / sizeof(T);
+  static int64_t distance(Stores stores) { return stores == Stores::past_caches_backwards ? -kDistance : kDistance; }
   uintptr_t row;
   Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
   void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }

@@ -213,9 +213,9 @@ bool Device::disable_refused(const Plan& plan, cudaError_t error) {
     case cudaErrorNotSupported: break;
     default: return false;
   }
-  if (plan.cluster > kMaxCluster) large_clusters_ = false;
-  else if (plan.cluster > 1) clusters_ = false;
-  else if (plan.cooperative) cooperative_ = false;
+  if (plan.cluster() > kMaxCluster) large_clusters_ = false;
+  else if (plan.cluster() > 1) clusters_ = false;
+  else if (plan.cooperative()) cooperative_ = false;
   else return false;
   cudaGetLastError();
   return true;

@@ -8,19 +8,23 @@ namespace {
 // The fastest plan of all kinds, or of the kind that is asked for; or two_pass, where that has none.
 Plan choose(const Problem& problem, const DeviceProperties& device, const PlanOptions& options, std::string* refusal) {
   const bool automatic = options.plan.kind == PlanKind::automatic;
-  std::optional<Plan> best;
+  std::array<Plan, std::size(kPlanKindNames)> plans = {};  // by kind: a plan is large to copy, for each call
   decltype(Plan::predicted_us) predicted_us = {};
+  Plan* best = nullptr;
   const auto consider = [&](PlanKind kind, auto make) {
     if (!automatic && options.plan.kind != kind) return;
-    std::optional<Plan> plan = make(problem, device, options, automatic ? nullptr : refusal);
-    if (!plan) return;
-    predicted_us[static_cast<size_t>(kind)] = plan->us();
-    if (!best || plan->us() < best->us()) best = plan;
+    Plan& plan = plans[static_cast<size_t>(kind)];
+    if (!make(problem, device, options, &plan, automatic ? nullptr : refusal)) return;
+    predicted_us[static_cast<size_t>(kind)] = plan.us();
+    if (!best || plan.us() < best->us()) best = &plan;
   };
 #define BNEXT_CONSIDER(kind) consider(PlanKind::kind, plan_##kind);
   BNEXT_PLANS(BNEXT_CONSIDER)
 #undef BNEXT_CONSIDER
-  if (!best) best = plan_two_pass(problem, device, options, nullptr);
+  if (!best) {
+    best = &plans[static_cast<size_t>(PlanKind::two_pass)];
+    plan_two_pass(problem, device, options, best, nullptr);
+  }
   best->predicted_us = predicted_us;
   return *best;
 }

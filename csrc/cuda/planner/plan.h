@@ -32,14 +32,14 @@ struct Plan {
   int64_t blocks;         // of the kind `cooperative`
   int64_t partial_bytes;  // scratch that the kind needs
   int64_t counters;       // 32-bit counters likewise; the last is the barrier's of `cooperative`
-  // What a driver may refuse: a launch in clusters of more than one block, and one of blocks that are all there
-  // together.
-  uint32_t cluster = 1;
-  bool cooperative = false;
   // Predicted times in microseconds, by kind: of this plan, and of those that it was chosen over. Else 0.
   std::array<double, std::size(kPlanKindNames)> predicted_us;
 
   double& us() { return predicted_us[static_cast<size_t>(kind)]; }
+  // What a driver may refuse: clusters of so many blocks, if that is more than one; and that all blocks are there
+  // together.
+  uint32_t cluster() const { return resident.cluster(); }
+  bool cooperative() const { return kind == PlanKind::cooperative || resident.cooperative(); }
 };
 
 // What a caller may ask for.

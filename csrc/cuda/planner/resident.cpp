@@ -204,29 +204,26 @@ std::string why_not(const Problem& problem, const DeviceProperties& device, cons
 
 }  // namespace
 
-std::optional<Plan> plan_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options,
-                                  std::string* refusal) {
+bool plan_resident(const Problem& problem, const DeviceProperties& device, const PlanOptions& options, Plan* plan,
+                   std::string* refusal) {
   const TimedPartition found = resident_partition(problem, device, options);
   if (!found.exists()) {
     if (refusal) *refusal = why_not(problem, device, options);
-    return {};
+    return false;
   }
-  Plan plan = {};
-  plan.kind = PlanKind::resident;
-  plan.us() = found.us;
-  Partition& partition = plan.resident = found.partition;
-  plan.cluster = partition.cluster();
-  plan.cooperative = partition.cooperative();
-  set_partial_results(plan, partition, problem);
-  if (plan.cooperative) {
-    set_merge_workers(partition, problem, device);
+  plan->kind = PlanKind::resident;
+  plan->us() = found.us;
+  Partition& partition = plan->resident = found.partition;
+  set_partial_results(problem, &partition, plan);
+  if (partition.cooperative()) {
+    set_merge_workers(problem, device, &partition);
     // Two numbers to a channel, of whose words each has a flag.
-    plan.counters =
+    plan->counters =
         summaries_at(partition.tiles) + partition.groups * partition.tile_width() * acc_size_of(problem.dtype);
   } else if (problem.reads_counter) {
-    plan.counters = 1;  // clusters count nothing but who has read it
+    plan->counters = 1;  // clusters count nothing but who has read it
   }
-  return plan;
+  return true;
 }
 
 std::string describe_resident(const Plan& plan) { return "1 launch of " + describe(plan.resident); }

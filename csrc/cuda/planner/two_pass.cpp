@@ -67,32 +67,30 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
 
 }  // namespace
 
-Plan make_passes(const Problem& problem, const DeviceProperties& device) {
-  Plan plan = {};
-  plan.kind = PlanKind::two_pass;
-  plan.reduce = reduce_partition(problem.shape, problem.reduce_vec(), device);
-  plan.apply = apply_partition(problem.shape, problem.vec(), device);
-  return plan;
+void make_passes(const Problem& problem, const DeviceProperties& device, Plan* plan) {
+  plan->reduce = reduce_partition(problem.shape, problem.reduce_vec(), device);
+  plan->apply = apply_partition(problem.shape, problem.vec(), device);
 }
 
-void finish_passes(Plan& plan, const Problem& problem, const DeviceProperties& device) {
+void finish_passes(const Problem& problem, const DeviceProperties& device, Plan* plan) {
   // Of what the reduction reads, the second pass should find half an L2 cache full.
   const double fraction =
       static_cast<double>(device.l2_bytes) / 2 / static_cast<double>(std::max<int64_t>(1, problem.bytes()));
-  plan.reduce.l2_steps =
-      static_cast<int64_t>(static_cast<double>(plan.reduce.steps_per_split) * std::min(1.0, fraction));
-  if (plan.apply.by_columns) plan.apply.shared_bytes = problem.coefficient_bytes * kMaxTileVecs * plan.apply.vec;
-  set_partial_results(plan, plan.reduce, problem);
+  plan->reduce.l2_steps =
+      static_cast<int64_t>(static_cast<double>(plan->reduce.steps_per_split) * std::min(1.0, fraction));
+  if (plan->apply.by_columns) plan->apply.shared_bytes = problem.coefficient_bytes * kMaxTileVecs * plan->apply.vec;
+  set_partial_results(problem, &plan->reduce, plan);
 }
 
 // Any shape on any device has one.
-std::optional<Plan> plan_two_pass(const Problem& problem, const DeviceProperties& device, const PlanOptions&,
-                                  std::string*) {
-  Plan plan = make_passes(problem, device);
-  finish_passes(plan, problem, device);
-  set_merge_workers(plan.reduce, problem, device);
-  plan.us() = two_pass_time(problem, device);
-  return plan;
+bool plan_two_pass(const Problem& problem, const DeviceProperties& device, const PlanOptions&, Plan* plan,
+                   std::string*) {
+  plan->kind = PlanKind::two_pass;
+  make_passes(problem, device, plan);
+  finish_passes(problem, device, plan);
+  set_merge_workers(problem, device, &plan->reduce);
+  plan->us() = two_pass_time(problem, device);
+  return true;
 }
 
 std::string describe_two_pass(const Plan& plan) {

@@ -8,10 +8,10 @@ namespace bnext::cuda {
 // Whether the second of two launches may begin while the first is running.
 constexpr bool launches_overlap(const DeviceProperties& device) { return device.compute_capability >= 90; }
 
-// A plan of both passes, as fast as each is on its own.
-Plan make_passes(const Problem&, const DeviceProperties&);
+// Both passes, as fast as each is on its own.
+void make_passes(const Problem&, const DeviceProperties&, Plan*);
 
 // What depends on how their blocks share them out.
-void finish_passes(Plan&, const Problem&, const DeviceProperties&);
+void finish_passes(const Problem&, const DeviceProperties&, Plan*);
 
 }  // namespace bnext::cuda
