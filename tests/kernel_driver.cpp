@@ -571,7 +571,7 @@ class Run {
         memset(counters.get(), 0, plan.counters * 4);
         counters.freeze();
         const uint64_t launches = simt::count_launches(), slow_calls = count_slow_calls();
-        const cudaError_t error = call(plan, {partials.get(), counters.as<uint32_t>()});
+        const cudaError_t error = call(plan, {partials.get(), counters.as<uint32_t>(), flagged(plan.flagged_bytes)});
         if (order != c_.order && count_slow_calls() != slow_calls) throw Failure("a second launch asks the driver");
         refused = error != cudaSuccess;
         if (refused && !device_.disable_refused(plan, error)) {
@@ -596,6 +596,17 @@ class Run {
       if (results != first) throw Failure("another order of execution gives other bits");
     }
     return plan;
+  }
+
+  // What the launches before, of other plans, have left there.
+  static void* flagged(int64_t bytes) {
+    static Buffer memory;
+    if (!memory || memory.count() < bytes) {
+      memory = Buffer("flagged", DType::f32, bytes, bytes);
+      memset(memory.get(), 0, bytes);
+      simt::written(memory.get(), bytes);
+    }
+    return memory.get();
   }
 
   static void list(std::vector<Buffer*>& out, std::initializer_list<Buffer*> buffers) {
@@ -641,8 +652,8 @@ std::string describe(const cuda::Plan& plan, bool whole) {
       if (pass.packed()) return say("packed/%d", static_cast<int>(pass.splits));
       if (pass.by_columns && pass.clustered) return say("tiles/%d", static_cast<int>(pass.splits));
       const int64_t rounds = pass.groups == 0 ? 0 : (pass.tiles + pass.groups - 1) / pass.groups;
-      return say("%s/%d/%d", pass.reread_bytes > 0 ? "partly" : "resident", static_cast<int>(pass.splits),
-                 static_cast<int>(rounds));
+      const char* name = pass.register_vecs > 0 ? "registers" : pass.reread_bytes > 0 ? "partly" : "resident";
+      return say("%s/%d/%d", name, static_cast<int>(pass.splits), static_cast<int>(rounds));
     }
     case cuda::PlanKind::cooperative: return say("cooperative/%d", static_cast<int>(plan.blocks));
     case cuda::PlanKind::automatic:

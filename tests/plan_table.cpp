@@ -18,15 +18,17 @@ void print(const char* name, const Partition& p) {
             << ",\"groups\":" << p.groups << ",\"splits\":" << p.splits << ",\"l2_steps\":" << p.l2_steps
             << ",\"pdl\":" << p.pdl << ",\"starts_next\":" << p.starts_next
             << ",\"tile_channels\":" << p.columns.tile_channels << ",\"packs\":" << p.columns.packs
-            << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.first_wave << "," << p.stagger_ns << "]"
+            << ",\"clustered\":" << p.clustered << ",\"late\":[" << p.first_wave << "," << p.stagger_cycles << ","
+            << p.prefetch_vecs << "]"
             << ",\"steps\":" << p.steps << ",\"steps_per_split\":" << p.steps_per_split
             << ",\"shared_bytes\":" << p.shared_bytes << ",\"resident_bytes\":" << p.resident_bytes
-            << ",\"reread_bytes\":" << p.reread_bytes << ",\"exchange_bytes\":" << p.exchange_bytes
-            << ",\"plane_vecs\":" << p.planar.plane_vecs << ",\"stride_planes\":" << p.planar.stride_planes
-            << ",\"stride_vecs\":" << p.planar.stride_vecs << ",\"cols\":" << p.columns.cols
-            << ",\"tile_vecs\":" << p.columns.tile_vecs << ",\"row_threads\":" << p.columns.row_threads
-            << ",\"merge_workers\":" << p.merge_workers << ",\"thread_rows\":" << p.columns.thread_rows
-            << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits() << "}";
+            << ",\"register_vecs\":" << p.register_vecs << ",\"reread_bytes\":" << p.reread_bytes
+            << ",\"exchange_bytes\":" << p.exchange_bytes << ",\"plane_vecs\":" << p.planar.plane_vecs
+            << ",\"stride_planes\":" << p.planar.stride_planes << ",\"stride_vecs\":" << p.planar.stride_vecs
+            << ",\"cols\":" << p.columns.cols << ",\"tile_vecs\":" << p.columns.tile_vecs
+            << ",\"row_threads\":" << p.columns.row_threads << ",\"merge_workers\":" << p.merge_workers
+            << ",\"thread_rows\":" << p.columns.thread_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits()
+            << "}";
 }
 
 void print_choices() {
@@ -78,8 +80,8 @@ int main(int argc, char** argv) {
     }
     std::cout << "{\"kind\":\"" << name_of(plan.kind) << "\",\"refusal\":\"" << refusal << "\",\"text\":\""
               << describe(plan) << "\",\"blocks\":" << plan.blocks << ",\"partial_bytes\":" << plan.partial_bytes
-              << ",\"counters\":" << plan.counters << ",\"cluster\":" << plan.cluster()
-              << ",\"cooperative\":" << plan.cooperative();
+              << ",\"counters\":" << plan.counters << ",\"flagged_bytes\":" << plan.flagged_bytes
+              << ",\"cluster\":" << plan.cluster() << ",\"cooperative\":" << plan.cooperative();
     print("resident", plan.resident);
     print("reduce", plan.reduce);
     print("apply", plan.apply);

@@ -378,7 +378,6 @@ FORCED = [
     "resident:groups=1",
     "resident:groups=1,tile_vecs=2",
     "resident:groups=2,splits=3",
-    "resident:groups=1,splits=1",
 ]
 
 

@@ -69,18 +69,34 @@ PLANES = [(10, 2, 512), (40, 8, 49), (13, 8, 9), (5, 8, 225), (3, 8, 289), (3, 8
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 
-def partial_case(rng, op, dtype, act, residual):
-    """Tiles of which two blocks keep some, by the bytes of csrc/cuda/planner/partition.h, and read the rest again: of each
-    share of 11 strides, 8 forward and 2 backward."""
+def partial_case(rng, op, dtype, act, residual, splits=2, tile_vecs=16, strides=11, last=0):
+    """Tiles of which blocks have room for some strides of their share in shared memory, by the bytes of
+    csrc/cuda/planner/partition.h, 8 forward and 2 backward. `last` is how many strides fewer the last block's share
+    has."""
     size, acc = {"f64": 8, "f32": 4}.get(dtype, 2), 8 if dtype == "f64" else 4
     vec = 8 if residual or act not in ("none", "relu") else 16 // size
     forward = op == "forward"
     merge = acc * (2 * vec * 256 + (256 + 16 * vec if forward else 0))
     stride = 256 * vec * size * (1 if forward else 2)
     shared = merge + 2048 + (8 if forward else 2) * stride + stride // 2
-    fixed = {"plan": "resident:groups=1,splits=2,tile_vecs=16", "shared": shared, "act": act, "residual": residual}
-    fixed |= {"sms": 0, "cc": 0, "dx": True, "dweight": True}
-    return case(rng, op, dtype, "interleaved", (21 * 16 + 5, 19 * vec, 1), **fixed)
+    plan = f"resident:groups=1,splits={splits},tile_vecs={tile_vecs}"
+    fixed = {"plan": plan, "shared": shared, "act": act, "residual": residual}
+    fixed |= {"sms": 0 if splits == 2 else 12, "cc": 0, "dx": True, "dweight": True}
+    rows = 256 // tile_vecs * (splits * strides - last)
+    return case(rng, op, dtype, "interleaved", (rows - 11, (tile_vecs + 3) * vec, 1), **fixed)
+
+
+def register_cases(rng, op, dtype, act, residual):
+    """The same of blocks whose threads keep 512 bytes in registers: all of the rest of their shares; not all; and of a
+    last block that has less than registers hold, and more than shared memory does."""
+    size = {"f32": 4}.get(dtype, 2)
+    in_registers = 512 // (size * (8 if residual else 16 // size)) // (1 if op == "forward" else 2)
+    for splits, tile_vecs, strides, last in [
+        (2, 16, in_registers + 2, 0),
+        (2, 16, in_registers + 12, 1),
+        (5, 4, in_registers + 1, 4),
+    ]:
+        yield partial_case(rng, op, dtype, act, residual, splits, tile_vecs, strides, last)
 
 
 # float64 that keeps 12 to 28 KB beside 33 KB of static shared memory, forward with a residual and relu.
@@ -176,13 +192,15 @@ def cases(op):
         for dtype, cluster in itertools.product(DTYPES, CLUSTER_SIZES):
             fixed = {"plan": f"resident:cluster={cluster}", "shared": 0, "sms": 132, "clusters": 99, "cc": 0}
             out.append(case(rng, op, dtype, "planar", (16, 3, 128), dx=True, dweight=True, **fixed))
-            # Of tiles of columns, which take two blocks at least; of narrow tiles, and of those of 256 bytes.
-            for tile_vecs, shape in itertools.product((4, 16), TALL[1:]) if cluster > 1 else ():
+            # Of tiles of columns: of narrow ones, and of those of 256 bytes, which take two blocks at least.
+            for tile_vecs, shape in itertools.product((4, 16) if cluster > 1 else (4,), TALL[1:]):
                 plan = f"resident:cluster={cluster},tile_vecs={tile_vecs}"
                 out.append(case(rng, op, dtype, "interleaved", shape, dx=True, dweight=True, **{**fixed, "plan": plan}))
         for dtype, (act, residual) in itertools.product(DTYPES, [("none", False), ("relu", True), ("silu", True)]):
             if (dtype, act) != ("f64", "silu"):  # which has no resident kernels
                 out.append(partial_case(rng, op, dtype, act, residual))
+            if dtype != "f64" and act != "silu":
+                out += register_cases(rng, op, dtype, act, residual)
     else:
         out += [case(rng, op, *where, rng.choice(LARGE)) for where in grid for _ in range(2)]
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
@@ -251,7 +269,9 @@ def plans_that_ran(printed, dtypes):
             plans = {plan for *where, plan in ran if where == [dtype, layout]}
             # blocks of a tile, rounds
             resident = {
-                tuple(map(int, plan.split("/")[1:])) for plan in plans if plan.startswith(("resident", "partly"))
+                tuple(map(int, plan.split("/")[1:]))
+                for plan in plans
+                if plan.startswith(("resident", "partly", "registers"))
             }
             assert "two_pass" in plans and ((1, 1) in resident if layout == "planar" else "tiles/1" in plans)
             assert any(plan.startswith("cooperative") and plan != "cooperative/1" for plan in plans)
@@ -260,6 +280,7 @@ def plans_that_ran(printed, dtypes):
             else:
                 assert any(blocks > 1 and rounds > 1 for blocks, rounds in resident)
                 assert "partly/2/2" in plans
+                assert dtype == "f64" or {"registers/2/2", "registers/5/2"} <= plans
     expected = {f"packed/{blocks}" for blocks in CLUSTER_SIZES} | {f"resident/{blocks}/1" for blocks in CLUSTER_SIZES}
     expected |= {f"tiles/{blocks}" for blocks in CLUSTER_SIZES if blocks > 1}
     assert {plan for *_, plan in ran} >= expected

@@ -188,14 +188,15 @@ READS = enumerators("cuda/plans/cooperative.cu", "Reads")
 @functools.cache
 def title(mangled: str) -> str:
     """A kernel in words: "resident_planar forward bf16 relu", "reduce_planar backward float none covering",
-    "cooperative forward float run_time planes by 4, columns by 8"."""
+    "resident_interleaved forward bf16 relu registers", "cooperative forward float run_time planes by 4, columns by 8"."""
     full = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
     full = re.sub(r"bnext::|cuda::|\(anonymous namespace\)::", "", full)
     found = re.search(r"(\w+)_kernel<(\w+)<(\w+), \(\w+\)(\d+), \d+ ?>(?:, (true|false))? ?>\(", full)
     if found:
-        plan, op, dtype, variant, aligned = found.groups()
+        plan, op, dtype, variant, last = found.groups()
         direction, variants = VARIANTS[op]
-        return " ".join([plan, direction, dtype, variants[int(variant)], *(["covering"] if aligned == "false" else [])])
+        marked, word = ("true", "registers") if plan == "resident_interleaved" else ("false", "covering")
+        return " ".join([plan, direction, dtype, variants[int(variant)], *([word] if last == marked else [])])
     found = re.search(
         r"cooperative_kernel<(\w+)<(\w+), \(\w+\)\d+, (\d+) ?>, \(\w+\)(\d+), \w+<\w+, \(\w+\)\d+, (\d+) ?>, (\w+)>\(",
         full,
@@ -383,7 +384,10 @@ VECTOR_BYTES = {("float", "add_relu"): 32, ("double", "add_relu"): 64}
 
 def copying(kernel: str, architecture: str) -> bool:
     """Whether a kernel copies its input to shared memory asynchronously."""
-    return kernel.startswith("resident_planar forward") and float(architecture) >= 8
+    plan, direction, _, variant = kernel.split()[:4]
+    of_two = direction == "backward" and variant in ("none", "relu")  # and nothing else to load
+    copies = {"resident_planar": direction == "forward" or of_two, "resident_packed": of_two}
+    return float(architecture) >= 8 and copies.get(plan, False)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -411,7 +415,7 @@ def test_resident_kernels_load_each_tensor_once(plan, architecture):
     for kernel, found in loops(source, architecture).items():
         if exempt(kernel, architecture):
             continue
-        _, direction, dtype, variant = kernel.split()
+        _, direction, dtype, variant = kernel.split()[:4]
         kept, beside, stored = RESIDENT_BYTES[f"{direction} {variant}"]
         copies, partial = copying(kernel, architecture), plan == "interleaved"
         taking = [loop for loop in found if loop.copied or (loop.streamed and loop.kept)]
@@ -458,7 +462,7 @@ STEMS = ("two_pass_reduce", "two_pass_apply", *(f"resident_{plan}" for plan in R
 
 def instructions_for_an_element(stem: str, kernel: str, found: list[Loop]) -> tuple[list[float], list[float]]:
     """Those of the loops that reduce, and of the elementwise ones, over whole chunks, which is what there is most of."""
-    _, direction, dtype, variant = kernel.split()
+    _, direction, dtype, variant = kernel.split()[:4]
     elements = {"float": 4, "double": 2}.get(dtype, 8)  # of 16 bytes
     inputs, _, stored = RESIDENT_BYTES[f"{direction} {variant}"]
     walking = [loop for loop in found if loop.loads[16] >= 4 or loop.given >= 4]
@@ -485,7 +489,7 @@ def test_instructions_for_an_element(architecture):
         for kernel, found in loops(CSRC / "cuda" / "plans" / f"{stem}.cu", architecture).items():
             if exempt(kernel, architecture) or " double " in kernel:
                 continue
-            _, direction, dtype, variant = kernel.split()
+            _, direction, dtype, variant = kernel.split()[:4]
             reducing, elementwise = instructions_for_an_element(stem, kernel, found)
             if direction == "backward":
                 allowed = SUMS[variant], GRADIENT[variant]
@@ -497,13 +501,14 @@ def test_instructions_for_an_element(architecture):
             assert max(elementwise, default=0) <= allowed[1], (kernel, elementwise)
             checked[f"{direction} reduction"] += bool(reducing)
             checked[f"{direction} elementwise"] += bool(elementwise)
-    # Three dtypes. The two passes in 2 layouts, resident in 3 ways; what is fused concerns the backward's sums too.
+    # Three dtypes. The two passes in 2 layouts, resident in 3 ways, of which one is with registers or without; what is
+    # fused concerns the backward's sums too.
     forward, backward = len(NORMALIZE), len(GRADIENT)
     assert checked == {
-        "forward reduction": 3 * (2 + 3 * forward),
-        "forward elementwise": 3 * (2 * forward + 3 * forward),
-        "backward reduction": 3 * (2 * backward + 3 * backward),
-        "backward elementwise": 3 * (2 * backward + 3 * backward),
+        "forward reduction": 3 * (2 + 4 * forward),
+        "forward elementwise": 3 * (2 * forward + 4 * forward),
+        "backward reduction": 3 * (2 * backward + 4 * backward),
+        "backward elementwise": 3 * (2 * backward + 4 * backward),
     }
 
 
@@ -589,7 +594,7 @@ def test_resident_blocks_fit_as_the_plan_counts_on():
         shared_by = static_shared(CSRC / "cuda" / "plans" / f"resident_{plan}.cu", architecture)
         assert shared_by
         for kernel, shared in shared_by.items():
-            _, direction, dtype, variant = kernel.split()
+            _, direction, dtype, variant = kernel.split()[:4]
             numbers, width = {"forward": 4, "backward": 2}[direction], 8 if dtype == "double" else 4
             masked = variant in ("add_relu", "mask", "general")
             vec = 8 if masked else {"double": 2, "float": 4}.get(dtype, 8)
@@ -628,7 +633,8 @@ def test_kernels_stop_where_they_have_no_clusters(plan, architecture):
         opcodes = {i.opcode.split(".")[0] for i in code if ".STRONG" not in i.opcode}
         assert any(i.opcode == "BPT.TRAP" for i in code) != has_clusters, kernel
         assert ({"UCGABAR_ARV", "UCGABAR_WAIT"} <= opcodes) == ("LD" in opcodes) == has_clusters, kernel
-    assert len(kernels) == 3 * (5 + 4) + (4 + 3)
+    # Those with registers, of three dtypes, have no code of all activations.
+    assert len(kernels) == 3 * (5 + 4) + (4 + 3) + 3 * (4 + 3) * (plan == "interleaved")
 
 
 #: Kernels that may be launched to overlap the one before, and those that may be overlapped.

@@ -60,7 +60,8 @@ class CounterPool {
   template <class Allocate>
   Block take(int64_t count, Allocate&& allocate) {
     Block block = {nullptr, kMinBlock};
-    while (block.count < count) block.count *= 2;
+    while (block.count < std::min(count, kSlab)) block.count *= 2;
+    while (block.count < count) block.count += kSlab;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (take_free(block)) return block;
@@ -79,7 +80,8 @@ class CounterPool {
   }
 
  private:
-  // Blocks are powers of two, of 256 bytes at least: counters of different launches share no cache line.
+  // Blocks are powers of two, of 256 bytes at least: counters of different launches share no cache line. Above a slab
+  // they are multiples of it.
   static constexpr int64_t kMinBlock = 64, kLeastOfStream = 1024, kSlab = 64 * 1024;
 
   bool take_free(Block& block) {

@@ -44,7 +44,8 @@ void* allocate_bytes(size_t bytes) {
   }
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    TORCH_CHECK_WITH(OutOfMemoryError, false, "bnext: CUDA out of memory, for ", bytes, " bytes of counters");
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "bnext: CUDA out of memory, for ", bytes,
+                     " bytes of counters or flagged memory");
   }
   check(error, "cudaMalloc");
   return data;
@@ -71,10 +72,13 @@ uint32_t* allocate(int64_t count) {
   return static_cast<uint32_t*>(data);
 }
 
+// The pools of a device, one for what is 0 between launches and one for what is not.
+struct Pools { CounterPool counters, flagged; };
+
 // Never destroyed, as graphs may be destroyed after static objects are.
-CounterPool& pool_of(c10::DeviceIndex device) {
+Pools& pools_of(c10::DeviceIndex device) {
   static std::mutex& mutex = *new std::mutex;
-  static auto& pools = *new std::map<c10::DeviceIndex, CounterPool>;
+  static auto& pools = *new std::map<c10::DeviceIndex, Pools>;
   const std::lock_guard<std::mutex> lock(mutex);
   return pools[device];
 }
@@ -129,12 +133,19 @@ uint32_t* lend(CounterPool& pool, int64_t count, cudaGraph_t graph) {
   return counters;
 }
 
+uint32_t* words_for(CounterPool& pool, cudaStream_t stream, int64_t count) {
+  const cudaGraph_t graph = graph_of(stream);
+  return graph ? lend(pool, count, graph) : pool.of_stream(identify(stream), count, allocate);
+}
+
 }  // namespace
 
 uint32_t* counters_for(c10::DeviceIndex device, cudaStream_t stream, int64_t count) {
-  CounterPool& pool = pool_of(device);
-  const cudaGraph_t graph = graph_of(stream);
-  return graph ? lend(pool, count, graph) : pool.of_stream(identify(stream), count, allocate);
+  return words_for(pools_of(device).counters, stream, count);
+}
+
+void* flagged_for(c10::DeviceIndex device, cudaStream_t stream, int64_t bytes) {
+  return words_for(pools_of(device).flagged, stream, bytes / static_cast<int64_t>(sizeof(uint32_t)));
 }
 
 }  // namespace bnext

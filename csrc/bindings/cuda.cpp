@@ -92,6 +92,7 @@ struct Workspace {
       scratch.partials = partials.data_ptr();
     }
     if (plan.counters != 0) scratch.counters = counters_for(x.device().index(), stream, plan.counters);
+    if (plan.flagged_bytes != 0) scratch.flagged = flagged_for(x.device().index(), stream, plan.flagged_bytes);
   }
 };
 

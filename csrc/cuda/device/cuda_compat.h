@@ -170,6 +170,16 @@ __device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* p) {
 #endif
 }
 
+// Lets so many cycles pass. (__nanosleep alone takes anything up to twice what it is asked for.)
+__device__ __forceinline__ void wait_for_cycles([[maybe_unused]] uint32_t cycles) {
+#if defined(BNEXT_SIMT)
+  __nanosleep(cycles);
+#elif defined(__CUDA_ARCH__)
+  const uint32_t begin = static_cast<uint32_t>(clock64());
+  while (static_cast<uint32_t>(clock64()) - begin < cycles) __nanosleep(50);
+#endif
+}
+
 // Adds one to a counter, which goes back to 0 after `limit`, and returns the old value. What the thread wrote before is
 // visible to whoever sees the new one, and what was visible to those before becomes visible to it.
 __device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* counter, uint32_t limit) {
@@ -198,23 +208,49 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
 #endif
 }
 
-// 16 bytes of global memory that other threads load or store meanwhile: each half as one, in no order with anything
-// else.
+// A number in global memory that other threads load or store meanwhile, in no order with anything else.
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* p) {
+#if defined(BNEXT_SIMT)
+  return *static_cast<const volatile uint64_t*>(p);
+#else
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+#endif
+}
+__device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t v) {
+#if defined(BNEXT_SIMT)
+  *static_cast<volatile uint64_t*>(p) = v;
+#else
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+#endif
+}
+
+// 16 bytes of global memory that other threads load or store meanwhile: as one, in no order with anything else. (Before
+// CUDA 12.3 there is no way to say so. Then it is the same instruction of the machine, by another name.)
 struct alignas(16) U64x2 { uint64_t first, second; };
-__device__ __forceinline__ void store_relaxed(U64x2* p, const U64x2& v) {
+__device__ __forceinline__ void store_whole(U64x2* p, const U64x2& v) {
 #if defined(BNEXT_SIMT)
   *static_cast<volatile uint64_t*>(&p->first) = v.first;
-  simt::preempt();
   *static_cast<volatile uint64_t*>(&p->second) = v.second;
+#elif __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1203
+  asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(p), "l"(v.first),
+               "l"(v.second)
+               : "memory");
 #else
   asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"(v.first), "l"(v.second) : "memory");
 #endif
 }
-__device__ __forceinline__ U64x2 load_relaxed(const U64x2* p) {
+__device__ __forceinline__ U64x2 load_whole(const U64x2* p) {
   U64x2 v;
 #if defined(BNEXT_SIMT)
   v.first = *static_cast<const volatile uint64_t*>(&p->first);
   v.second = *static_cast<const volatile uint64_t*>(&p->second);
+#elif __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1203
+  asm volatile("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
+               : "=l"(v.first), "=l"(v.second)
+               : "l"(p)
+               : "memory");
 #else
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(v.first), "=l"(v.second) : "l"(p) : "memory");
 #endif

@@ -1,7 +1,7 @@
-// How a block passes numbers to others that are on the device with it and wait for them, without a barrier: each word
-// of 32 bits has a flag beside it, in 8 bytes that are stored and loaded as one, so that who sees the flag has the
-// word. No fence has to order anything, and what is polled is the number itself, not a counter that says where to look
-// next. (NCCL's low-latency protocol does this.)
+// How a block passes numbers to others that are on the device with it and wait for them, without a barrier: each 8
+// bytes have a flag beside them, in 16 bytes that are stored and loaded as one, so that who sees the flag has the
+// numbers. No fence has to order anything, and what is polled is the number itself, not a counter that says where to
+// look next. (NCCL's low-latency protocol does this.)
 #pragma once
 
 #include <cstring>
@@ -10,52 +10,44 @@
 
 namespace bnext::cuda {
 
-// A T in global memory, with its flags: of no value while it is all zeros.
+// A T in global memory, with its flags. Memory that was all zeros at first and has been Flagged ever since, of whatever
+// T, may be used as such: a value is there once its flag is, which is not 0 and was never used before.
 template <class T>
-class alignas(16) Flagged {
-  static constexpr int kWords = sizeof(T) / sizeof(uint32_t);
-  static_assert(sizeof(T) % (2 * sizeof(uint32_t)) == 0, "two words and their flags are loaded at a time");
+class Flagged {
+  static constexpr int kParts = sizeof(T) / sizeof(uint64_t);
+  static_assert(sizeof(T) % sizeof(uint64_t) == 0);
 
  public:
-  // In one thread of the grid. Each value that is stored here has a flag of its own, which is not 0.
-  __device__ __forceinline__ void store(const T& value, uint32_t flag) {
-    uint32_t words[kWords];
+  // In one thread of the grid.
+  __device__ __forceinline__ void store(const T& value, uint64_t flag) {
+    uint64_t words[kParts];
     memcpy(words, &value, sizeof(T));
 #pragma unroll
-    for (int i = 0; i < kWords; i += 2) {
-      store_relaxed(&pairs_[i / 2], {with_flag(words[i], flag), with_flag(words[i + 1], flag)});
-    }
+    for (int i = 0; i < kParts; ++i) store_whole(&parts_[i], {words[i], flag});
   }
 
   // Waits until the value with that flag is there.
-  __device__ __forceinline__ T wait(uint32_t flag) const {
-    uint32_t words[kWords];
+  __device__ __forceinline__ T wait(uint64_t flag) const {
+    uint64_t words[kParts];
     while (!load(words, flag)) __nanosleep(20);
     T value;
     memcpy(&value, words, sizeof(T));
     return value;
   }
 
-  __device__ __forceinline__ void clear() { memset(pairs_, 0, sizeof(pairs_)); }
-
  private:
-  __device__ __forceinline__ static uint64_t with_flag(uint32_t word, uint32_t flag) {
-    return uint64_t{flag} << 32 | word;
-  }
-
-  __device__ __forceinline__ bool load(uint32_t (&words)[kWords], uint32_t flag) const {
+  __device__ __forceinline__ bool load(uint64_t (&words)[kParts], uint64_t flag) const {
     bool there = true;
 #pragma unroll
-    for (int i = 0; i < kWords; i += 2) {
-      const U64x2 pair = load_relaxed(&pairs_[i / 2]);
-      words[i] = static_cast<uint32_t>(pair.first);
-      words[i + 1] = static_cast<uint32_t>(pair.second);
-      there &= pair.first >> 32 == flag && pair.second >> 32 == flag;
+    for (int i = 0; i < kParts; ++i) {
+      const U64x2 part = load_whole(&parts_[i]);
+      words[i] = part.first;
+      there &= part.second == flag;
     }
     return there;
   }
 
-  U64x2 pairs_[kWords / 2];
+  U64x2 parts_[kParts];
 };
 
 }  // namespace bnext::cuda

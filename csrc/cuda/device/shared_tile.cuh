@@ -1,4 +1,4 @@
-// What a resident block keeps of its inputs in shared memory, and how it gets there.
+// What a resident block keeps of its inputs, in shared memory and in registers, and how it gets there.
 #pragma once
 
 #include <utility>
@@ -181,6 +181,42 @@ class SharedTile {
   // 32 bits: shared memory is small, and 64-bit additions take two instructions.
   uint32_t input_bytes_, stride_;  // of an input; from one slot of the thread to the next
   unsigned char* slots_;           // the thread's first
+};
+
+// A thread's copies of CHUNKS chunks of the operation's inputs, in registers: of all that a walk has, or of nothing
+// where it is empty.
+template <class Op, int CHUNK, int CHUNKS>
+class RegisterTile {
+ public:
+  static constexpr int kVecs = CHUNK * CHUNKS;
+
+  // Loads them, and calls body(Chunk, vecs) on each.
+  template <class Walk, class Body>
+  __device__ __forceinline__ void fill(const typename Op::Params& p, Walk walk, const Body& body) {
+    if (walk.remaining == 0) return;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      Chunk<CHUNK, true> chunk;
+      next_chunk(walk, chunk);
+      from_global<Op, Reuse::last>(p).load(chunk, chunks_[i]);
+      body(chunk, chunks_[i]);
+    }
+  }
+
+  // Calls body(Chunk, vecs) on each once more.
+  template <class Walk, class Body>
+  __device__ __forceinline__ void replay(Walk walk, const Body& body) const {
+    if (walk.remaining == 0) return;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      Chunk<CHUNK, true> chunk;
+      next_chunk(walk, chunk);
+      body(chunk, chunks_[i]);
+    }
+  }
+
+ private:
+  Vec<typename Op::T, Op::N> chunks_[CHUNKS > 0 ? CHUNKS : 1][Op::kInputs][CHUNK];
 };
 
 }  // namespace bnext::cuda

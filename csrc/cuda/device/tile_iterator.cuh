@@ -175,6 +175,15 @@ class ColumnWalk {
     vec_ += stride_;
   }
 
+  // Takes the last `count` vectors off, as a walk of their own; none where there are fewer.
+  __device__ __forceinline__ ColumnWalk take_last(int32_t count) {
+    ColumnWalk last = *this;
+    last.remaining = remaining < count ? 0 : count;
+    remaining -= last.remaining;
+    last.vec_ += remaining * stride_;
+    return last;
+  }
+
   // Calls body(Chunk) on the vector that the end of the tensor cuts short, if it is the thread's.
   template <class Body>
   __device__ __forceinline__ void cut(const Partition& partition, int64_t numel, const ColumnPlace<N>& place,

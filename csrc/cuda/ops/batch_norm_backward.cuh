@@ -42,11 +42,14 @@ struct BatchNormBackward {
   static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
   static constexpr bool kResident = has_resident_kernels(sizeof(T), kGeneral);
   static constexpr bool kReducesMasked = true;
+  static constexpr bool kReducesExtras = DERIVATIVE != Derivative::none && DERIVATIVE != Derivative::relu;
   // Both passes read dy and x, also where the second could do without x: plans keep what they have read.
   static constexpr int kInputs = 2;
+  static constexpr int kRegisterBytes = register_bytes(dtype_of<T>::value, kGeneral, masks(DERIVATIVE), kInputs);
   __device__ __forceinline__ static const void* input(const BatchNormBackwardParams& p, int i) {
     return i == 0 ? p.dy : p.x;
   }
+  __device__ __forceinline__ static const void* extra_input(const BatchNormBackwardParams&) { return nullptr; }
 
   // What is known of a channel before its reduction.
   struct ChannelParams { A mean, invstd, weight, bias; };
@@ -219,12 +222,13 @@ struct BatchNormBackward {
   }
 
   __device__ __forceinline__ static void between_passes(const BatchNormBackwardParams&) {}
-  __device__ __forceinline__ static void at_kernel_end(const BatchNormBackwardParams&, const Scratch&, int64_t) {}
+  __device__ __forceinline__ static void at_kernel_end(const BatchNormBackwardParams&, const Scratch&) {}
 
   // ---- from a channel's sums to the coefficients of its gradient
 
   // All of it, as the gradient needs both sums.
   using Summary = State;
+  static_assert(sizeof(Summary) == kBackwardNumbers.summary * sizeof(A));
   __device__ __forceinline__ static Summary summary(const BatchNormBackwardParams&, const State& whole) {
     return whole;
   }

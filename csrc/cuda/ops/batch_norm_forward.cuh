@@ -70,9 +70,12 @@ struct BatchNormForward {
   static constexpr bool kGeneral = EPILOGUE == Epilogue::general;
   static constexpr bool kResident = has_resident_kernels(sizeof(T), kGeneral);
   static constexpr bool kReducesMasked = false;
+  static constexpr bool kReducesExtras = false;
   // The residual is none of them: statistics do not take it, and a plan that kept it would have half the room for x.
   static constexpr int kInputs = 1;
+  static constexpr int kRegisterBytes = register_bytes(dtype_of<T>::value, kGeneral, masks(EPILOGUE), kInputs);
   __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }
+  __device__ __forceinline__ static const void* extra_input(const BatchNormForwardParams& p) { return p.residual; }
 
   // What is known of a channel before its reduction.
   struct ChannelParams { A weight, bias; };
@@ -301,12 +304,11 @@ struct BatchNormForward {
     if (p.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*p.num_batches_tracked;
   }
 
-  // The same at the end of a kernel without such a point. A cumulative average reads it, so that the last
-  // block to finish must do it, which takes a counter: the one behind those of the tiles.
-  __device__ __forceinline__ static void at_kernel_end(const BatchNormForwardParams& p, const Scratch& scratch,
-                                                       int64_t counter) {
+  // The same at the end of a kernel without such a point. A cumulative average reads it, so that the last block to
+  // finish must do it, which takes a counter.
+  __device__ __forceinline__ static void at_kernel_end(const BatchNormForwardParams& p, const Scratch& scratch) {
     if (!p.num_batches_tracked) return;
-    const bool last = p.cumulative ? arrive_last(&scratch.counters[counter], gridDim.x) : blockIdx.x == 0;
+    const bool last = p.cumulative ? arrive_last(scratch.counters, gridDim.x) : blockIdx.x == 0;
     if (last && threadIdx.x == 0) ++*p.num_batches_tracked;
   }
 
@@ -314,6 +316,7 @@ struct BatchNormForward {
 
   // What the elementwise pass needs of a channel's state.
   struct Summary { A mean, invstd; };
+  static_assert(sizeof(Summary) == kForwardNumbers.summary * sizeof(A));
   __device__ __forceinline__ static Summary summary(const BatchNormForwardParams& p, const State& whole) {
     return {whole.mean(), inverse_std(whole.var, p.eps)};
   }

@@ -34,8 +34,10 @@ std::string describe(const Partition& partition) {
     out += ", " + std::to_string(partition.groups) + " at a time";
   }
   if (partition.reread_bytes > 0) out += ", " + std::to_string(partition.reread_bytes) + " bytes a block read again";
-  return out + "; " + std::to_string(partition.shared_bytes + partition.resident_bytes + partition.exchange_bytes) +
+  out += "; " + std::to_string(partition.shared_bytes + partition.resident_bytes + partition.exchange_bytes) +
          " bytes of shared memory a block";
+  if (partition.register_vecs == 0) return out;
+  return out + ", and " + counted(partition.register_vecs, "vector") + " of each input in each thread's registers";
 }
 
 std::string describe(const Plan& plan) {

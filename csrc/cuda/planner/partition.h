@@ -22,16 +22,24 @@ constexpr int32_t resident_blocks_per_sm(int64_t element_bytes, bool general, bo
 // kernels of that type would be a fifth of the build.
 constexpr bool has_resident_kernels(int64_t element_bytes, bool general) { return !(general && element_bytes == 8); }
 
+// Bytes of its inputs that a thread of an interleaved pass keeps in registers, where the shared memory of lone blocks
+// has not room for all: as many as no kernel spills. 0 where there is no such kernel.
+constexpr int32_t register_bytes(DType dtype, bool general, bool masked, int64_t inputs) {
+  if (general || size_of(dtype) == 8) return 0;
+  return dtype == DType::f16 && masked && inputs > 1 ? 448 : 512;
+}
+
 // Elements of a vector: 16 bytes, or 8 elements where a byte of the mask goes with them.
 constexpr int32_t vec_elements(int64_t element_bytes, bool masked) {
   return masked ? 8 : 16 / static_cast<int32_t>(element_bytes);
 }
 
-// Numbers of the accumulation type that an operation exchanges of a channel, its State, and that its elementwise pass
-// takes of one, its Coefficients: the structs in ops/ are held to it.
-struct NumbersPerChannel { int32_t state, coefficients; };
-constexpr NumbersPerChannel kForwardNumbers = {4, 3};
-constexpr NumbersPerChannel kBackwardNumbers = {2, 7};
+// Numbers of the accumulation type that an operation has of a channel: its State, which blocks exchange; its Summary,
+// which is what follows from all of these; and its Coefficients, which the elementwise pass takes. The structs in ops/
+// are held to it.
+struct NumbersPerChannel { int32_t state, summary, coefficients; };
+constexpr NumbersPerChannel kForwardNumbers = {4, 2, 3};
+constexpr NumbersPerChannel kBackwardNumbers = {2, 2, 7};
 
 // Threads of a warp.
 constexpr int32_t kWarp = 32;
@@ -100,14 +108,16 @@ struct Partition {
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
   int64_t resident_bytes;   // dynamic shared memory: what a resident pass keeps of a block's slice of a tile;
+  int32_t register_vecs;    // vectors of each input that a thread keeps in registers, if any;
   int64_t reread_bytes;     // the rest of that slice, which is read again;
   int64_t exchange_bytes;   // shared memory behind the first: what blocks of a cluster read of each other's columns
   int64_t l2_steps;         // of a split, its last: what the L2 cache should keep, as it will be read again
-  uint32_t first_wave,
-      stagger_ns;    // clusters that begin together, and how much later their second half: stagger_start()
-  bool clustered;    // the blocks of a tile are a cluster, and exchange through its shared memory
-  bool pdl;          // the launch may begin while the kernel before, of the same plan, is running
-  bool starts_next;  // the next launch does so: only the caller of both knows that
+  uint32_t first_wave;      // clusters that begin together, where there are more,
+  uint32_t stagger_cycles;  // and how much later their second half does: stagger_start()
+  int32_t prefetch_vecs;    // that a thread fetches into the L2 cache while clusters exchange: prefetch_next()
+  bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
+  bool pdl;                 // the launch may begin while the kernel before, of the same plan, is running
+  bool starts_next;         // the next launch does so: only the caller of both knows that
 
   // Columns of a matrix row that belong to one channel, in a reduction; 1 where a tile is one channel.
   int32_t repeat;
@@ -144,15 +154,23 @@ struct Partition {
   constexpr int64_t tile_width() const { return by_columns ? int64_t{columns.tile_vecs} * vec : 1; }
 };
 
-// Memory of the device in which the blocks of a launch exchange partial results.
+// Memory of the device in which the blocks of a launch exchange partial results, 16-byte aligned.
 struct Scratch {
-  void* partials;      // plan.partial_bytes, 16-byte aligned, need not be initialised
-  uint32_t* counters;  // plan.counters, 16-byte aligned, all 0 before the call; 0 again once the call has run
+  void* partials;      // plan.partial_bytes, need not be initialised
+  uint32_t* counters;  // plan.counters, all 0 before the call; 0 again once the call has run
+  void* flagged;       // plan.flagged_bytes, all 0 before the first call; for such calls alone, one at a time
 };
 
-// What the counters of a resident pass in groups are for: those of the tiles come first; then one for the blocks that
-// have read num_batches_tracked, one for those that have read their last tile's summaries, and these, 16-byte aligned.
-constexpr int64_t readers_at(int64_t tiles) { return tiles + 1; }
-constexpr int64_t summaries_at(int64_t tiles) { return (tiles + 2 + 3) / 4 * 4; }
+// What flagged memory begins with, before the Flagged numbers of device/flagged.cuh: so many tiles each group has gone
+// through, in all launches so far.
+constexpr int64_t kMaxGroups = 256;
+struct alignas(16) FlaggedHeader { uint64_t tiles[kMaxGroups]; };
+
+// The flagged memory of a resident pass in groups: for each column of a group's tile the state of each block, and then
+// the summary of all.
+constexpr int64_t flagged_bytes(const Partition& partition, int64_t state_bytes, int64_t summary_bytes) {
+  return static_cast<int64_t>(sizeof(FlaggedHeader)) +
+         2 * partition.groups * partition.tile_width() * (partition.splits * state_bytes + summary_bytes);
+}
 
 }  // namespace bnext::cuda

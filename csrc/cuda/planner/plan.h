@@ -32,6 +32,7 @@ struct Plan {
   int64_t blocks;         // of the kind `cooperative`
   int64_t partial_bytes;  // scratch that the kind needs
   int64_t counters;       // 32-bit counters likewise; the last is the barrier's of `cooperative`
+  int64_t flagged_bytes;  // and memory of flagged numbers, for `resident` without clusters
   // Predicted times in microseconds, by kind: of this plan, and of those that it was chosen over. Else 0.
   std::array<double, std::size(kPlanKindNames)> predicted_us;
 

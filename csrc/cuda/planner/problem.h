@@ -15,15 +15,20 @@ struct Problem {
   int64_t reduce_inputs;      // that the reduction reads
   int64_t apply_extras;       // that the elementwise pass alone reads, or writes beside its output
   int64_t state_bytes;        // of a partial result
+  int64_t summary_bytes;      // of what follows from all of them
   int64_t coefficient_bytes;  // of a channel, in the elementwise pass
 
   void set_numbers(NumbersPerChannel numbers) {
     state_bytes = numbers.state * acc_size_of(dtype);
+    summary_bytes = numbers.summary * acc_size_of(dtype);
     coefficient_bytes = numbers.coefficients * acc_size_of(dtype);
   }
   int32_t vec() const { return vec_elements(size_of(dtype), masked); }
   int32_t reduce_vec() const { return vec_elements(size_of(dtype), reduce_masked); }
   int64_t vec_bytes() const { return vec() * size_of(dtype) * reduce_inputs; }
+  int64_t register_bytes() const {
+    return cuda::register_bytes(dtype, general, reduce_inputs > 1 ? reduce_masked : masked, reduce_inputs);
+  }
   int64_t bytes() const { return shape.numel() * size_of(dtype) * reduce_inputs; }
   // Shared memory that merges the states of a block's threads.
   int64_t merge_bytes(const Partition& partition) const {

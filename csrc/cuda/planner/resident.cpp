@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "describe_plan.h"
-#include "merging.h"
 #include "partitioning.h"
 #include "plan_kinds.h"
 #include "time_model.h"
@@ -47,15 +46,27 @@ void keep_faster(TimedPartition& best, const Problem& problem, const Partition& 
   if (!best.exists() || us < best.us) best = {other, us};
 }
 
-// Of pairs of blocks to a multiprocessor that take several waves, the second of the first wave wait for as long as it
-// takes the first to load what they keep.
-void set_stagger(Partition& partition, const Problem& problem, const DeviceProperties& device) {
-  if (partition.resident_bytes == 0 || blocks_together(problem, partition, device) < 2) return;
-  const int64_t together = clusters_together(device, partition.splits, 2);
-  if (partition.tiles <= together) return;
-  partition.first_wave = static_cast<uint32_t>(together);
-  partition.stagger_ns =
-      static_cast<uint32_t>(1000 * partition.resident_bytes * device.multiprocessors / device.bandwidth);
+// What waves of clusters do for each other. Of pairs of blocks to a multiprocessor that take several waves, the second
+// of the first wave wait for as long as it takes the first to load what they keep. And all blocks fetch as much of what
+// comes next as memory brings while they exchange.
+void set_waves(Partition& partition, const Problem& problem, const DeviceProperties& device) {
+  constexpr double kCyclesPerUs = 1700;  // about
+  constexpr double kPrefetchUs = 2.7;
+  if (partition.resident_bytes == 0) return;
+  const int32_t per_sm = blocks_together(problem, partition, device);
+  const int64_t together = clusters_together(device, partition.splits, per_sm);
+  if (partition.tiles > together) {
+    partition.first_wave = static_cast<uint32_t>(together);
+    const double us =
+        static_cast<double>(partition.resident_bytes * device.multiprocessors) / static_cast<double>(device.bandwidth);
+    if (per_sm > 1) partition.stagger_cycles = static_cast<uint32_t>(us * kCyclesPerUs);
+  } else if (problem.apply_extras == 0) {
+    return;
+  }
+  const double bytes =
+      std::min(kPrefetchUs * static_cast<double>(device.bandwidth), static_cast<double>(device.l2_bytes) / 4);
+  const int64_t threads = std::min(partition.tiles, together) * partition.splits * partition.threads;
+  partition.prefetch_vecs = static_cast<int32_t>(bytes / static_cast<double>(threads * problem.vec_bytes()));
 }
 
 // With clusters of the size that takes the least time, if that is less than `best` takes; or of the size that is asked
@@ -80,41 +91,59 @@ TimedPartition resident_planar(const Problem& problem, const DeviceProperties& d
   TimedPartition best;
   if (base.tiles == 0) return best;
   keep_fastest_cluster(best, problem, base, device, requested);
-  set_stagger(best.partition, problem, device);
+  set_waves(best.partition, problem, device);
   return best;
 }
 
-// Groups of blocks that together fill `slots`, and take the tiles in turn: in the fewest rounds whose slices fit into
-// `capacity` bytes of a block, or with as many groups, or blocks in each, as are asked for. resident_bytes is 0 where
-// nothing fits, or where a block holds a tile: that is a cluster of one.
-Partition in_groups(Partition partition, int64_t slots, int64_t capacity, int64_t vec_bytes,
-                    const PlanChoice& requested) {
-  const int64_t stride_bytes = partition.threads * vec_bytes;
-  const int64_t max_steps = capacity / stride_bytes * partition.columns.thread_rows;
+// What the blocks of a group have room for: so many of them are on the device at a time, each with so much shared
+// memory, and so much of their threads' registers.
+struct Room { int64_t slots, capacity, register_bytes; };
+
+// Groups of blocks that together fill the device, and take the tiles in turn: in the fewest rounds whose slices fit, or
+// with as many groups, or blocks in each, as are asked for. resident_bytes is 0 where nothing fits, or where a block
+// holds a tile: that is a cluster of one.
+Partition in_groups(Partition partition, const Room& room, const Problem& problem, const PlanChoice& requested) {
+  const auto [slots, capacity, register_bytes] = room;
+  const int64_t stride_bytes = partition.threads * problem.vec_bytes();
+  const int64_t register_vecs = register_bytes / problem.vec_bytes();
+  const int64_t max_steps = (capacity / stride_bytes + register_vecs) * partition.columns.thread_rows;
   if (max_steps <= 0) return {};
   const int64_t splits = requested.splits ? requested.splits : ceil_div(partition.steps, max_steps);
-  const int64_t max_groups = std::min(partition.tiles, slots / splits);
+  const int64_t max_groups = std::min({partition.tiles, slots / splits, kMaxGroups});
   if (max_groups == 0 || requested.groups > max_groups) return {};
   const int64_t groups = requested.groups   ? requested.groups
                          : requested.splits ? max_groups
                                             : ceil_div(partition.tiles, ceil_div(partition.tiles, max_groups));
   set_splits(partition, requested.splits ? requested.splits : slots / groups, partition.columns.thread_rows);
   partition.groups = groups;
-  partition.resident_bytes = partition.steps_per_split / partition.columns.thread_rows * stride_bytes;
+  int64_t strides = partition.steps_per_split / partition.columns.thread_rows;
+  if (strides * stride_bytes > capacity) {
+    if (strides <= register_vecs) return {};
+    partition.register_vecs = static_cast<int32_t>(register_vecs);
+    // The last split may have less than registers hold, and then is kept as far as whole chunks of it go.
+    const int64_t multiple = resident_strides(problem.reduce_inputs);
+    strides = ceil_div(strides - register_vecs, multiple) * multiple;
+  }
+  partition.resident_bytes = strides * stride_bytes;
   const bool fits = partition.splits > 1 && partition.blocks() <= slots && partition.resident_bytes <= capacity;
   return fits && (requested.splits == 0 || requested.splits == partition.splits) ? partition : Partition{};
 }
 
-// The same of tiles that do not fit: as much of each block's slice as does, in whole resident_strides().
-Partition partly_in_groups(Partition partition, int64_t slots, int64_t capacity, const Problem& problem,
+// So many groups whose tiles do not fit: as much of each block's slice as does, in whole resident_strides().
+Partition partly_in_groups(Partition partition, int64_t groups, const Room& room, const Problem& problem,
                            const DeviceProperties& device, const PlanChoice& requested) {
-  const int64_t groups = requested.groups ? requested.groups : 1;
+  const auto [slots, capacity, register_bytes] = room;
   const int64_t splits = requested.splits ? requested.splits : slots / groups;
-  if (groups > partition.tiles || splits < 2 || groups * splits > slots) return {};
+  if (groups > std::min(partition.tiles, kMaxGroups) || splits < 2 || groups * splits > slots) return {};
   set_splits(partition, splits, partition.columns.thread_rows);
   partition.groups = groups;
   const int64_t stride_bytes = partition.threads * problem.vec_bytes();
-  const int64_t strides = ceil_div(partition.steps_per_split, partition.columns.thread_rows);
+  int64_t strides = ceil_div(partition.steps_per_split, partition.columns.thread_rows);
+  const int64_t register_vecs = register_bytes / problem.vec_bytes();
+  if (strides > register_vecs) {
+    partition.register_vecs = static_cast<int32_t>(register_vecs);
+    strides -= register_vecs;
+  }
   const int64_t multiple = resident_strides(problem.reduce_inputs),
                 kept = capacity / stride_bytes / multiple * multiple;
   if (kept == 0 || kept >= strides || partition.splits < 2) return {};
@@ -138,7 +167,6 @@ TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, cons
   const int64_t vecs = partition.columns.cols / partition.vec;
   if (requested.tile_vecs > vecs) return {};
   if (requested.tile_vecs > 0) set_tile_vecs(partition, requested.tile_vecs, /*merges=*/true);
-  const int64_t vec_bytes = problem.vec_bytes();
   const int64_t reserved = reserved_bytes(problem.merge_bytes(partition));
   TimedPartition best;
   for (int32_t tile_vecs = kMaxTileVecs; tile_vecs >= narrow; tile_vecs /= 2) {
@@ -148,10 +176,18 @@ TimedPartition resident_columns(const Problem& problem, int32_t max_per_sm, cons
     for (int32_t per_sm = max_per_sm; per_sm >= 1 && has_groups; --per_sm) {
       const int64_t slots = per_sm * std::max<int64_t>(1, device.multiprocessors - options.sm_margin);
       const int64_t capacity = std::min(device.shared_per_block, device.shared_per_multiprocessor / per_sm) - reserved;
-      Partition grouped = in_groups(partition, slots, capacity, vec_bytes, requested);
-      if (grouped.resident_bytes == 0)
-        grouped = partly_in_groups(partition, slots, capacity, problem, device, requested);
-      if (grouped.resident_bytes > 0) keep_faster(best, problem, grouped, device);
+      const Room room = {slots, capacity, per_sm == 1 ? problem.register_bytes() : 0};
+      const Partition whole = in_groups(partition, room, problem, requested);
+      int64_t rounds = partition.tiles;
+      if (whole.resident_bytes > 0) {
+        keep_faster(best, problem, whole, device);
+        rounds = ceil_div(whole.tiles, whole.groups) - 1;
+      }
+      // To read some again may take less time than another round.
+      if (rounds == 0) continue;
+      const int64_t groups = requested.groups ? requested.groups : ceil_div(partition.tiles, rounds);
+      const Partition partly = partly_in_groups(partition, groups, room, problem, device, requested);
+      if (partly.resident_bytes > 0) keep_faster(best, problem, partly, device);
     }
     if (requested.tile_vecs > 0) break;
   }
@@ -214,18 +250,16 @@ bool plan_resident(const Problem& problem, const DeviceProperties& device, const
   plan->kind = PlanKind::resident;
   plan->us() = found.us;
   Partition& partition = plan->resident = found.partition;
-  set_partial_results(problem, &partition, plan);
-  if (partition.cooperative()) {
-    set_merge_workers(problem, device, &partition);
-    // Two numbers to a channel, of whose words each has a flag.
-    plan->counters =
-        summaries_at(partition.tiles) + partition.groups * partition.tile_width() * acc_size_of(problem.dtype);
-  } else if (problem.reads_counter) {
-    plan->counters = 1;  // clusters count nothing but who has read it
-  }
+  partition.shared_bytes = problem.merge_bytes(partition);
+  plan->counters = problem.reads_counter ? 1 : 0;  // nothing but blocks that have read it
+  if (partition.cooperative())
+    plan->flagged_bytes = flagged_bytes(partition, problem.state_bytes, problem.summary_bytes);
   return true;
 }
 
-std::string describe_resident(const Plan& plan) { return "1 launch of " + describe(plan.resident); }
+std::string describe_resident(const Plan& plan) {
+  const std::string exchange = "; an exchange of " + std::to_string(plan.flagged_bytes) + " bytes";
+  return "1 launch of " + describe(plan.resident) + (plan.flagged_bytes > 0 ? exchange : "");
+}
 
 }  // namespace bnext::cuda

@@ -16,13 +16,14 @@ struct TimeModel {
   double cluster_wave = 1.6;      // more for a wave of clusters of several blocks, which wait for each other
   double wave_rank = 0.06;        // more for a wave, for each block of a cluster
   double packed_wave = 1.1;       // more for a wave of packed planes
+  double prefetched_wave = 1.7;   // less for a wave but the first, part of which was fetched into the L2 cache before
   double tile_state_byte = 0.04;  // more for a wave of interleaved channels, for each byte of a channel's state
-  double tile_rank = 0.06;        // more for a wave of interleaved channels, for each block of a cluster
+  double tile_rank = 0.15;        // more for a wave of interleaved channels, for each block of a cluster
+  double tile_input = 1.0;        // more for a wave of interleaved channels, for each input but the first
 
   // Microseconds of resident plans in groups, which take the tiles in rounds and exchange through memory.
-  double group_round = 9.0;       // for a round
-  double lone_round_input = 0.6;  // more for a round of lone blocks, for each input but the first
-  double one_group = 1.0;         // more for the launch, where there is but one group and its blocks are paired
+  double group_round = 7.0;     // for a round
+  double round_megabyte = 3.0;  // more for a round, for each megabyte of flagged numbers that blocks exchange
 
   // Microseconds of two passes.
   double two_pass = 8.0;  // for both launches and the merge between them
@@ -32,25 +33,33 @@ struct TimeModel {
   // Bytes that one block reads and writes in a microsecond.
   double block_rate = 44500;  // in general
   double tile_rate = 34000;   // of a cluster's tile of interleaved channels
+  double lone_rate = 24000;   // of a group, alone on a multiprocessor
 
   // What is read again, as a multiple of the time that memory takes for it.
-  double reread_cached = 1.0;          // what the L2 cache holds
-  double reread_uncached = 1.6;        // what it does not
-  double reread_lone_input = 0.15;     // more in lone blocks, for each input but the first
-  double reread_paired_input = -0.22;  // the same of paired blocks, which have more in flight
-  double reread_narrow = 0.13;         // more where rows of a tile are narrow parts of the matrix's
+  double reread_cached = 1.24;         // what the L2 cache holds
+  double reread_uncached = 1.45;       // what it does not
+  double reread_lone_input = 0.21;     // more in lone blocks, for each input but the first
+  double reread_paired_input = -0.25;  // the same of paired blocks, which have more in flight
+  double reread_rows_128 = 0.3;        // more where rows of a tile are parts of the matrix's, of less than 256 bytes
+  double reread_rows_64 = 0.55;        // or of less than 128
 
   // What the elementwise pass alone reads, as a multiple of the time that memory takes for it, where blocks have little
   // in flight by then.
   double lone_extras = 1.2;    // of lone blocks in clusters
   double group_extras = 1.6;   // of lone blocks in groups
-  double reread_extras = 2.0;  // of all blocks that read parts of their rows again
+  double reread_extras = 1.7;  // of all blocks that read parts of their rows again
   double tile_extras = 2.4;    // of clusters' tiles of interleaved channels
+  double narrow_extras = 2.2;  // of groups' tiles whose rows have less than 128 bytes
 };
 constexpr TimeModel kTimes;
 
-// The fraction of the memory's bandwidth that rows of so many bytes get.
-double row_bandwidth(int64_t bytes) { return bytes >= 256 ? 1.0 : bytes >= 128 ? 0.99 : 0.85; }
+// The fraction of the memory's bandwidth that groups get whose tiles have so many bytes of the matrix's rows; what
+// other groups load at about the same time, of the same rows, helps.
+double row_bandwidth(int64_t bytes, int64_t groups, int64_t whole) {
+  const int64_t together = std::min(bytes * groups, whole);
+  const double narrow = bytes < 128 && bytes < whole ? 0.95 : 1.0;
+  return narrow * (together >= 256 || together == whole ? 1.0 : together >= 128 ? 0.99 : whole <= 128 ? 0.87 : 0.55);
+}
 
 // What a wave of clusters takes beyond its bytes.
 double wave_time(const Problem& problem, const Partition& partition, int32_t per_sm) {
@@ -59,7 +68,8 @@ double wave_time(const Problem& problem, const Partition& partition, int32_t per
               (ranks > 1 ? kTimes.cluster_wave : 0);
   if (partition.packed()) us += kTimes.packed_wave;
   else if (partition.interleaved())
-    us += kTimes.tile_state_byte * static_cast<double>(problem.state_bytes) + kTimes.tile_rank * ranks;
+    us += kTimes.tile_state_byte * static_cast<double>(problem.state_bytes) + kTimes.tile_rank * ranks +
+          kTimes.tile_input * static_cast<double>(problem.reduce_inputs - 1);
   return us;
 }
 
@@ -68,12 +78,13 @@ double round_time(const Problem& problem, const Partition& partition, const Devi
   const auto more_inputs = static_cast<double>(problem.reduce_inputs - 1);
   const double reread = static_cast<double>(partition.reread_bytes) * static_cast<double>(partition.blocks());
   const double cached = std::min(reread, static_cast<double>(device.l2_bytes) / 2);
-  const bool narrow = partition.tiles > 1 && partition.tile_width() * size_of(problem.dtype) < 256;
-  return kTimes.group_round + (per_sm == 1 ? kTimes.lone_round_input * more_inputs : 0) +
+  const int64_t row_bytes = partition.tiles > 1 ? partition.tile_width() * size_of(problem.dtype) : 256;
+  const double narrow = row_bytes >= 256 ? 0 : row_bytes >= 128 ? kTimes.reread_rows_128 : kTimes.reread_rows_64;
+  const int64_t exchanged = flagged_bytes(partition, problem.state_bytes, problem.summary_bytes);
+  return kTimes.group_round + kTimes.round_megabyte * static_cast<double>(exchanged) / 1e6 +
          (kTimes.reread_cached * cached + kTimes.reread_uncached * (reread - cached)) /
              static_cast<double>(device.bandwidth) *
-             (1 + (per_sm == 1 ? kTimes.reread_lone_input : kTimes.reread_paired_input) * more_inputs +
-              (narrow ? kTimes.reread_narrow : 0));
+             (1 + (per_sm == 1 ? kTimes.reread_lone_input : kTimes.reread_paired_input) * more_inputs + narrow);
 }
 
 }  // namespace
@@ -82,7 +93,11 @@ int32_t blocks_together(const Problem& problem, const Partition& partition, cons
   const int64_t bytes =
       partition.resident_bytes + partition.exchange_bytes + reserved_bytes(problem.merge_bytes(partition));
   if (partition.resident_bytes == 0 || bytes > device.shared_per_block) return 0;
-  const int32_t max_per_sm = resident_blocks_per_sm(size_of(problem.dtype), problem.general, partition.by_columns);
+  // Groups of fewer blocks than there are multiprocessors are spread over these.
+  const bool lone =
+      partition.register_vecs > 0 || (!partition.clustered && partition.blocks() <= device.multiprocessors);
+  const int32_t max_per_sm =
+      lone ? 1 : resident_blocks_per_sm(size_of(problem.dtype), problem.general, partition.by_columns);
   return static_cast<int32_t>(std::min<int64_t>(max_per_sm, device.shared_per_multiprocessor / bytes));
 }
 
@@ -109,14 +124,15 @@ double resident_time(const Problem& problem, const Partition& partition, const D
     block_rate = partition.interleaved() ? kTimes.tile_rate : kTimes.block_rate;
     slower = partition.interleaved() ? kTimes.tile_extras : per_sm == 1 ? kTimes.lone_extras : 1;
   } else {
-    // Two blocks of a multiprocessor had better not wait at the same time.
-    once = partition.groups < per_sm && partition.splits > 1 ? kTimes.one_group : 0;
+    once = 0;
     more = round_time(problem, partition, device, per_sm);
-    rate *= row_bandwidth(partition.tile_width() * size_of(problem.dtype));
-    block_rate = kTimes.block_rate;
+    const int64_t row_bytes = partition.tile_width() * size_of(problem.dtype);
+    rate *= row_bandwidth(row_bytes, partition.groups, partition.columns.cols * size_of(problem.dtype));
+    block_rate = per_sm == 1 ? kTimes.lone_rate : kTimes.block_rate;
     slower = partition.reread_bytes > 0 && partition.tiles > 1 ? kTimes.reread_extras
              : per_sm == 1                                     ? kTimes.group_extras
                                                                : 1;
+    if (row_bytes < 128) slower = std::max(slower, kTimes.narrow_extras);
   }
   const double extras =
       tile * static_cast<double>(problem.apply_extras) / static_cast<double>(problem.reduce_inputs + 1) * slower;
@@ -126,7 +142,9 @@ double resident_time(const Problem& problem, const Partition& partition, const D
                     (tile + extras) / static_cast<double>(partition.splits) / block_rate);
   };
   const int64_t waves = ceil_div(partition.tiles, std::max<int64_t>(1, together));
-  return once + static_cast<double>(waves) * more + static_cast<double>(waves - 1) * moving(together) +
+  const bool prefetches = partition.clustered && !partition.interleaved() && problem.apply_extras == 0;
+  const double later = more - (prefetches ? kTimes.prefetched_wave : 0);
+  return once + more + static_cast<double>(waves - 1) * (later + moving(together)) +
          moving(partition.tiles - (waves - 1) * together);
 }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "describe_plan.h"
-#include "merging.h"
 #include "partitioning.h"
 #include "plan_kinds.h"
 #include "time_model.h"
@@ -13,6 +12,11 @@ namespace {
 
 // Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
 constexpr int64_t kMaxMergedSplits = 256;
+
+// So many bytes of partial results take another block to merge them: one for each thread of a block, where they are
+// largest.
+constexpr int64_t kMergeWorkerBytes = 4 * 1024;
+constexpr int64_t kMaxMergeWorkers = 8;  // tests/simt has room for as many blocks
 
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
 // one set in planar form and one for each element of its vector in columns.
@@ -65,6 +69,25 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
   return partition;
 }
 
+// What the blocks of a tile need to merge their partial results: shared memory, scratch, and a counter for each tile.
+void set_partial_results(const Problem& problem, Plan* plan) {
+  Partition& merging = plan->reduce;
+  merging.shared_bytes = problem.merge_bytes(merging);
+  merging.merge_workers = 1;
+  if (merging.splits == 1 && merging.repeat == 1) return;
+  plan->partial_bytes = merging.tiles * merging.splits * merging.tile_width() * problem.state_bytes;
+  plan->counters = merging.tiles;
+}
+
+// Blocks that share the merge of a tile. They wait for each other: all of them must have room, and none another tile to
+// go on to.
+int32_t merge_workers(const Problem& problem, const DeviceProperties& device, const Partition& merging) {
+  const int64_t blocks = merging.repeat == 1 ? merging.splits : merging.blocks();
+  const int64_t bytes = blocks * merging.tile_width() * problem.state_bytes;
+  return static_cast<int32_t>(std::clamp<int64_t>(
+      bytes / kMergeWorkerBytes, 1, std::min({kMaxMergeWorkers, blocks, int64_t{device.multiprocessors}})));
+}
+
 }  // namespace
 
 void make_passes(const Problem& problem, const DeviceProperties& device, Plan* plan) {
@@ -79,7 +102,7 @@ void finish_passes(const Problem& problem, const DeviceProperties& device, Plan*
   plan->reduce.l2_steps =
       static_cast<int64_t>(static_cast<double>(plan->reduce.steps_per_split) * std::min(1.0, fraction));
   if (plan->apply.by_columns) plan->apply.shared_bytes = problem.coefficient_bytes * kMaxTileVecs * plan->apply.vec;
-  set_partial_results(problem, &plan->reduce, plan);
+  set_partial_results(problem, plan);
 }
 
 // Any shape on any device has one.
@@ -88,7 +111,7 @@ bool plan_two_pass(const Problem& problem, const DeviceProperties& device, const
   plan->kind = PlanKind::two_pass;
   make_passes(problem, device, plan);
   finish_passes(problem, device, plan);
-  set_merge_workers(problem, device, &plan->reduce);
+  plan->reduce.merge_workers = merge_workers(problem, device, plan->reduce);
   plan->us() = two_pass_time(problem, device);
   return true;
 }

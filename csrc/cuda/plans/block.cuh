@@ -2,8 +2,11 @@
 //
 // An operation (ops/batch_norm_forward.cuh is the first to read) is a struct of static members:
 //   Params, T, N, kInputs, input(p, i)    its parameters; element type and elements of a vector of its input tensors
-//   kResident                             whether the plan `resident` is compiled for it
+//   extra_input(p)                        one more, which the elementwise pass alone reads, or null
+//   kResident, kRegisterBytes             whether the plan `resident` is compiled for it; what it keeps in registers
 //   kReducesMasked                        whether the reduction reads the mask, where there is one
+//   kReducesExtras                        whether it reads anything beside its inputs, for which copies of these would
+//                                         have to wait: mask or residual
 //   State                                 a channel's partial result: empty when zero-initialised, merge(const State&)
 //   ChannelParams, channel_params(p, channel)              what is known of a channel before it is reduced
 //   Operands, operands(p, channel)        what finishing it takes besides
@@ -23,8 +26,7 @@
 //   load_standalone_summary(p, channel, saves)   the same for an elementwise pass on its own
 //   Coefficients, coefficients(p, params, summary)   what it is made with
 //   apply(p, chunk, vecs, extras, coefficients_at)   the elementwise pass on a chunk
-//   between_passes(p), at_kernel_end(p, scratch, counter)   once in each block: between the passes of two_pass and
-//   cooperative,
+//   between_passes(p), at_kernel_end(p, scratch)   once in each block: between the passes of two_pass and cooperative,
 //                                         and at the end of a resident kernel
 #pragma once
 
@@ -87,6 +89,10 @@ struct FinishChannel {
   }
 };
 
+// Where the threads of a block find the coefficients of their columns.
+template <class Op>
+using CoefficientCache = ColumnCache<Op::N, typename Op::Coefficients>;
+
 // What the tile's channels will be finished with, while their columns are on the way.
 template <class Op>
 __device__ __forceinline__ void prefetch_operands(const typename Op::Params& p, const Partition& partition,
@@ -101,7 +107,7 @@ template <class Op>
 __device__ __forceinline__ void load_centres(typename Op::Centre (&centres)[Op::N], const typename Op::Params& p,
                                              const Partition& partition, const WorkTile& work,
                                              const ColumnPlace<Op::N>& place, void* memory) {
-  static_assert(ColumnCache<Op::N, typename Op::Coefficients>::kBytes <= kColumnBytes<Op>);
+  static_assert(CoefficientCache<Op>::kBytes <= kColumnBytes<Op>);
   if constexpr (!std::is_empty_v<typename Op::Centre>) {
     const ColumnCache<Op::N, typename Op::Centre> cache(memory, partition);
     __syncthreads();  // all have what was shared before
@@ -173,16 +179,12 @@ __device__ __forceinline__ void apply_planar(const typename Op::Params& p, Walk 
   for_each_chunk<CHUNK>(walk, Elementwise<Op, std::decay_t<Source>, decltype(at)>{p, source, at});
 }
 
-// Of the block's part of a tile of columns. PARTIAL: the last row may end within a vector.
-template <class Op, bool PARTIAL, int CHUNK, class Source>
-__device__ __forceinline__ void apply_columns(const typename Op::Params& p, const Partition& partition,
-                                              const WorkTile& work, const ColumnPlace<Op::N>& place, Source&& source,
+// Of the block's part of a tile of columns.
+template <class Op, int CHUNK, class Walk, class Source>
+__device__ __forceinline__ void apply_columns(const typename Op::Params& p, Walk walk, Source&& source,
                                               const typename Op::Coefficients (&coefficients)[Op::N]) {
   const auto at = [&](int e) { return coefficients[e]; };
-  Elementwise<Op, std::decay_t<Source>, decltype(at)> elementwise{p, source, at};
-  ColumnWalk<Op::N> walk(partition, p.shape.numel(), work, place);
-  for_each_chunk<CHUNK>(walk, elementwise);
-  if constexpr (PARTIAL) walk.cut(partition, p.shape.numel(), place, elementwise);
+  for_each_chunk<CHUNK>(walk, Elementwise<Op, std::decay_t<Source>, decltype(at)>{p, source, at});
 }
 
 }  // namespace bnext::cuda

@@ -14,8 +14,36 @@ __device__ __forceinline__ WorkTile cluster_work_tile(const Partition& partition
 // The clusters that come to multiprocessors where others have begun wait for a while, so that later on one of the two
 // loads while the other stores or exchanges.
 __device__ __forceinline__ void stagger_start(const Partition& partition, const WorkTile& work) {
-  if (partition.stagger_ns == 0) return;
-  if (work.tile >= partition.first_wave / 2 && work.tile < partition.first_wave) __nanosleep(partition.stagger_ns);
+  if (partition.stagger_cycles == 0) return;
+  if (work.tile >= partition.first_wave / 2 && work.tile < partition.first_wave) {
+    wait_for_cycles(partition.stagger_cycles);
+  }
+}
+
+// While the blocks of a cluster exchange, memory would have nothing to do. They bring into the L2 cache what is needed
+// next: what the elementwise pass alone reads, or else what the cluster that will take their place begins with.
+// walk_of(WorkTile) is the thread's walk through a tile.
+template <class Op, class WalkOf>
+__device__ __forceinline__ void prefetch_next(const typename Op::Params& p, const Partition& partition,
+                                              const WorkTile& work, const WalkOf& walk_of) {
+  if (partition.prefetch_vecs == 0) return;
+  const auto prefetch = [&](const WorkTile& of, const void* tensor) {
+    auto walk = walk_of(of);
+    const int32_t vecs = min(partition.prefetch_vecs, walk.remaining);
+#pragma unroll 1
+    for (int32_t i = 0; i < vecs; ++i) {
+      Chunk<1, true> chunk;
+      walk.next(chunk, 0);
+      prefetch_l2(vec_at<Op::N>(static_cast<const typename Op::T*>(tensor), chunk.vec[0]));
+    }
+  };
+  const WorkTile next(work.tile + partition.first_wave, work.split);
+  if (const void* extra = Op::extra_input(p)) {
+    prefetch(work, extra);
+  } else if (partition.first_wave > 0 && next.tile < partition.tiles) {
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) prefetch(next, Op::input(p, i));
+  }
 }
 
 // The merge of what each block of the cluster has there in its shared memory, from rank 0 on: every block merges all

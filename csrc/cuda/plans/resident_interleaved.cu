@@ -2,22 +2,19 @@
 //
 // A tile of channels, 64 to 256 bytes wide, belongs to some blocks, each with a range of rows. Where it fits a cluster,
 // these exchange their partial results through its shared memory. Else they are a group, all of whose blocks are on the
-// device together, and take several tiles in turn: the last to have read their part of a tile merge the partial
-// results, through memory, and tell all what a channel's reduction gives. 2e bytes an element forward, 3e backward; and
-// where the device has not room for a tile, what it does not hold is read again, as far as it can be from the L2 cache.
+// device together, and take several tiles in turn; these exchange through memory. 2e bytes an element forward, 3e
+// backward; and where the device has not room for a tile, what it does not hold is read again, as far as it can be from
+// the L2 cache.
 //
 // (To load the next tile before that took more time than it saved, of 884 plans that an H100 ran: tiles are then half
 // as large, and rows of less than 128 bytes get a part of the memory's bandwidth.)
-#include "../device/flagged.cuh"
 #include "block.cuh"
 #include "cluster.cuh"
+#include "group.cuh"
 #include "launch_plan.cuh"
 
 namespace bnext::cuda {
 namespace {
-
-template <class Op>
-using CoefficientCache = ColumnCache<Op::N, typename Op::Coefficients>;
 
 // Merges what the cluster's blocks hold of a tile, and shares what follows from it; a thread to each channel. Of each
 // channel one block writes what its reduction gives.
@@ -45,81 +42,15 @@ __device__ __forceinline__ void finish_in_cluster(const typename Op::Params& p, 
   cache.fill(partition, p.shape, work, [&](const ColumnChannel&) { return coefficients; });
 }
 
-// What the reduction of a tile gave, a summary to each channel, on its way from the blocks of a group that finish the
-// channels to all of them. Flags are the numbers of the group's tiles, from 1 on: a block has a slot's next value ready
-// only when all have come to that tile, and so have read the one before.
-template <class Op>
-class GroupSummaries {
-  using Slot = Flagged<typename Op::Summary>;
+// Chunks that a thread keeps in registers.
+template <class Op, int CHUNK>
+constexpr int kRegisterChunks = Op::kRegisterBytes / (CHUNK * Op::kInputs * sizeof(Vec<typename Op::T, Op::N>));
 
- public:
-  __device__ __forceinline__ GroupSummaries(const Partition& partition, const Scratch& scratch, uint32_t group)
-      : all_(reinterpret_cast<Slot*>(scratch.counters + summaries_at(partition.tiles))),
-        readers_(scratch.counters + readers_at(partition.tiles)),
-        width_(static_cast<uint32_t>(partition.tile_width())),
-        slots_(static_cast<uint32_t>(partition.groups) * width_),
-        mine_(all_ + group * width_) {}
-
-  __device__ __forceinline__ void next_tile() { ++flag_; }
-  __device__ __forceinline__ void store(int64_t column, const typename Op::Summary& summary) const {
-    mine_[column].store(summary, flag_);
-  }
-  __device__ __forceinline__ typename Op::Summary wait(int64_t column) const { return mine_[column].wait(flag_); }
-
-  // Once the block's threads have read its last tile's, which it counts.
-  __device__ __forceinline__ void leave() {
-    if (threadIdx.x == 0) last_to_leave_ = increment_acq_rel(readers_, gridDim.x - 1) == gridDim.x - 1;
-  }
-  // Leaves all slots as the next launch needs them, in the last block of the grid. All threads of each must call.
-  __device__ __forceinline__ void clear() const {
-    if (!__syncthreads_or(last_to_leave_)) return;
-    for (uint32_t i = threadIdx.x; i < slots_; i += blockDim.x) all_[i].clear();
-  }
-
- private:
-  Slot* all_;
-  uint32_t* readers_;
-  uint32_t width_, slots_;
-  Slot* mine_;  // those of the group
-  uint32_t flag_ = 0;
-  bool last_to_leave_ = false;  // in thread 0
-};
-
-// Tells the group before it writes to memory what a channel's reduction gives.
-template <class Op>
-struct FinishInGroup : FinishChannel<Op> {
-  const GroupSummaries<Op>& summaries;
-  int64_t first;  // channel of the tile
-
-  __device__ __forceinline__ void operator()(int64_t channel, const typename Op::State& whole,
-                                             const typename Op::Operands& operands) const {
-    summaries.store(channel - first, Op::summary(this->p, whole));
-    Op::finish(this->p, channel, whole, operands);
-  }
-};
-
-// The same for blocks of a group.
-template <class Op>
-__device__ __forceinline__ void finish_in_group(const typename Op::Params& p, const Partition& partition,
-                                                const Scratch& scratch, const GroupSummaries<Op>& summaries,
-                                                const WorkTile& work, const ColumnPlace<Op::N>& place,
-                                                const typename Op::ColumnReducer& mine, void* memory,
-                                                const CoefficientCache<Op>& cache) {
-  using State = typename Op::State;
-  const int64_t first = work.tile * partition.tile_width();
-  merge_blocks<Op::N, State>(
-      p.shape.c, partition, scratch, work, memory,
-      [&](const auto& each) { merge_columns<Op>(mine, place, partition.columns.row_threads, memory, each); },
-      FinishInGroup<Op>{{p}, summaries, first});
-  __syncthreads();  // nobody merges in `memory` any more
-  cache.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
-    const typename Op::ChannelParams params = Op::channel_params(p, at.channel);
-    return Op::coefficients(p, params, summaries.wait(at.channel - first));
-  });
-}
-
-template <class Op>
-__global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, true))
+// REGISTERS: of blocks that have a multiprocessor to themselves, with all of its registers.
+template <class Op, bool REGISTERS>
+__global__ void __launch_bounds__(kMaxThreads, REGISTERS ? 1
+                                                         : resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral,
+                                                                                  /*columns=*/true))
     resident_interleaved_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                                 const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
   constexpr int N = Op::N, kChunk = resident_chunk<Op, true, false>();
@@ -128,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   // The blocks of a cluster or group are adjacent. The two on a multiprocessor, which start one after the other, are
   // then mostly of different groups, and do not wait at the same time.
   const uint32_t splits = static_cast<uint32_t>(partition.splits), group = blockIdx.x / splits;
-  GroupSummaries<Op> summaries(partition, scratch, group);
+  GroupColumns<Op> columns(partition, scratch, group);
 #pragma unroll 1
   for (int64_t tile = group; tile < partition.tiles; tile += partition.groups) {
     const WorkTile work(tile, blockIdx.x - group * splits);
@@ -137,25 +68,27 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     typename Op::Centre centres[N] = {};
     load_centres<Op>(centres, p, partition, work, place, memory);
     const auto first = load_shift_row<Op>(p, partition, work, place);
-    const ColumnWalk<N> walk(partition, p.shape.numel(), work, place);
-    const auto mine = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres, first);
+    ColumnWalk<N> walk(partition, p.shape.numel(), work, place);
+    RegisterTile<Op, kChunk, REGISTERS ? kRegisterChunks<Op, kChunk> : 0> registers;
+    const ColumnWalk<N> in_registers = walk.take_last(registers.kVecs);
+    auto mine = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<false>(p, walk), centres, first);
+    registers.fill(p, in_registers, [&](const auto& chunk, const auto& vecs) {
+      mine.add(p, chunk, vecs, Op::load_reduce_extras(p, chunk));
+    });
 
     const CoefficientCache<Op> cache(memory, partition);
-    if (partition.clustered) {
-      finish_in_cluster<Op>(p, partition, work, place, mine, memory, cache);
-    } else {
-      summaries.next_tile();
-      finish_in_group<Op>(p, partition, scratch, summaries, work, place, mine, memory, cache);
-      if (tile + partition.groups >= partition.tiles) summaries.leave();
-    }
+    if (partition.clustered) finish_in_cluster<Op>(p, partition, work, place, mine, memory, cache);
+    else columns.merge(p, partition, work, place, mine, memory, cache);
     if (!place.active) continue;
     typename Op::Coefficients coefficients[N];
     cache.load(coefficients, place);
-    apply_columns<Op, false, kChunk>(p, partition, work, place, shared_tile.replay(p), coefficients);
+    registers.replay(in_registers, [&](const auto& chunk, const auto& vecs) {
+      Op::apply(p, chunk, vecs, Op::load_apply_extras(p, chunk), [&](int e) { return coefficients[e]; });
+    });
+    apply_columns<Op, kChunk>(p, walk, shared_tile.replay(p), coefficients);
   }
-  Op::at_kernel_end(p, scratch, partition.clustered ? 0 : partition.tiles);
+  Op::at_kernel_end(p, scratch);
   if (partition.clustered) leave_cluster(partition);
-  else summaries.clear();
 }
 
 }  // namespace
@@ -164,7 +97,13 @@ template <class Params>
 cudaError_t launch_resident_interleaved(const Params& p, const Partition& partition, const Scratch& scratch,
                                         cudaStream_t stream) {
   return with_resident_op(p, [&](auto op) {
-    return launch_partition(resident_interleaved_kernel<decltype(op)>, partition, stream, p, partition, scratch);
+    using Op = decltype(op);
+    if constexpr (Op::kRegisterBytes > 0) {
+      if (partition.register_vecs > 0) {
+        return launch_partition(resident_interleaved_kernel<Op, true>, partition, stream, p, partition, scratch);
+      }
+    }
+    return launch_partition(resident_interleaved_kernel<Op, false>, partition, stream, p, partition, scratch);
   });
 }
 

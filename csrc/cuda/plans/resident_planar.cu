@@ -19,8 +19,7 @@ template <class Op>
 __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typename Op::T), Op::kGeneral, false))
     resident_planar_kernel(const BNEXT_GRID_CONSTANT typename Op::Params p,
                            const BNEXT_GRID_CONSTANT Partition partition, const Scratch scratch) {
-  // Of one input. Registers have enough of two under way: over ResNet-50's layers copies gained an H100 nothing.
-  constexpr bool kCopies = kHasAsyncCopies && Op::kInputs == 1;
+  constexpr bool kCopies = kHasAsyncCopies && !Op::kReducesExtras;
   constexpr int kChunk = resident_chunk<Op, false, kCopies>();
   const WorkTile work = cluster_work_tile(partition);
   stagger_start(partition, work);
@@ -31,10 +30,12 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   const bool finishes = work.split == 0 && threadIdx.x == 0;
   const typename Op::Operands operands = finishes ? Op::operands(p, work.tile) : typename Op::Operands{};
   const auto mine = reduce_planar<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), Op::centre(params));
+  prefetch_next<Op>(p, partition, work,
+                    [&](const WorkTile& next) { return PlanarWalk<Op::N, true>(partition, p.shape, next); });
   const auto whole = merge_cluster(mine, partition, shared_memory<kPlanarBytes<Op>>());
   if (finishes) Op::finish(p, work.tile, whole, operands);
   apply_planar<Op, kChunk>(p, walk, shared_tile.replay(p), Op::coefficients(p, params, Op::summary(p, whole)));
-  Op::at_kernel_end(p, scratch, 0);
+  Op::at_kernel_end(p, scratch);
   leave_cluster(partition);
 }
 
