@@ -196,7 +196,7 @@ def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int, ask
         assert p["columns"] and not p["clustered"] and p["splits"] > 1
         assert p["resident_bytes"] % chunk == 0 < p["resident_bytes"]
     if in_registers:
-        assert p["register_vecs"] * vec_bytes in (448, 512) and dtype != "f64"
+        assert p["register_vecs"] * vec_bytes in (384, 512) and dtype != "f64"
         assert p["groups"] * p["splits"] <= multiprocessors - margin, "a block to a multiprocessor"
         assert p["resident_bytes"] + p["shared_bytes"] <= shared
     if not p["reread_bytes"]:
