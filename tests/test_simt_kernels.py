@@ -193,7 +193,8 @@ def cases(op):
             fixed = {"plan": f"resident:cluster={cluster}", "shared": 0, "sms": 132, "clusters": 99, "cc": 0}
             out.append(case(rng, op, dtype, "planar", (16, 3, 128), dx=True, dweight=True, **fixed))
             # Of tiles of columns: of narrow ones, and of those of 256 bytes, which take two blocks at least.
-            for tile_vecs, shape in itertools.product((4, 16) if cluster > 1 else (4,), TALL[1:]):
+            shapes = itertools.product((4, 16), TALL[1:]) if cluster > 1 else [(4, (30, 40, 7)), (4, (50, 136, 2))]
+            for tile_vecs, shape in shapes:
                 plan = f"resident:cluster={cluster},tile_vecs={tile_vecs}"
                 out.append(case(rng, op, dtype, "interleaved", shape, dx=True, dweight=True, **{**fixed, "plan": plan}))
         for dtype, (act, residual) in itertools.product(DTYPES, [("none", False), ("relu", True), ("silu", True)]):

@@ -1,4 +1,5 @@
-// Counters by which the blocks of a launch count each other: 0 before the launch, and 0 again once it is over.
+// Counters by which the blocks of a launch count each other: 0 before the launch, and 0 again once it is over. Or, in a
+// pool of its own, memory of flagged numbers, whose flags never come twice (cuda/device/flagged.cuh).
 //
 // So launches that run one after the other may share some, and no others may.
 // - The launches in a stream share a block of counters. A stream is known by its id: its handle may come again, once it
