@@ -451,11 +451,11 @@ STATISTICS = 8
 #: A loop that copies counts both ways of the next chunk, whole or what is left of the walk, of which one is taken. By the
 #: elements of 16 bytes, over which a copy's instructions are spread.
 STATISTICS_AND_COPIES = {8: 10, 4: 13}
-SUMS = {"none": 9.2, "relu": 12.3, "mask": 11.5}
+SUMS = {"none": 9.3, "relu": 12.5, "mask": 12}
 SUMS_AND_COPIES = {8: {"none": 9.6, "relu": 12.6}, 4: {"none": 12.1, "relu": 15.1}}
 NORMALIZE = {"none": 6, "relu": 6, "add": 7.5, "add_relu": 11.2}
 #: Of eval mode's branch, one side is taken, and both are counted.
-GRADIENT = {"none": 10.4, "relu": 14.4, "mask": 14.9}
+GRADIENT = {"none": 10.4, "relu": 14.4, "mask": 15}
 
 #: What has the loops over whole vectors: the two passes, and each way of doing both.
 STEMS = ("two_pass_reduce", "two_pass_apply", *(f"resident_{plan}" for plan in RESIDENT))
