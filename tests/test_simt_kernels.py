@@ -321,6 +321,24 @@ def test_means_of_many_threads():
         assert errors["mean"] <= 1.2 and errors["mean_rest"] <= 1.7, text
 
 
+@pytest.mark.parametrize("order", range(4))
+def test_flags_of_groups_do_not_come_twice(order):
+    """Numbers with flags stay in memory for whatever launch comes next. Each case runs twice. The first leaves states of a
+    group that has then gone through 3 tiles, in all columns that its last tile did not have; the second brings another
+    group to 2; whose third tile, in the third case, is where those states are."""
+    first, second, third = (
+        line(layout="interleaved", n=600, c=c, s=1, sms=12, order=order, seed=order + 1, plan=f"resident:{plan}")
+        for c, plan in (
+            (72, "groups=1,splits=2,tile_vecs=16"),
+            (8, "groups=2,splits=2,tile_vecs=1"),
+            (32, "groups=2,splits=2,tile_vecs=4"),
+        )
+    )
+    for op in ("forward", "backward"):
+        plans = ran([f"op={op} {case}" for case in (first, second, third)])
+        assert [plan.split()[0] for plan in plans] == ["resident/2/2", "resident/2/1", "resident/2/1"]
+
+
 # ---- devices that do less than they say
 
 
