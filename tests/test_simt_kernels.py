@@ -87,10 +87,11 @@ def partial_case(rng, op, dtype, act, residual, splits=2, tile_vecs=16, strides=
 
 
 def register_cases(rng, op, dtype, act, residual):
-    """The same of blocks whose threads keep 512 bytes in registers: all of the rest of their shares; not all; and of a
-    last block that has less than registers hold, and more than shared memory does."""
-    size = {"f32": 4}.get(dtype, 2)
-    in_registers = 512 // (size * (8 if residual else 16 // size)) // (1 if op == "forward" else 2)
+    """The same of blocks whose threads keep bytes in registers, by register_bytes(): all of the rest of their shares; not
+    all; and of a last block that has less than registers hold, and more than shared memory does."""
+    size, inputs = {"f32": 4}.get(dtype, 2), 1 if op == "forward" else 2
+    kept = 384 if dtype == "f16" and residual and inputs == 2 else 512
+    in_registers = kept // (size * (8 if residual else 16 // size) * inputs)
     for splits, tile_vecs, strides, last in [
         (2, 16, in_registers + 2, 0),
         (2, 16, in_registers + 12, 1),

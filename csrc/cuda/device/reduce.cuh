@@ -81,6 +81,31 @@ __device__ __forceinline__ void merge_states(const State& mine, int row_threads,
       each);
 }
 
+// Merges channels [first, past), as many at a time as a warp has lanes, each one's states shared out among the rows of
+// threads: gather(channel, row, rows) merges those of one row of so many. Then finish(channel, state, operands) is
+// called in one thread for each, for which finish.operands(channel) is loaded meanwhile.
+template <class Gather, class Finish>
+__device__ __forceinline__ void merge_channels(int64_t first, int64_t past, void* memory, const Gather& gather,
+                                               const Finish& finish) {
+  int shift = 0;  // of threads to a row
+  while ((1 << shift) < past - first && (1 << shift) < kWarp) ++shift;
+  const int row_threads = 1 << shift, lane = static_cast<int>(threadIdx.x) & (row_threads - 1);
+  const int rows = static_cast<int>(blockDim.x) >> shift, row = static_cast<int>(threadIdx.x) >> shift;
+#pragma unroll 1
+  for (int64_t base = first; base < past; base += row_threads) {
+    const int64_t channel = base + lane;
+    decltype(gather(channel, row, rows)) total = {};
+    decltype(finish.operands(channel)) operands = {};
+    if (channel < past) {
+      if (row == 0) operands = finish.operands(channel);
+      total = gather(channel, row, rows);
+    }
+    merge_states(total, row_threads, memory, [&](int i, const auto& whole) {
+      if (base + i < past) finish(base + i, whole, operands);  // i is the thread's lane
+    });
+  }
+}
+
 // Partial results of a pass in memory: [tile][split][column of the tile]. WIDTH divides the columns of a tile.
 template <int WIDTH, class State>
 struct Partials {
@@ -95,38 +120,25 @@ struct Partials {
   // Those of a tile's first split; the next has its own `width` behind.
   __device__ __forceinline__ State* of_tile(int64_t tile) const { return data + tile * splits * width; }
 
-  // Merges channels [first, past), as many at a time as the block has threads for, each one's partial results shared
-  // out among the rows of threads; then calls finish(channel, state, operands) in one thread for each, for which
-  // finish.operands(channel) is loaded meanwhile. Channel c has columns c, c + channels, ..., `repeat` of them.
+  // Merges channels [first, past): see merge_channels(). Channel c has columns c, c + channels, ..., `repeat` of them.
   template <class Finish>
   __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat, void* memory,
                                         const Finish& finish) const {
-    int shift = 0;  // of threads to a row
-    while ((1 << shift) < past - first && (1 << shift) < kWarp) ++shift;
-    const int row_threads = 1 << shift, lane = static_cast<int>(threadIdx.x) & (row_threads - 1);
-    const int rows = static_cast<int>(blockDim.x) >> shift, row = static_cast<int>(threadIdx.x) >> shift;
-#pragma unroll 1
-    for (int64_t base = first; base < past; base += row_threads) {
-      const int64_t channel = base + lane;
+    const auto gather = [&](int64_t channel, int row, int rows) {
       State total = {};
-      decltype(finish.operands(channel)) operands = {};
-      if (channel < past) {
-        if (row == 0) operands = finish.operands(channel);
 #pragma unroll 1
-        for (int r = 0; r < repeat; ++r) {
-          // Columns have numbers of more than 32 bits, their vectors of 32.
-          const int64_t column = channel + r * channels;
-          const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
-          const State merged = merge_strided<merge_batch(sizeof(State), WIDTH > 1)>(
-              of_tile(tile) + (column - int64_t{tile} * width), row, splits, rows, width);
-          if (r == 0) total = merged;
-          else total.merge(merged);
-        }
+      for (int r = 0; r < repeat; ++r) {
+        // Columns have numbers of more than 32 bits, their vectors of 32.
+        const int64_t column = channel + r * channels;
+        const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
+        const State merged = merge_strided<merge_batch(sizeof(State), WIDTH > 1)>(
+            of_tile(tile) + (column - int64_t{tile} * width), row, splits, rows, width);
+        if (r == 0) total = merged;
+        else total.merge(merged);
       }
-      merge_states(total, row_threads, memory, [&](int i, const State& whole) {
-        if (base + i < past) finish(base + i, whole, operands);  // i is the thread's lane
-      });
-    }
+      return total;
+    };
+    merge_channels(first, past, memory, gather, finish);
   }
 };
 

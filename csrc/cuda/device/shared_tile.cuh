@@ -192,20 +192,16 @@ class RegisterTile {
 
   // Loads them, and calls body(Chunk, vecs) on each.
   template <class Walk, class Body>
-  __device__ __forceinline__ void fill(const typename Op::Params& p, Walk walk, const Body& body) {
-    if (walk.remaining == 0) return;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      Chunk<CHUNK, true> chunk;
-      next_chunk(walk, chunk);
-      from_global<Op, Reuse::last>(p).load(chunk, chunks_[i]);
-      body(chunk, chunks_[i]);
-    }
+  __device__ __forceinline__ void fill(const typename Op::Params& p, const Walk& walk, const Body& body) {
+    replay(walk, [&](const auto& chunk, auto& vecs) {
+      from_global<Op, Reuse::last>(p).load(chunk, vecs);
+      body(chunk, vecs);
+    });
   }
 
   // Calls body(Chunk, vecs) on each once more.
   template <class Walk, class Body>
-  __device__ __forceinline__ void replay(Walk walk, const Body& body) const {
+  __device__ __forceinline__ void replay(Walk walk, const Body& body) {
     if (walk.remaining == 0) return;
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {

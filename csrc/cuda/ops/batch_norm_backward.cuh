@@ -42,10 +42,10 @@ struct BatchNormBackward {
   static constexpr bool kGeneral = DERIVATIVE == Derivative::general;
   static constexpr bool kResident = has_resident_kernels(sizeof(T), kGeneral);
   static constexpr bool kReducesMasked = true;
-  static constexpr bool kReducesExtras = DERIVATIVE != Derivative::none && DERIVATIVE != Derivative::relu;
+  static constexpr bool kReducesExtras = masks(DERIVATIVE);
   // Both passes read dy and x, also where the second could do without x: plans keep what they have read.
   static constexpr int kInputs = 2;
-  static constexpr int kRegisterBytes = register_bytes(dtype_of<T>::value, kGeneral, masks(DERIVATIVE), kInputs);
+  static constexpr int kRegisterBytes = register_bytes(dtype_of<T>::value, kGeneral, masks(DERIVATIVE));
   __device__ __forceinline__ static const void* input(const BatchNormBackwardParams& p, int i) {
     return i == 0 ? p.dy : p.x;
   }

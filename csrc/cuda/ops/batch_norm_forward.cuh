@@ -73,7 +73,7 @@ struct BatchNormForward {
   static constexpr bool kReducesExtras = false;
   // The residual is none of them: statistics do not take it, and a plan that kept it would have half the room for x.
   static constexpr int kInputs = 1;
-  static constexpr int kRegisterBytes = register_bytes(dtype_of<T>::value, kGeneral, masks(EPILOGUE), kInputs);
+  static constexpr int kRegisterBytes = register_bytes(dtype_of<T>::value, kGeneral, /*reduces_masked=*/false);
   __device__ __forceinline__ static const void* input(const BatchNormForwardParams& p, int) { return p.x; }
   __device__ __forceinline__ static const void* extra_input(const BatchNormForwardParams& p) { return p.residual; }
 

@@ -24,9 +24,9 @@ constexpr bool has_resident_kernels(int64_t element_bytes, bool general) { retur
 
 // Bytes of its inputs that a thread of an interleaved pass keeps in registers, where the shared memory of lone blocks
 // has not room for all: as many as no kernel spills. 0 where there is no such kernel.
-constexpr int32_t register_bytes(DType dtype, bool general, bool masked, int64_t inputs) {
+constexpr int32_t register_bytes(DType dtype, bool general, bool reduces_masked) {
   if (general || size_of(dtype) == 8) return 0;
-  return dtype == DType::f16 && masked && inputs > 1 ? 384 : 512;
+  return dtype == DType::f16 && reduces_masked ? 384 : 512;
 }
 
 // Elements of a vector: 16 bytes, or 8 elements where a byte of the mask goes with them.

@@ -26,9 +26,7 @@ struct Problem {
   int32_t vec() const { return vec_elements(size_of(dtype), masked); }
   int32_t reduce_vec() const { return vec_elements(size_of(dtype), reduce_masked); }
   int64_t vec_bytes() const { return vec() * size_of(dtype) * reduce_inputs; }
-  int64_t register_bytes() const {
-    return cuda::register_bytes(dtype, general, reduce_inputs > 1 ? reduce_masked : masked, reduce_inputs);
-  }
+  int64_t register_bytes() const { return cuda::register_bytes(dtype, general, reduce_masked); }
   int64_t bytes() const { return shape.numel() * size_of(dtype) * reduce_inputs; }
   // Shared memory that merges the states of a block's threads.
   int64_t merge_bytes(const Partition& partition) const {

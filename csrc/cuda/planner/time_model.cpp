@@ -39,7 +39,7 @@ struct TimeModel {
   double reread_cached = 1.24;         // what the L2 cache holds
   double reread_uncached = 1.45;       // what it does not
   double reread_lone_input = 0.21;     // more in lone blocks, for each input but the first
-  double reread_paired_input = -0.25;  // the same of paired blocks, which have more in flight
+  double reread_paired_input = -0.19;  // the same of paired blocks, which have more in flight
   double reread_rows_128 = 0.3;        // more where rows of a tile are parts of the matrix's, of less than 256 bytes
   double reread_rows_64 = 0.55;        // or of less than 128
 
@@ -117,14 +117,13 @@ double resident_time(const Problem& problem, const Partition& partition, const D
   const double tile = static_cast<double>(problem.bytes()) / static_cast<double>(partition.tiles) *
                       static_cast<double>(problem.reduce_inputs + 1) / static_cast<double>(problem.reduce_inputs);
   auto rate = static_cast<double>(device.bandwidth);
-  double once, more, block_rate, slower;
+  const double once = partition.clustered ? kTimes.start : 0;
+  double more, block_rate, slower;
   if (partition.clustered) {
-    once = kTimes.start;
     more = wave_time(problem, partition, per_sm);
     block_rate = partition.interleaved() ? kTimes.tile_rate : kTimes.block_rate;
     slower = partition.interleaved() ? kTimes.tile_extras : per_sm == 1 ? kTimes.lone_extras : 1;
   } else {
-    once = 0;
     more = round_time(problem, partition, device, per_sm);
     const int64_t row_bytes = partition.tile_width() * size_of(problem.dtype);
     rate *= row_bandwidth(row_bytes, partition.groups, partition.columns.cols * size_of(problem.dtype));

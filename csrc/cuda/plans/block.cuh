@@ -171,20 +171,24 @@ struct Elementwise {
   }
 };
 
+template <class Op, class Source, class CoefficientsAt>
+__device__ __forceinline__ Elementwise<Op, std::decay_t<Source>, CoefficientsAt> elementwise(
+    const typename Op::Params& p, Source&& source, const CoefficientsAt& at) {
+  return {p, source, at};
+}
+
 // Of the block's part of one channel.
 template <class Op, int CHUNK, class Walk, class Source>
 __device__ __forceinline__ void apply_planar(const typename Op::Params& p, Walk walk, Source&& source,
                                              const typename Op::Coefficients& coefficients) {
-  const auto at = [&](int) { return coefficients; };
-  for_each_chunk<CHUNK>(walk, Elementwise<Op, std::decay_t<Source>, decltype(at)>{p, source, at});
+  for_each_chunk<CHUNK>(walk, elementwise<Op>(p, source, [&](int) { return coefficients; }));
 }
 
 // Of the block's part of a tile of columns.
-template <class Op, int CHUNK, class Walk, class Source>
-__device__ __forceinline__ void apply_columns(const typename Op::Params& p, Walk walk, Source&& source,
-                                              const typename Op::Coefficients (&coefficients)[Op::N]) {
-  const auto at = [&](int e) { return coefficients[e]; };
-  for_each_chunk<CHUNK>(walk, Elementwise<Op, std::decay_t<Source>, decltype(at)>{p, source, at});
+template <class Op, class Source>
+__device__ __forceinline__ auto elementwise_columns(const typename Op::Params& p, Source&& source,
+                                                    const typename Op::Coefficients (&coefficients)[Op::N]) {
+  return elementwise<Op>(p, source, [&](int e) { return coefficients[e]; });
 }
 
 }  // namespace bnext::cuda

@@ -35,14 +35,26 @@ class GroupColumns {
   __device__ __forceinline__ void merge(const typename Op::Params& p, const Partition& partition, const WorkTile& work,
                                         const ColumnPlace<Op::N>& place, const typename Op::ColumnReducer& mine,
                                         void* memory, const CoefficientCache<Op>& cache) {
-    const int64_t first = work.tile * width_;
-    const int columns = static_cast<int>(min(int64_t{width_}, p.shape.c - first));
+    const int64_t first = work.tile * width_, past = min(first + width_, p.shape.c);
     __shared__ uint64_t flag;
     if (threadIdx.x == 0) flag = ++tiles_ << 16 | group_;
     merge_columns<Op>(mine, place, partition.columns.row_threads, memory, [&](int column, const State& merged) {
-      if (column < columns) states_[column * splits_ + work.split].store(merged, flag);
+      if (first + column < past) states_[column * splits_ + work.split].store(merged, flag);
     });
-    merge_mine(p, first, columns, static_cast<int>(work.split), flag, memory);
+
+    const int share = static_cast<int>(static_cast<uint32_t>(width_ + splits_ - 1) / static_cast<uint32_t>(splits_));
+    const int64_t begin = first + work.split * share;
+    const auto gather = [&](int64_t channel, int row, int rows) {
+      State total = {};
+#pragma unroll 1
+      for (int i = row; i < splits_; i += rows) {
+        const State state = states_[(channel - first) * splits_ + i].wait(flag);
+        if (i == row) total = state;
+        else total.merge(state);
+      }
+      return total;
+    };
+    merge_channels(begin, min(begin + share, past), memory, gather, Finish{{p}, *this, first, flag});
     __syncthreads();  // nobody merges in `memory` any more
     cache.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
       const typename Op::ChannelParams params = Op::channel_params(p, at.channel);
@@ -51,40 +63,20 @@ class GroupColumns {
   }
 
  private:
-  // Merges the columns that are the block's, as many at a time as a warp has lanes; the states of each are shared out
-  // among the rows of threads.
-  __device__ __forceinline__ void merge_mine(const typename Op::Params& p, int64_t first, int columns, int split,
-                                             uint64_t flag, void* memory) const {
-    const int each = static_cast<int>(static_cast<uint32_t>(width_ + splits_ - 1) / static_cast<uint32_t>(splits_));
-    const int end = min(columns, (split + 1) * each);
-    int shift = 0;  // of threads to a row
-    while ((1 << shift) < min(each, kWarp)) ++shift;
-    const int row_threads = 1 << shift, lane = static_cast<int>(threadIdx.x) & (row_threads - 1);
-    const int rows = static_cast<int>(blockDim.x) >> shift, row = static_cast<int>(threadIdx.x) >> shift;
-#pragma unroll 1
-    for (int begin = split * each; begin < end; begin += row_threads) {
-      const int column = begin + lane;
-      State total = {};
-      typename Op::Operands operands = {};
-      if (column < end) {
-        if (row == 0) operands = Op::operands(p, first + column);
-#pragma unroll 1
-        for (int i = row; i < splits_; i += rows) {
-          const State state = states_[column * splits_ + i].wait(flag);
-          if (i == row) total = state;
-          else total.merge(state);
-        }
-      }
-      merge_states(total, row_threads, memory, [&](int i, const State& whole) {  // i is the thread's lane
-        if (begin + i >= end) return;
-        // Everybody waits for the summary; the rest has time.
-        summaries_[begin + i].store(Op::summary(p, whole), flag);
-        Op::finish(p, first + begin + i, whole, operands);
-        // All blocks of the group have read that before they left a state.
-        if (begin + i == 0) store_relaxed(&header_->tiles[group_], flag >> 16);
-      });
+  // Tells the group before it writes to memory what a channel's reduction gives.
+  struct Finish : FinishChannel<Op> {
+    const GroupColumns& columns;
+    int64_t first;  // channel of the tile
+    const uint64_t& flag;
+
+    __device__ __forceinline__ void operator()(int64_t channel, const State& whole,
+                                               const typename Op::Operands& operands) const {
+      columns.summaries_[channel - first].store(Op::summary(this->p, whole), flag);
+      FinishChannel<Op>::operator()(channel, whole, operands);
+      // All blocks of the group have read that before they left a state.
+      if (channel == first) store_relaxed(&columns.header_->tiles[columns.group_], flag >> 16);
     }
-  }
+  };
 
   uint32_t group_;
   int splits_, width_;

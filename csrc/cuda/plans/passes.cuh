@@ -95,13 +95,10 @@ __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, 
   if (!place.active) return;
   typename Op::Coefficients coefficients[Op::N];
   cache.load(coefficients, place);
-  const auto source = from_global<Op, Reuse::last>(p);
-  const ColumnWalk<Op::N> walk(partition, p.shape.numel(), work, place);
-  apply_columns<Op, Op::template kApplyChunk<true>>(p, walk, source, coefficients);
-  // The last row may end within a vector.
-  const auto at = [&](int e) { return coefficients[e]; };
-  walk.cut(partition, p.shape.numel(), place,
-           Elementwise<Op, std::decay_t<decltype(source)>, decltype(at)>{p, source, at});
+  auto apply = elementwise_columns<Op>(p, from_global<Op, Reuse::last>(p), coefficients);
+  ColumnWalk<Op::N> walk(partition, p.shape.numel(), work, place);
+  for_each_chunk<Op::template kApplyChunk<true>>(walk, apply);
+  walk.cut(partition, p.shape.numel(), place, apply);  // the last row may end within a vector
 }
 
 }  // namespace bnext::cuda

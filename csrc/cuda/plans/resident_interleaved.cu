@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads, REGISTERS ? 1
     registers.replay(in_registers, [&](const auto& chunk, const auto& vecs) {
       Op::apply(p, chunk, vecs, Op::load_apply_extras(p, chunk), [&](int e) { return coefficients[e]; });
     });
-    apply_columns<Op, kChunk>(p, walk, shared_tile.replay(p), coefficients);
+    for_each_chunk<kChunk>(walk, elementwise_columns<Op>(p, shared_tile.replay(p), coefficients));
   }
   Op::at_kernel_end(p, scratch);
   if (partition.clustered) leave_cluster(partition);

@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     typename Op::Coefficients coefficients[N];
     of_columns(coefficients, shared_coefficients, p.shape, place.col - first * p.shape.s);
     const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
-    const ColumnWalk<N> walk(partition, p.shape.numel(), mine, place);
-    apply_columns<Op, kChunk>(p, walk, shared_tile.replay(p), coefficients);
+    ColumnWalk<N> walk(partition, p.shape.numel(), mine, place);
+    for_each_chunk<kChunk>(walk, elementwise_columns<Op>(p, shared_tile.replay(p), coefficients));
   }
   Op::at_kernel_end(p, scratch);
   leave_cluster(partition);
