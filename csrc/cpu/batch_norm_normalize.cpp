@@ -22,7 +22,7 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
   args.activation = p.activation;
   args.activation_param = static_cast<A>(p.activation_param);
   const int64_t tensors = p.residual == nullptr ? 2 : 3;
-  args.stream = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
+  args.beyond_cache = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
   this->kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue_of(p))][plan.by_column];
 }
 

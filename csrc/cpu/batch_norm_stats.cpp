@@ -34,6 +34,10 @@ class Merger {
   Welford<double> levels_[64];
 };
 
+bool from_memory(const BatchNormForwardParams& p, const Plan& plan) {
+  return exceeds_cache(plan.numel() * size_of(p.dtype));
+}
+
 template <class A>
 Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan, int64_t channel, int64_t piece) {
   const Kernels<A>& k = kernels<A>(p.dtype);
@@ -44,7 +48,7 @@ Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan
     const double count = static_cast<double>(block.rows * block.width);
     // The mean of what came before, if that is enough: else it may be far from theirs.
     const A centre = count <= kPerCentre * seen ? static_cast<A>(mean) : k.centre(p.x, block);
-    const Welford<double> part = k.moments(p.x, block, centre, next);
+    const Welford<double> part = k.moments(p.x, block, centre, next, from_memory(p, plan));
     seen += count;
     mean += (part.mean() - mean) * (count / seen);
     merger.add(part);
@@ -84,7 +88,7 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
   for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
     for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) {
       const int64_t at = down * plan.pitch + block.param;
-      k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
+      k.column_moments(p.x, block, from_memory(p, plan), &shift[at], &offset[at], &var[at]);
     });
   });
 

@@ -66,14 +66,25 @@ inline __m512d shift_to_exponent(__m512d v) {
 
 // 16 values of 16 bits <-> 16 floats.
 inline __m512 widen(__m256i v, const f16*) { return _mm512_cvtph_ps(v); }
+#if BNEXT_AVX512_BF16
+// Bytes 2i and 2i + 1 of v become the upper half of float i, and its lower half 0, in one instruction (VBMI).
+inline __m512 widen(__m256i v, const bf16*) {
+  const __m512i bytes = _mm512_set_epi8(31, 30, 0, 0, 29, 28, 0, 0, 27, 26, 0, 0, 25, 24, 0, 0,  //
+                                        23, 22, 0, 0, 21, 20, 0, 0, 19, 18, 0, 0, 17, 16, 0, 0,  //
+                                        15, 14, 0, 0, 13, 12, 0, 0, 11, 10, 0, 0, 9, 8, 0, 0,    //
+                                        7, 6, 0, 0, 5, 4, 0, 0, 3, 2, 0, 0, 1, 0, 0, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, bytes, _mm512_castsi256_si512(v)));
+}
+#else
 inline __m512 widen(__m256i v, const bf16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
+#endif
 inline __m256i narrow(__m512 v, const f16*) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Integer rounding to nearest even: vcvtneps2bf16 would flush subnormals.
-inline __m256i narrow(__m512 v, const bf16*) {
+// Integer rounding to nearest even.
+inline __m256i rounded(__m512 v) {
   const __m512i u = _mm512_castps_si512(v);
   const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
@@ -84,6 +95,16 @@ inline __m256i narrow(__m512 v, const bf16*) {
                                                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves, r));
 }
+#if BNEXT_AVX512_BF16
+// The instruction does the same, but makes zeros of subnormals, which are rare.
+inline __m256i narrow(__m512 v, const bf16*) {
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask(v, kSubnormal) != 0) return rounded(v);
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+}
+#else
+inline __m256i narrow(__m512 v, const bf16*) { return rounded(v); }
+#endif
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512d load(const double* p) { return _mm512_loadu_pd(p); }
@@ -101,6 +122,7 @@ inline void stream(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 template <class T> void stream(T* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
 inline void stream_fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 

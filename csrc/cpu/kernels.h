@@ -52,7 +52,7 @@ struct NormalizeArgs {
   const A *mean, *scale, *bias;
   Activation activation;
   A activation_param;
-  bool stream;  // y is too large to be found in cache by whoever reads it next
+  bool beyond_cache;  // the tensors together: what was written is not found in cache by whoever reads it next
 };
 
 // Kernels here are compiled for all values of Epilogue and of Derivative but the last, `run_time`.
@@ -71,19 +71,19 @@ struct BackwardArgs {
   A activation_param;
   void* dx;
   void* dresidual;
-  void* dz;     // where not null, the `general` sums write dy' here, in the tensors' dtype
-  bool stream;  // likewise of dx and dresidual
+  void* dz;           // where not null, the `general` sums write dy' here, in the tensors' dtype
+  bool beyond_cache;  // likewise
 };
 
 template <class A>
 struct Kernels {
   // A centre for the block as a whole, within kRowElements; and statistics around it, or around another that is good
   // enough (kPerCentre).
-  // Meanwhile the block that begins at element `next` is fetched into cache.
+  // Meanwhile the block that begins at element `next` is fetched into cache, from_memory if x is beyond the cache.
   A (*centre)(const void* x, const SubMatrix&);
-  Welford<double> (*moments)(const void* x, const SubMatrix&, A centre, int64_t next);
+  Welford<double> (*moments)(const void* x, const SubMatrix&, A centre, int64_t next, bool from_memory);
   // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
-  void (*column_moments)(const void* x, const SubMatrix&, A* shift, double* offset, double* var);
+  void (*column_moments)(const void* x, const SubMatrix&, bool from_memory, A* shift, double* offset, double* var);
 
   // y and, where it is given, the mask.
   void (*normalize[kEpilogues][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [epilogue][by column]

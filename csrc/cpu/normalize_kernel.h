@@ -68,8 +68,8 @@ template <class T, Epilogue epilogue, bool by_column>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
-  Stores stores = stores_of(args.stream, {args.x, adds ? args.residual : nullptr}, {args.y});
-  if (mask != nullptr && args.stream && !has_whole_bytes(block, static_cast<const T*>(args.y)))
+  Stores stores = stores_of(args.beyond_cache, {args.x, adds ? args.residual : nullptr}, {args.y});
+  if (mask != nullptr && args.beyond_cache && !has_whole_bytes(block, static_cast<const T*>(args.y)))
     stores = Stores::past_caches;
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);
@@ -96,7 +96,7 @@ template <class T, Epilogue epilogue, bool by_column>
       store(y + j, part, v);
     });
   }
-  if (args.stream) stream_fence();
+  if (args.beyond_cache) stream_fence();
 }
 
 // With any activation: z of a row goes to a buffer that stays in the first-level cache, and one activation's loop over
@@ -119,11 +119,11 @@ template <class T, bool by_column>
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    const Streaming streaming(args.stream ? Stores::past_caches : Stores::to_cache, block.width, y);
+    const Streaming streaming(args.beyond_cache ? Stores::past_caches : Stores::to_cache, block.width, y);
     for_each_vector<A>(streaming, block.width, Tail::overlapping,
                        [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
   }
-  if (args.stream) stream_fence();
+  if (args.beyond_cache) stream_fence();
 }
 
 }  // namespace
