@@ -71,7 +71,7 @@ class Experiment:
     @property
     def small_epochs(self) -> int:
         """Of runs with small batches, which take many steps."""
-        return (self.sweep_epochs + 2) // 3
+        return (self.sweep_epochs + 1) // 2
 
     def training(
         self, norm: Norm, *, fuse: bool = False, change: Callable[[nn.Module], Any] = lambda network: None, **more: Any
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--size", type=int, help="height and width of the inputs; default: 28 for lenet, 32 for others")
     parser.add_argument("--root", help="the folder of torchvision's data sets")
     parser.add_argument("--epochs", type=int, default=20, help="of the four curves")
-    parser.add_argument("--sweep-epochs", type=int, default=8, help="of each run that is a point of the picture")
+    parser.add_argument("--sweep-epochs", type=int, default=6, help="of each run that is a point of the picture")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")

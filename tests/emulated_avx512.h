@@ -120,6 +120,16 @@ inline Emulatedi emulated_add_epi64(Emulatedi a, Emulatedi b) {
   return emulated_cast<Emulatedi>(emulated_each<uint64_t>([&](int i) { return x.v[i] + y.v[i]; }));
 }
 // From the last lane to the first.
+template <class... Bytes> Emulatedi emulated_set_epi8(Bytes... from_last) {
+  static_assert(sizeof...(from_last) == 64);
+  const uint8_t given[] = {static_cast<uint8_t>(from_last)...};
+  return emulated_cast<Emulatedi>(emulated_each<uint8_t>([&](int i) { return given[63 - i]; }));
+}
+inline Emulatedi emulated_maskz_permutexvar_epi8(uint64_t k, Emulatedi index, Emulatedi a) {
+  const auto at = emulated_cast<EmulatedLanes<uint8_t>>(index), lanes = emulated_cast<EmulatedLanes<uint8_t>>(a);
+  return emulated_cast<Emulatedi>(
+      emulated_each<uint8_t>([&](int i) { return (k >> i & 1) != 0 ? lanes.v[at.v[i] % 64] : uint8_t{0}; }));
+}
 template <class... Shorts> Emulatedi emulated_set_epi16(Shorts... from_last) {
   static_assert(sizeof...(from_last) == 32);
   const uint16_t given[] = {static_cast<uint16_t>(from_last)...};
@@ -135,6 +145,11 @@ inline Emulatedi emulated_castps_si512(Emulated a) { return emulated_cast<Emulat
 inline Emulatedi emulated_castpd_si512(Emulatedd a) { return emulated_cast<Emulatedi>(a); }
 inline Emulated emulated_castsi512_ps(Emulatedi a) { return emulated_cast<Emulated>(a); }
 inline Emulatedd emulated_castsi512_pd(Emulatedi a) { return emulated_cast<Emulatedd>(a); }
+inline Emulatedi emulated_castsi256_si512(__m256i a) {
+  Emulatedi r = {};
+  std::memcpy(&r, &a, sizeof a);
+  return r;
+}
 inline __m256i emulated_castsi512_si256(Emulatedi a) { return emulated_cast<__m256i>(a); }
 inline Emulatedi emulated_cvtepu16_epi32(__m256i a) {
   uint16_t lanes[16];
@@ -150,6 +165,22 @@ inline __m256i emulated_cvtps_ph(Emulated a, int rounding) {
   const __m128i halves[] = {_mm256_cvtps_ph(_mm256_loadu_ps(a.v), _MM_FROUND_TO_NEAREST_INT),
                             _mm256_cvtps_ph(_mm256_loadu_ps(a.v + 8), _MM_FROUND_TO_NEAREST_INT)};
   return emulated_cast<__m256i>(halves);
+}
+inline uint32_t emulated_fpclass_ps_mask(Emulated a, int classes) {
+  assert(classes == 0x20);
+  return emulated_mask<float>([&](int i) { return std::fpclassify(a.v[i]) == FP_SUBNORMAL; });
+}
+// To the nearest, of two the even one; but of subnormals a zero.
+inline __m256i emulated_cvtneps_pbh(Emulated a) {
+  const auto bits = emulated_cast<Emulatedi>(a);
+  uint16_t lanes[16];
+  for (int i = 0; i < 16; i++) {
+    const uint32_t u = bits.v[i];
+    if (std::isnan(a.v[i])) lanes[i] = static_cast<uint16_t>((u | 0x400000) >> 16);
+    else if (std::fpclassify(a.v[i]) == FP_SUBNORMAL) lanes[i] = static_cast<uint16_t>(u >> 31 << 15);
+    else lanes[i] = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  }
+  return emulated_cast<__m256i>(lanes);
 }
 inline Emulatedd emulated_cvtps_pd(__m256 a) {
   const auto lanes = emulated_cast<EmulatedLanes<float>>(a);

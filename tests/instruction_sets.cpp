@@ -147,7 +147,8 @@ std::string run(const Case& c, const cpu::ParallelFor& parallel) {
 #if BNEXT_ARM64
 const cpu::KernelSet &one = cpu::portable_kernels(), &other = cpu::neon_kernels();
 #else
-const cpu::KernelSet &one = cpu::avx2_kernels(), &other = cpu::avx512_kernels();
+// OTHER: avx512_kernels or avx512_bf16_kernels.
+const cpu::KernelSet &one = cpu::avx2_kernels(), &other = cpu::OTHER();
 #endif
 
 void in_order(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) { body(0, tasks); }

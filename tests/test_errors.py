@@ -213,7 +213,9 @@ def test_unknown_instruction_set(choice):
     environment = {**os.environ, "BNEXT_CPU": choice, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", RUN_ONE_LAYER], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    choices = "'portable' or 'neon'" if platform.machine() == "aarch64" else "'portable', 'avx2' or 'avx512'"
+    choices = (
+        "'portable' or 'neon'" if platform.machine() == "aarch64" else "'portable', 'avx2', 'avx512' or 'avx512_bf16'"
+    )
     assert done.stdout == 2 * f"BNEXT_CPU should be {choices}, not '{choice}' 0\n"
 
 

@@ -1,4 +1,5 @@
-"""exp and tanh of csrc/cpu/vec_math.h over their whole range, against numpy in higher precision."""
+"""exp and tanh of csrc/cpu/vec_math.h over their whole range, against numpy in higher precision; and conversions of 16-bit
+types, all of them."""
 
 import ctypes
 import subprocess
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from compiler import cxx
+from processor import runs
 
 ROOT = Path(__file__).parent.parent
-FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]}  # fmt: skip
+FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+FLAGS["avx512"] = [*FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
 #: In units in the last place: exp rounds a sum next to 1, which is nearly all of its error; tanh is a quotient of two
 #: such sums, the smaller of which has lost a bit.
 ULPS = {"exp": 1.1, "tanh": 2.5, "negative": 0.0}
@@ -20,23 +24,22 @@ ULPS = {"exp": 1.1, "tanh": 2.5, "negative": 0.0}
 def vec_math(request, tmp_path_factory):
     compiler = cxx()
     isa = request.param
-    capability = torch.backends.cpu.get_cpu_capability()
     library = tmp_path_factory.mktemp("vec_math") / f"{isa}.so"
     header = ROOT / "csrc" / "cpu" / f"isa_{isa}.h"
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f'-DISA="{header}"', *FLAGS[isa]]
     subprocess.run([*command, str(ROOT / "tests" / "vec_math.cpp"), "-o", str(library)], check=True)
-    if isa not in ("portable", capability.lower()) and capability != "AVX512":
-        pytest.skip(f"compiles, but this processor has {capability}")
+    if not runs(isa):
+        pytest.skip(f"compiles, but this processor does not have {isa}")
 
     functions = ctypes.CDLL(str(library))
 
-    def call(name, x):
+    def call(name, x, to=None):
         padded = np.zeros(-(-x.size // 16) * 16, x.dtype)
         padded[: x.size] = x
-        out = np.empty_like(padded)
-        kind = "float" if x.dtype == np.float32 else "double"
+        out = np.empty(padded.size, to or x.dtype)
+        kind = "" if to else "_float" if x.dtype == np.float32 else "_double"
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in (padded, out)]
-        getattr(functions, f"{name}_{kind}")(*pointers, ctypes.c_int64(padded.size))
+        getattr(functions, f"{name}{kind}")(*pointers, ctypes.c_int64(padded.size))
         return out[: x.size]
 
     return call
@@ -89,3 +92,31 @@ def test_accuracy(vec_math, function, dtype):
     if function != "exp":  # odd: the sign of 0 is kept
         number = ~np.isnan(x)
         assert (np.signbit(actual) == (np.signbit(x) ^ (function == "negative")))[number].all()
+
+
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_every_number_of_16_bits_is_widened(vec_math, name):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    widened = vec_math(f"widen_{name}", bits, np.float32)
+    exact = torch.from_numpy(bits.view(np.int16)).view(HALVES[name]).float().numpy()
+    assert np.array_equal(widened, exact, equal_nan=True)
+    number = ~np.isnan(exact)
+    assert np.array_equal(widened.view(np.uint32)[number], exact.view(np.uint32)[number])  # zeros' signs
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_floats_are_rounded_to_the_nearest_number_of_16_bits(vec_math, name):
+    """Next to each number of 16 bits, in the middle to the next, and next to that: with all that is subnormal or special,
+    each by itself among others."""
+    every = np.arange(1 << 16, dtype=np.uint32) << 16
+    below = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = (every[:, None] | below).reshape(-1).view(np.float32)
+    x = np.random.default_rng(0).permutation(x)
+    rounded = torch.from_numpy(vec_math(f"narrow_{name}", x, np.uint16).view(np.int16)).view(HALVES[name])
+    exact = torch.from_numpy(x).to(HALVES[name])
+    assert torch.equal(rounded.isnan(), exact.isnan())
+    number = ~exact.isnan()
+    assert torch.equal(rounded[number].view(torch.int16), exact[number].view(torch.int16))

@@ -14,11 +14,22 @@
 #define BNEXT_ARM64 0
 #endif
 
+// By the names that BNEXT_CPU has for them. A processor that runs one runs all before it.
+#if BNEXT_X86
+#define BNEXT_INSTRUCTION_SETS(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#elif BNEXT_ARM64
+#define BNEXT_INSTRUCTION_SETS(X) X(portable) X(neon)
+#else
+#define BNEXT_INSTRUCTION_SETS(X) X(portable)
+#endif
+
 namespace bnext::cpu {
 
-const KernelSet& portable_kernels();
-const KernelSet& avx2_kernels();    // x86 only
-const KernelSet& avx512_kernels();  // x86 only
-const KernelSet& neon_kernels();    // 64-bit ARM only
+BNEXT_NAMED_ENUM(InstructionSet, int32_t, BNEXT_INSTRUCTION_SETS)
+
+// const KernelSet& avx2_kernels(), and so on, each in a source of its own.
+#define BNEXT_DECLARATION(name) const KernelSet& name##_kernels();
+BNEXT_INSTRUCTION_SETS(BNEXT_DECLARATION)
+#undef BNEXT_DECLARATION
 
 }  // namespace bnext::cpu
