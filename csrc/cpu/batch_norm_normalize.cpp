@@ -5,7 +5,7 @@
 namespace bnext::cpu {
 
 template <class A>
-Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
+Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int64_t reads_of_x)
     : ElementwisePass<NormalizeArgs<A>>(plan, {}, epilogue_of(p) == Epilogue::general),
       params_(p),
       mean_(plan),
@@ -21,7 +21,7 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan)
   args.bias = bias_.data();
   args.activation = p.activation;
   args.activation_param = static_cast<A>(p.activation_param);
-  const int64_t tensors = p.residual == nullptr ? 2 : 3;
+  const int64_t tensors = reads_of_x + (p.residual == nullptr ? 1 : 2);
   args.beyond_cache = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
   this->kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue_of(p))][plan.by_column];
 }
@@ -44,7 +44,7 @@ void batch_norm_normalize(const BatchNormForwardParams& p, const ParallelFor& pa
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    Normalizer<A> normalizer(p, plan);
+    Normalizer<A> normalizer(p, plan, /*reads_of_x=*/1);
     constexpr DType acc_dtype = dtype_of<A>::value;
     constexpr int64_t kSet = 16;  // additions' time
     for_all_channels(parallel, plan, kSet, [&](int64_t first, int64_t end) {

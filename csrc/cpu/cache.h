@@ -5,8 +5,8 @@
 
 namespace bnext::cpu {
 
-// Whether a pass that reads and writes so many bytes leaves nothing in the last-level cache for who comes next. What it
-// writes had better not push out what others have there, nor be read before it is written.
+// Whether passes that read and write so many bytes, some of them twice, leave nothing in the last-level cache for who
+// comes next. What they write had better not push out what others have there, nor be read before it is written.
 bool exceeds_cache(int64_t bytes);
 
 }  // namespace bnext::cpu

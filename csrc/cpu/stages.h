@@ -103,7 +103,8 @@ class ElementwisePass {
 template <class A>
 class Normalizer : public ElementwisePass<NormalizeArgs<A>> {
  public:
-  Normalizer(const BatchNormForwardParams&, const Plan&);
+  // `reads_of_x`: with those of the statistics before, if there are any.
+  Normalizer(const BatchNormForwardParams&, const Plan&, int64_t reads_of_x);
   // Of at most kChannelBatch channels.
   void set(int64_t first, int64_t end, const A* mean, const A* invstd);
 
