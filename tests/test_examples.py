@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +240,24 @@ def test_comparison(compare, monkeypatch, tmp_path, capsys, model):
     assert len(results.evaluation.running) == len(results.evaluation.updated) == 2
     kept = results.kept
     assert kept["none"].before < kept["torch"].before and kept["bnext fused"].after < kept["bnext"].after
+
+
+@pytest.mark.parametrize(
+    "without, normalized, faster",
+    [
+        ([0.5, 0.9], [0.9, 0.5], True),
+        ([0.5], [0.9], True),
+        ([0.9], [0.9], False),
+        ([0.9], [0.5], False),
+        ([0], [0], False),
+    ],
+)
+def test_the_picture_claims_fewer_epochs_where_there_are(compare, without, normalized, faster):
+    runs = {
+        name: SimpleNamespace(epochs=[SimpleNamespace(test_accuracy=one) for one in accuracies])
+        for name, accuracies in (("none", without), ("bnext", normalized))
+    }
+    assert compare.Results.faster.fget(SimpleNamespace(runs=runs)) is faster
 
 
 @pytest.mark.slow
