@@ -2,7 +2,7 @@
 ##
 ##   make demo     trains LeNet without batch normalization, with torch.nn's and with bnext's: a table, a picture;
 ##                 about 3 minutes
-##   make test     everything: style, types, and the whole test suite; 25 to 40 minutes on 2 cores with nvcc
+##   make test     everything: style, types, and the whole test suite; 18 to 40 minutes on 2 cores with nvcc
 ##   make lint     style and types alone; a minute the first time, then seconds
 ##   make bench    times bnext and torch.nn on ResNet-50's layers: build/bench.json, build/bench.png; about 3 minutes
 ##   make clean    removes .venv and all that was built
@@ -52,7 +52,7 @@ demo: $(BUILT)
 	$(VENV)/bin/python -m examples.compare
 
 test: lint $(BUILT)
-	$(SAY) "Running the whole suite with $(JOBS) processes: 25 to 40 minutes on 2 cores with nvcc."
+	$(SAY) "Running the whole suite with $(JOBS) processes: 18 to 40 minutes on 2 cores with nvcc."
 	$(VENV)/bin/python -m pytest -q -m "" -n $(JOBS) --dist worksteal
 
 bench: $(BUILT)
