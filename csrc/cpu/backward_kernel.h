@@ -197,7 +197,8 @@ template <class T, Derivative from, bool training, bool by_column>
   // Otherwise dx does not depend on x, which may be missing, and must not: an infinite x would make it NaN.
   constexpr bool reads_x = training || from == Derivative::relu;
   Derivatives<A, from> derivatives;
-  const Stores stores = stores_of(args.beyond_cache, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
+  const bool streams = args.beyond_cache && Streaming::possible<T>(block.width);
+  const Stores stores = stores_of(streams, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;

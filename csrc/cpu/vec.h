@@ -272,6 +272,12 @@ inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
 // takes a detour through memory. Not worth it in short rows, unless these are whole lines: a line that two rows share
 // is fetched first, by the normal stores at their ends.
 struct Streaming {
+  template <class T> static constexpr int64_t kLine = 64 / sizeof(T);
+  template <class T> static constexpr int64_t kLongRow = 1024 / sizeof(T);
+  // Of rows of any address. Where it is not, a pass had better not go backwards either: row by row forwards, and from
+  // each to the one before, no hardware prefetcher follows.
+  template <class T> static bool possible(int64_t width) { return width >= kLongRow<T> || width % kLine<T> == 0; }
+
   Stores stores;
   int64_t head = 0;  // elements before the first such line
   int64_t length = 0;
@@ -279,11 +285,10 @@ struct Streaming {
   // `p` and `q`: where the outputs of the row begin; a null pointer is in nobody's way.
   template <class T>
   Streaming(Stores how, int64_t width, const T* p, const T* q = nullptr) : stores(how) {
-    constexpr int64_t kLine = 64 / sizeof(T), kLongRow = 1024 / sizeof(T);
     if (how == Stores::to_cache) return;
-    const int64_t to_line = before_line(p != nullptr ? p : q), lines = (width - to_line) / kLine * kLine;
+    const int64_t to_line = before_line(p != nullptr ? p : q), lines = (width - to_line) / kLine<T> * kLine<T>;
     if (p != nullptr && q != nullptr && before_line(q) != to_line) return;
-    if (lines != width && width < kLongRow) return;
+    if (lines != width && width < kLongRow<T>) return;
     head = to_line;
     length = lines;
   }
