@@ -90,7 +90,7 @@ template <class T, Derivative from>
     const int64_t first = block.first + r * block.stride;
     return dy_prime_of_row<T, from, false>(args, first, block.param, block.width, derivatives);
   };
-  const auto add_all = [&](auto memory) {
+  with_constant(args.beyond_cache, [&](auto memory) {
     const Prefetcher<T, memory.value> next_dy(args.dy, next), next_x(args.x, next);
     sum_rows<A>(block.rows, block.width, begin, [&](const auto& dy_prime, int64_t j, auto which, auto part) {
       const int64_t i = dy_prime.first + j;
@@ -108,9 +108,7 @@ template <class T, Derivative from>
       sum = sum + dy;
       products[which.value] = fma(dy, zero_inactive(part, xmu), products[which.value]);
     });
-  };
-  if (args.beyond_cache) add_all(std::true_type{});
-  else add_all(std::false_type{});
+  });
   // In double from here on: what is added up next are blocks, of which there may be thousands.
   *sum_dy = sum(dys);
   *sum_dy_xmu = sum(products);
@@ -166,7 +164,7 @@ template <class T, Derivative from>
       store(dys + j, Full{}, V(0));
       store(products + j, Full{}, V(0));
     }
-    const auto add_all = [&](auto memory) {
+    with_constant(args.beyond_cache, [&](auto memory) {
       // Four rows share a load and a store of the sums, which is what bounds this loop.
       int64_t r = begin;
       const auto add = [&](auto rows) {
@@ -178,9 +176,7 @@ template <class T, Derivative from>
         for (; r + 4 <= end; r += 4) add(Index<4>{});
       }
       for (; r < end; r++) add(Index<1>{});
-    };
-    if (args.beyond_cache) add_all(std::true_type{});
-    else add_all(std::false_type{});
+    });
     for (int64_t j = 0; j < block.width; j += D::lanes) {
       store(sum_dy + j, Full{}, load_as_double(sum_dy + j) + load_as_double(dys + j));
       store(sum_dy_xmu + j, Full{}, load_as_double(sum_dy_xmu + j) + load_as_double(products + j));
@@ -197,8 +193,8 @@ template <class T, Derivative from, bool training, bool by_column>
   // Otherwise dx does not depend on x, which may be missing, and must not: an infinite x would make it NaN.
   constexpr bool reads_x = training || from == Derivative::relu;
   Derivatives<A, from> derivatives;
-  const bool streams = args.beyond_cache && Streaming::possible<T>(block.width);
-  const Stores stores = stores_of(streams, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
+  const Stores stores =
+      stores_of<T>(args.beyond_cache, block.width, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;

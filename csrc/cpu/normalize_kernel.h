@@ -68,9 +68,8 @@ template <class T, Epilogue epilogue, bool by_column>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
-  const bool streams = args.beyond_cache && Streaming::possible<T>(block.width);
-  Stores stores = stores_of(streams, {args.x, adds ? args.residual : nullptr}, {args.y});
-  if (mask != nullptr && streams && !has_whole_bytes(block, static_cast<const T*>(args.y)))
+  Stores stores = stores_of<T>(args.beyond_cache, block.width, {args.x, adds ? args.residual : nullptr}, {args.y});
+  if (mask != nullptr && stores != Stores::to_cache && !has_whole_bytes(block, static_cast<const T*>(args.y)))
     stores = Stores::past_caches;
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);

@@ -47,7 +47,8 @@ template <class T>
   // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
   V deviations[2] = {V(0), V(0)}, squares[4] = {V(0), V(0), V(0), V(0)};
   // A strip jumps from image to image, which no hardware prefetcher foresees.
-  const auto add_all = [&](const auto& ahead) {
+  with_constant(from_memory, [&](auto memory) {
+    const Prefetcher<T, memory.value> ahead(x, next);
     sum_rows<A>(
         block.rows, block.width, [&](int64_t r) { return r * block.stride; },
         [&](int64_t row, int64_t i, auto which, auto part) {
@@ -57,9 +58,7 @@ template <class T>
           sum = sum + d;
           squares[which.value] = fma(d, d, squares[which.value]);
         });
-  };
-  if (from_memory) add_all(Prefetcher<T, true>(x, next));
-  else add_all(Prefetcher<T>(x, next));
+  });
   const double count = static_cast<double>(block.rows * block.width);
   const double offset = sum(deviations) / count, var = sum(squares) / count - offset * offset;
   return {count, centre, offset, var < 0 ? 0 : var};  // a NaN stays one
@@ -108,13 +107,11 @@ template <class T>
       store(sums + j, Full{}, V(0));
       store(squares + j, Full{}, V(0));
     });
-    const auto add_all = [&](auto memory) {
+    with_constant(from_memory, [&](auto memory) {
       int64_t r = begin;
       for (; r + 4 <= end; r += 4) add_rows(r, Index<4>{}, wants_squares, memory);
       for (; r < end; r++) add_rows(r, Index<1>{}, wants_squares, memory);
-    };
-    if (from_memory) add_all(std::true_type{});
-    else add_all(std::false_type{});
+    });
   };
 
   const int64_t some = std::min(block.rows, kColumnRows), fourth = ceil_div(some, kPerCentre);

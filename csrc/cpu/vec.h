@@ -28,6 +28,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 #include "../core/types.h"
 
@@ -244,25 +245,6 @@ void sum_rows(int64_t rows, int64_t width, Begin begin, F f) {
 // How an elementwise pass stores, and which way it goes through memory.
 enum class Stores { to_cache, past_caches, past_caches_backwards };
 
-// A load waits for every store past the caches under way whose address has the same low 12 bits, and of an output that
-// was allocated right behind an input each store has those of the input's next cache line: passes take up to 2.8 times
-// as long. From the end of memory on, there is none nearby.
-inline Stores stores_of(bool past_caches, std::initializer_list<const void*> inputs,
-                        std::initializer_list<const void*> outputs) {
-  if (!past_caches) return Stores::to_cache;
-  constexpr uintptr_t kPage = 4096;
-  uintptr_t nearest_ahead = kPage, nearest_behind = kPage;
-  for (const void* out : outputs) {
-    for (const void* in : inputs) {
-      const uintptr_t ahead = (reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(in)) % kPage;
-      if (in == nullptr || out == nullptr || ahead == 0) continue;
-      nearest_ahead = std::min(nearest_ahead, ahead);
-      nearest_behind = std::min(nearest_behind, kPage - ahead);
-    }
-  }
-  return nearest_ahead < nearest_behind ? Stores::past_caches_backwards : Stores::past_caches;
-}
-
 // The i-th of so many rows, on that way.
 inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
   return stores == Stores::past_caches_backwards ? rows - 1 - i : i;
@@ -274,8 +256,7 @@ inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
 struct Streaming {
   template <class T> static constexpr int64_t kLine = 64 / sizeof(T);
   template <class T> static constexpr int64_t kLongRow = 1024 / sizeof(T);
-  // Of rows of any address. Where it is not, a pass had better not go backwards either: row by row forwards, and from
-  // each to the one before, no hardware prefetcher follows.
+  // Of rows of any address.
   template <class T> static bool possible(int64_t width) { return width >= kLongRow<T> || width % kLine<T> == 0; }
 
   Stores stores;
@@ -297,6 +278,26 @@ struct Streaming {
     return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % 64 / sizeof(T));
   }
 };
+
+// Of a pass over rows of so many elements. A load waits for every store past the caches under way whose address has the
+// same low 12 bits, and of an output that was allocated right behind an input each store has those of the input's next
+// cache line: passes take up to 2.8 times as long. From the end of memory on, there is none nearby.
+template <class T>
+Stores stores_of(bool beyond_cache, int64_t width, std::initializer_list<const void*> inputs,
+                 std::initializer_list<const void*> outputs) {
+  if (!beyond_cache || !Streaming::possible<T>(width)) return Stores::to_cache;
+  constexpr uintptr_t kPage = 4096;
+  uintptr_t nearest_ahead = kPage, nearest_behind = kPage;
+  for (const void* out : outputs) {
+    for (const void* in : inputs) {
+      const uintptr_t ahead = (reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(in)) % kPage;
+      if (in == nullptr || out == nullptr || ahead == 0) continue;
+      nearest_ahead = std::min(nearest_ahead, ahead);
+      nearest_behind = std::min(nearest_behind, kPage - ahead);
+    }
+  }
+  return nearest_ahead < nearest_behind ? Stores::past_caches_backwards : Stores::past_caches;
+}
 
 // Calls f(i, part) for the vectors of [begin, width). Where f works in place, or writes past the caches, nothing is to
 // be taken a second time: then the last vector is partial.
@@ -327,6 +328,13 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
     tail = Tail::partial;
   }
   for_each_vector<A>(width, tail, f, end);
+}
+
+// f(std::true_type) or f(std::false_type).
+template <class F>
+void with_constant(bool value, F f) {
+  if (value) f(std::true_type{});
+  else f(std::false_type{});
 }
 
 // Elements that will be read soon, fetched into cache. They may lie beyond the tensor: nobody dereferences them.
