@@ -90,40 +90,39 @@ template <class T, Derivative from>
     const int64_t first = block.first + r * block.stride;
     return dy_prime_of_row<T, from, false>(args, first, block.param, block.width, derivatives);
   };
-  with_constant(args.beyond_cache, [&](auto memory) {
-    const Prefetcher<T, memory.value> next_dy(args.dy, next), next_x(args.x, next);
-    sum_rows<A>(block.rows, block.width, begin, [&](const auto& dy_prime, int64_t j, auto which, auto part) {
-      const int64_t i = dy_prime.first + j;
-      next_dy.fetch(i - block.first);
-      next_x.fetch(i - block.first);
-      const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
-      V dy = dy_prime(j, part, xmu);
-      // Derivatives that took a loop of their own are not found twice: the gradient reads dy' instead.
-      if constexpr (from == Derivative::general) {
-        if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
-      }
-      // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
-      dy = zero_inactive(part, dy);
-      V& sum = dys[which.value / 2];
-      sum = sum + dy;
-      products[which.value] = fma(dy, zero_inactive(part, xmu), products[which.value]);
-    });
+  const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
+  sum_rows<A>(block.rows, block.width, begin, [&](const auto& dy_prime, int64_t j, auto which, auto part) {
+    const int64_t i = dy_prime.first + j;
+    next_dy.fetch(i - block.first);
+    next_x.fetch(i - block.first);
+    const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
+    V dy = dy_prime(j, part, xmu);
+    // Derivatives that took a loop of their own are not found twice: the gradient reads dy' instead.
+    if constexpr (from == Derivative::general) {
+      if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
+    }
+    // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
+    dy = zero_inactive(part, dy);
+    V& sum = dys[which.value / 2];
+    sum = sum + dy;
+    products[which.value] = fma(dy, zero_inactive(part, xmu), products[which.value]);
   });
   // In double from here on: what is added up next are blocks, of which there may be thousands.
   *sum_dy = sum(dys);
   *sum_dy_xmu = sum(products);
 }
 
-// Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
-template <class T, Derivative from, bool from_memory, int rows, class A = acc_t<T>>
+// Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums. `left` rows
+// follow.
+template <class T, Derivative from, int rows, class A = acc_t<T>>
 void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, int64_t first, int64_t stride,
-              int64_t width, int64_t param, A* dys, A* products) {
+              int64_t width, int64_t left, int64_t param, A* dys, A* products) {
   using V = Vec<A>;
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, true> mean(args.mean + param);
   const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
-  const int64_t next = first + rows * stride;
-  const Prefetcher<T, from_memory> next_dy(args.dy, next), next_x(args.x, next);
+  const int64_t next = first + Prefetcher<T>::rows_ahead(rows, left, stride);
+  const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
   // Columns have sums of their own: none comes twice. The sums are loaded and stored once for all of these rows.
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) {
     const V m = mean.at(j);
@@ -164,19 +163,17 @@ template <class T, Derivative from>
       store(dys + j, Full{}, V(0));
       store(products + j, Full{}, V(0));
     }
-    with_constant(args.beyond_cache, [&](auto memory) {
-      // Four rows share a load and a store of the sums, which is what bounds this loop.
-      int64_t r = begin;
-      const auto add = [&](auto rows) {
-        add_rows<T, from, memory.value, rows.value>(args, derivatives, block.first + r * block.stride, block.stride,
-                                                    block.width, block.param, dys, products);
-      };
-      // `general` has the derivatives of one row at a time.
-      if constexpr (from != Derivative::general) {
-        for (; r + 4 <= end; r += 4) add(Index<4>{});
-      }
-      for (; r < end; r++) add(Index<1>{});
-    });
+    // Four rows share a load and a store of the sums, which is what bounds this loop.
+    int64_t r = begin;
+    const auto add = [&](auto rows) {
+      add_rows<T, from, rows.value>(args, derivatives, block.first + r * block.stride, block.stride, block.width,
+                                    block.rows - r - rows.value, block.param, dys, products);
+    };
+    // `general` has the derivatives of one row at a time.
+    if constexpr (from != Derivative::general) {
+      for (; r + 4 <= end; r += 4) add(Index<4>{});
+    }
+    for (; r < end; r++) add(Index<1>{});
     for (int64_t j = 0; j < block.width; j += D::lanes) {
       store(sum_dy + j, Full{}, load_as_double(sum_dy + j) + load_as_double(dys + j));
       store(sum_dy_xmu + j, Full{}, load_as_double(sum_dy_xmu + j) + load_as_double(products + j));

@@ -34,22 +34,17 @@ class Merger {
   Welford<double> levels_[64];
 };
 
-bool is_from_memory(const BatchNormForwardParams& p, const Plan& plan) {
-  return exceeds_cache(plan.numel() * size_of(p.dtype));
-}
-
 template <class A>
 Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan, int64_t channel, int64_t piece) {
   const Kernels<A>& k = kernels<A>(p.dtype);
   const int64_t strip = plan.outer * plan.inner, begin = piece * plan.piece;
-  const bool from_memory = is_from_memory(p, plan);
   Merger merger;
   double seen = 0, mean = 0;
   const auto add = [&](const SubMatrix& block, int64_t next) {
     const double count = static_cast<double>(block.rows * block.width);
     // The mean of what came before, if that is enough: else it may be far from theirs.
     const A centre = count <= kPerCentre * seen ? static_cast<A>(mean) : k.centre(p.x, block);
-    const Welford<double> part = k.moments(p.x, block, centre, next, from_memory);
+    const Welford<double> part = k.moments(p.x, block, centre, next);
     seen += count;
     mean += (part.mean() - mean) * (count / seen);
     merger.add(part);
@@ -84,13 +79,12 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
                       const StatsSink& sink) {
   const Kernels<A>& k = kernels<A>(p.dtype);
   const int64_t splits = plan.splits();
-  const bool from_memory = is_from_memory(p, plan);
   std::vector<A> shift(splits * plan.pitch);
   std::vector<double> offset(splits * plan.pitch), var(splits * plan.pitch);
   for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
     for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) {
       const int64_t at = down * plan.pitch + block.param;
-      k.column_moments(p.x, block, from_memory, &shift[at], &offset[at], &var[at]);
+      k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
     });
   });
 

@@ -133,8 +133,7 @@ inline void stream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
 inline void stream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 template <class T> void stream(T* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
 inline void stream_fence() { _mm_sfence(); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline __m256i first_floats(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

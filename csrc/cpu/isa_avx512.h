@@ -121,8 +121,7 @@ inline void stream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
 inline void stream(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 template <class T> void stream(T* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
 inline void stream_fence() { _mm_sfence(); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 

@@ -134,7 +134,6 @@ inline void store(float* p, const Doubles& v) {
 template <class T, class R> void stream(T* p, const R& v) { store(p, v); }
 inline void stream_fence() {}
 inline void prefetch(const void*) {}
-inline void prefetch_to_l2(const void*) {}
 
 }  // namespace
 }  // namespace bnext::cpu

@@ -79,11 +79,11 @@ template <class A>
 struct Kernels {
   // A centre for the block as a whole, within kRowElements; and statistics around it, or around another that is good
   // enough (kPerCentre).
-  // Meanwhile the block that begins at element `next` is fetched into cache, from_memory if x is beyond the cache.
+  // Meanwhile the block that begins at element `next` is fetched into cache.
   A (*centre)(const void* x, const SubMatrix&);
-  Welford<double> (*moments)(const void* x, const SubMatrix&, A centre, int64_t next, bool from_memory);
+  Welford<double> (*moments)(const void* x, const SubMatrix&, A centre, int64_t next);
   // Statistics of each column, over at most kColumns columns: shift, offset and var of Welford.
-  void (*column_moments)(const void* x, const SubMatrix&, bool from_memory, A* shift, double* offset, double* var);
+  void (*column_moments)(const void* x, const SubMatrix&, A* shift, double* offset, double* var);
 
   // y and, where it is given, the mask.
   void (*normalize[kEpilogues][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [epilogue][by column]

@@ -12,8 +12,7 @@
 
 namespace bnext::cpu {
 
-// Calls run(task) for every task, or from each thread's last task to its first, for the same reason
-// as below.
+// Calls run(task) for every task, or from each thread's last task to its first.
 template <class F>
 void for_each_task(const ParallelFor& parallel, int64_t tasks, F run) {
   if (tasks == 0) return;
@@ -65,6 +64,13 @@ void for_each_piece(const Plan& plan, const SubMatrix& block, int64_t width, F f
   }
 }
 
+// A block of columns in groups of at most so many columns, all rows of each.
+template <class F>
+void for_each_group_of_columns(const SubMatrix& block, int64_t columns, F f) {
+  for (int64_t j = 0; j < block.width; j += columns)
+    f(SubMatrix{block.first + j, block.rows, std::min(columns, block.width - j), block.stride, block.param + j, 0});
+}
+
 // batch_norm_stats.cpp. Calls sink(first, end, statistics of channels [first, end)), at most kChannelBatch of them at a
 // time, for a group of channels of a plan by strips, or for all channels, on several threads.
 using StatsSink = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
@@ -78,14 +84,28 @@ template <class Args>
 class ElementwisePass {
  public:
   void run(const SubMatrix& block) const {
-    for_each_piece(plan_, block, widest_, [&](const SubMatrix& piece) { kernel_(args_, piece); });
+    const auto run_kernel = [&](const SubMatrix& part) { kernel_(args_, part); };
+    // The parameters of so many columns, of up to five arrays, stay in the first-level cache while the rows pass by.
+    // Not of tensors beyond the cache, which are read as memory comes, nor where rows share a byte of a mask, which is
+    // written in order.
+    constexpr int64_t kColumnsOfParameters = 1024;
+    if (plan_.by_column && plan_.width % 8 == 0 && block.width > kColumnsOfParameters && block.width <= widest_ &&
+        !args_.beyond_cache) {
+      for_each_group_of_columns(block, kColumnsOfParameters, run_kernel);
+    } else {
+      for_each_piece(plan_, block, widest_, run_kernel);
+    }
   }
+  // From the end of memory where it is beyond the cache: what was read last may still be there. Otherwise all of it is,
+  // and the hardware foresees the other way better.
   void run_all(const ParallelFor& parallel) const {
-    for_each_task_reversed(parallel, plan_.grains, [&](int64_t task) {
+    const auto run_grain = [&](int64_t task) {
       const int64_t begin = task * plan_.grain;
       for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
                                [&](const SubMatrix& block) { run(block); });
-    });
+    };
+    if (args_.beyond_cache) for_each_task_reversed(parallel, plan_.grains, run_grain);
+    else for_each_task(parallel, plan_.grains, run_grain);
   }
 
  protected:

@@ -38,8 +38,7 @@ template <class T>
 // The mean is left as centre + offset, in double: so it has lost nothing where the next block takes it, or the end
 // result.
 template <class T>
-[[gnu::flatten]] Welford<double> moments(const void* x, const SubMatrix& block, acc_t<T> centre, int64_t next,
-                                         bool from_memory) {
+[[gnu::flatten]] Welford<double> moments(const void* x, const SubMatrix& block, acc_t<T> centre, int64_t next) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const T* p = static_cast<const T*>(x) + block.first;
@@ -47,18 +46,16 @@ template <class T>
   // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
   V deviations[2] = {V(0), V(0)}, squares[4] = {V(0), V(0), V(0), V(0)};
   // A strip jumps from image to image, which no hardware prefetcher foresees.
-  with_constant(from_memory, [&](auto memory) {
-    const Prefetcher<T, memory.value> ahead(x, next);
-    sum_rows<A>(
-        block.rows, block.width, [&](int64_t r) { return r * block.stride; },
-        [&](int64_t row, int64_t i, auto which, auto part) {
-          ahead.fetch(row + i);
-          const V d = zero_inactive(part, load(p + row + i, part) - c);
-          V& sum = deviations[which.value / 2];
-          sum = sum + d;
-          squares[which.value] = fma(d, d, squares[which.value]);
-        });
-  });
+  const Prefetcher<T> ahead(x, next);
+  sum_rows<A>(
+      block.rows, block.width, [&](int64_t r) { return r * block.stride; },
+      [&](int64_t row, int64_t i, auto which, auto part) {
+        ahead.fetch(row + i);
+        const V d = zero_inactive(part, load(p + row + i, part) - c);
+        V& sum = deviations[which.value / 2];
+        sum = sum + d;
+        squares[which.value] = fma(d, d, squares[which.value]);
+      });
   const double count = static_cast<double>(block.rows * block.width);
   const double offset = sum(deviations) / count, var = sum(squares) / count - offset * offset;
   return {count, centre, offset, var < 0 ? 0 : var};  // a NaN stays one
@@ -68,8 +65,8 @@ template <class T>
 // mean of all rows before, for kPerCentre times as many. Sums of kColumnRows rows go on in double, before they lose
 // digits to their own size. During the loop `var` holds M2, the sum of squared deviations.
 template <class T>
-[[gnu::flatten]] void column_moments(const void* x, const SubMatrix& block, bool from_memory, acc_t<T>* shift,
-                                     double* offset, double* var) {
+[[gnu::flatten]] void column_moments(const void* x, const SubMatrix& block, acc_t<T>* shift, double* offset,
+                                     double* var) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using D = Vec<double>;
@@ -83,11 +80,9 @@ template <class T>
 
   A sums[kColumns + kPadding], squares[kColumns + kPadding];
   // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
-  const auto add_rows = [&](int64_t first, auto rows, auto wants_squares, auto memory) {
+  const auto add_rows = [&](int64_t first, auto rows, auto wants_squares) {
     const T* const row = p + first * stride;
-    // Several rows at once are several streams, which the hardware does not keep up with. At the end, what is there.
-    const int64_t ahead = std::min(int64_t{rows.value}, block.rows - first - rows.value) * stride;
-    const Prefetcher<T, memory.value> next(row, ahead);
+    const Prefetcher<T> next(row, Prefetcher<T>::rows_ahead(rows.value, block.rows - first - rows.value, stride));
     each_vector([&](int64_t j, auto part) {
       const V k = load(shift + j, Full{});
       V sum(0), square(0);
@@ -107,11 +102,9 @@ template <class T>
       store(sums + j, Full{}, V(0));
       store(squares + j, Full{}, V(0));
     });
-    with_constant(from_memory, [&](auto memory) {
-      int64_t r = begin;
-      for (; r + 4 <= end; r += 4) add_rows(r, Index<4>{}, wants_squares, memory);
-      for (; r < end; r++) add_rows(r, Index<1>{}, wants_squares, memory);
-    });
+    int64_t r = begin;
+    for (; r + 4 <= end; r += 4) add_rows(r, Index<4>{}, wants_squares);
+    for (; r < end; r++) add_rows(r, Index<1>{}, wants_squares);
   };
 
   const int64_t some = std::min(block.rows, kColumnRows), fourth = ceil_div(some, kPerCentre);

@@ -19,7 +19,7 @@
 //   stream(p, r) stream_fence()         a store past the caches, to a multiple of its size, and the
 //                                       fence that must follow before another thread may look
 //   store_all(p, r[]) stream_all(p, r[])  optional: of a vector, where that takes less than its registers
-//   prefetch(p) prefetch_to_l2(p)       of any address, into the first-level cache or the second
+//   prefetch(p)                         of any address, into the second-level cache
 //
 // All of it has internal linkage: each instruction set's object file carries a version of the same names, and
 // none of them may leak into another.
@@ -330,28 +330,20 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
   for_each_vector<A>(width, tail, f, end);
 }
 
-// f(std::true_type) or f(std::false_type).
-template <class F>
-void with_constant(bool value, F f) {
-  if (value) f(std::true_type{});
-  else f(std::false_type{});
-}
-
-// Elements that will be read soon, fetched into cache. They may lie beyond the tensor: nobody dereferences them.
-// Those that come from memory go to the second-level cache, since the first keeps track of few lines that are under
-// way: 12 GB/s of them on a core that reads 24 like this. (Loops are compiled for both, since a branch at each
-// vector takes up to 7 % of a sweep through the cache.)
-template <class T, bool from_memory = false> struct Prefetcher {
+// Elements that will be read soon, fetched into the second-level cache: the first keeps track of few lines that are
+// under way, and would wait for memory with them. They may lie beyond the tensor: nobody dereferences them.
+template <class T> struct Prefetcher {
   // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
   static constexpr int64_t kDistance = 2048 / sizeof(T);
   static int64_t distance(Stores stores) { return stores == Stores::past_caches_backwards ? -kDistance : kDistance; }
+  // The same in elements of rows `stride` apart that are read several at once, so many streams that the hardware does
+  // not keep up; whole rows, of which there are `left` behind those.
+  static int64_t rows_ahead(int64_t rows, int64_t left, int64_t stride) {
+    return std::min(std::max(rows, 4 * kDistance / stride), left) * stride;
+  }
   uintptr_t row;
   Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
-  void fetch(int64_t i) const {
-    const void* const p = reinterpret_cast<const void*>(row + i * sizeof(T));
-    if constexpr (from_memory) prefetch_to_l2(p);
-    else prefetch(p);
-  }
+  void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
 };
 
 // The bits of elements [i, i + n) of a sign mask, n <= 16, of no byte but those that these lie in. Writing leaves the
