@@ -75,13 +75,13 @@ def run(todo: Sequence[Case], providers: Sequence[Provider], seconds: float) -> 
                 bar.update()
 
 
-def devices(name: str, threads: Sequence[int | None]) -> list[Cpu | Cuda]:
+def devices(name: str, threads: Sequence[int | None], cold: bool = False) -> list[Cpu | Cuda]:
     """The GPU once, or the CPU once for each number of threads; None is all of them."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         return [Cuda()]
-    return [Cpu(number) for number in dict.fromkeys(number or torch.get_num_threads() for number in threads)]
+    return [Cpu(number, cold) for number in dict.fromkeys(number or torch.get_num_threads() for number in threads)]
 
 
 def estimate(todo: Sequence[Case], providers: Sequence[Provider], seconds: float) -> float:
@@ -176,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated: " + ", ".join(PROVIDERS) + ", bnext:PLAN")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=checked(numbers), default="1,all", metavar="NUMBERS", help="of threads on the CPU")
+    add("--cold", action="store_true", help="on the CPU, empty the caches before each call (a GPU's always are)")
     add("--seconds", type=checked(duration), default=0.3, help="for which each provider is sampled in each case")
     add("--runs", type=int, choices=range(1, 10), default=1, metavar="NUMBER",
         help="whole runs, each in a process of its own, to tell changes from the spread between runs")  # fmt: skip
@@ -220,7 +221,7 @@ def measured(args: argparse.Namespace, todo: Sequence[Case], environment: dict, 
 
 def wanted(args: argparse.Namespace, options: argparse.ArgumentParser) -> list[Case]:
     """The cases that the arguments ask for. Touches no GPU."""
-    where = devices(args.device, args.threads)
+    where = devices(args.device, args.threads, args.cold)
     cuda = where[0].kind == "cuda"
     try:
         what = workloads(args, args.batch or ([64] if cuda else [8]))

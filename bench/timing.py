@@ -86,11 +86,14 @@ def wall_sampler(
     settle: Call = lambda: None,
     shortest: float = 1e-3,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Call | None = None,
 ) -> Sampler:
     """Wall time of a call, repeated until a sample takes `shortest`. `settle` waits for what calls
-    leave running; it is not timed."""
+    leave running; it is not timed. Nor is what `prepare` does for each call, which is then not repeated."""
 
     def sample() -> float:
+        if prepare is not None:
+            prepare()
         start = clock()
         for _ in range(repeat):
             call()
@@ -100,6 +103,8 @@ def wall_sampler(
 
     repeat = 1
     warm_up(call)
+    if prepare is not None:
+        return sample
     repeat = max(1, min(1000, math.ceil(shortest / max(sample(), 1e-9))))
     return sample
 
@@ -119,13 +124,21 @@ def warm_up(call: Call) -> None:
 
 
 class Cpu:
-    """Wall time, everything in the caches that the call before left there, as it is in a network."""
+    """Wall time, with everything in the caches that the call before left there; `cold`: with nothing of the tensors in
+    them, as a backward finds what its forward kept some layers ago."""
 
     kind = "cpu"
     sets = 1
+    COLD = 128 << 20  # bytes, more than the caches hold
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, cold: bool = False):
         self.threads = threads
+        self._others = torch.zeros(self.COLD, dtype=torch.uint8) if cold else None
+
+    def evict(self) -> None:
+        """Fills the caches of all threads with another tensor."""
+        if self._others is not None:
+            self._others.add_(1)
 
     def scope(self) -> AbstractContextManager:
         torch.set_num_threads(self.threads)
@@ -135,14 +148,15 @@ class Cpu:
         return 1
 
     def sampler(self, calls: Sequence[Call]) -> Sampler:
-        return wall_sampler(calls[0])
+        return wall_sampler(calls[0], prepare=None if self._others is None else self.evict)
 
-    host_sampler = sampler
+    def host_sampler(self, calls: Sequence[Call]) -> Sampler:
+        return wall_sampler(calls[0])
 
     def copy(self, x: torch.Tensor) -> tuple[float, Sampler]:
         """The bytes that a copy reads and writes, and its sampler: a clone of the very tensor, since how
         fast memory is depends on the cache that a tensor fits in."""
-        return 2 * x.nbytes, wall_sampler(x.detach().clone)
+        return 2 * x.nbytes, self.sampler([x.detach().clone])
 
     def release(self) -> None:
         pass

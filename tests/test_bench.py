@@ -183,6 +183,25 @@ def test_short_calls_are_repeated_until_the_clock_can_tell():
     assert len(calls) - before == 10
 
 
+def test_cold_samples_are_of_one_call_each_and_other_bytes_come_between(monkeypatch):
+    monkeypatch.setattr(Cpu, "COLD", 1 << 10)
+    did = []
+    monkeypatch.setattr(Cpu, "evict", lambda device: did.append("evict"))
+    sample = Cpu(1, cold=True).sampler([lambda: did.append("call")])
+    did.clear()
+    assert sample() >= 0 and sample() >= 0 and did == ["evict", "call"] * 2
+    sample = Cpu(1).sampler([lambda: did.append("call")])
+    did.clear()
+    assert sample() >= 0 and set(did) == {"call"} and len(did) > 1
+
+
+def test_eviction_writes_all_of_its_bytes():
+    device = Cpu(1, cold=True)
+    device.evict()
+    assert device._others.numel() == Cpu.COLD and bool((device._others == 1).all())
+    Cpu(1).evict()  # has none
+
+
 def test_rows_are_the_arithmetic_of_their_times():
     class Timed(nn.BatchNorm2d):
         seconds = 0.0
