@@ -23,6 +23,9 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int
   args.activation_param = static_cast<A>(p.activation_param);
   const int64_t tensors = reads_of_x + (p.residual == nullptr ? 1 : 2);
   args.beyond_cache = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
+  // What is in a cache anyway is found sooner in ascending order, which the hardware foresees. (Backward, which reads
+  // two tensors, it makes no difference on 1 thread, and takes 4 % more on 2.)
+  this->from_end_ = args.beyond_cache;
   this->kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue_of(p))][plan.by_column];
 }
 

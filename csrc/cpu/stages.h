@@ -96,15 +96,13 @@ class ElementwisePass {
       for_each_piece(plan_, block, widest_, run_kernel);
     }
   }
-  // From the end of memory where it is beyond the cache: what was read last may still be there. Otherwise all of it is,
-  // and the hardware foresees the other way better.
   void run_all(const ParallelFor& parallel) const {
     const auto run_grain = [&](int64_t task) {
       const int64_t begin = task * plan_.grain;
       for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
                                [&](const SubMatrix& block) { run(block); });
     };
-    if (args_.beyond_cache) for_each_task_reversed(parallel, plan_.grains, run_grain);
+    if (from_end_) for_each_task_reversed(parallel, plan_.grains, run_grain);
     else for_each_task(parallel, plan_.grains, run_grain);
   }
 
@@ -116,6 +114,8 @@ class ElementwisePass {
   const Plan& plan_;
   Args args_;
   int64_t widest_;
+  // Whether run_all goes from the end of memory: what the pass before read last may still be in a cache.
+  bool from_end_ = true;
   void (*kernel_)(const Args&, const SubMatrix&) = nullptr;
 };
 
