@@ -53,9 +53,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--provider", help="look at this one alone")
     args = parser.parse_args(argv)
     (a, before), (b, after) = args.before, args.after
-    for name in ("hardware", "torch", "cuda", "driver"):
-        if a["environment"][name] != b["environment"][name]:
-            print(f"another {name}: {a['environment'][name]}, then {b['environment'][name]}")
+    for name in ("hardware", "torch", "cuda", "driver", "caches"):
+        was, now = (content["environment"].get(name, "unknown") for content in (a, b))
+        if was != now and "unknown" not in (was, now):  # which older files do not say
+            print(f"another {name}: {was}, then {now}")
     if args.provider:
         after = [row for row in after if row.provider == args.provider]
 

@@ -56,10 +56,10 @@ def draw(rows: Sequence[Row], environment: dict, path: Path) -> None:
         right.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
     figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False)
-    figure.suptitle(
-        f"{environment['hardware']}, torch {environment['torch']}, {environment['date'][:10]}",
-        x=0.01, ha="left", fontsize=11,
-    )  # fmt: skip
+    about = [environment["hardware"], f"torch {environment['torch']}", environment["date"][:10]]
+    if environment["device"] == "cpu" and environment.get("caches") == "cold":
+        about.append("caches emptied before each call")
+    figure.suptitle(", ".join(about), x=0.01, ha="left", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -62,7 +62,7 @@ def default_path(environment: dict, name: str) -> Path:
     """bench/results/<hardware>-<name>: one file for each machine and suite."""
     words = re.findall(r"[a-z0-9]+", f"{environment['hardware']}".lower())
     if environment["device"] == "cpu":
-        words += [f"{environment['cores']}core"]
+        words += [f"{environment['cores']}core"] + ["cold"] * (environment.get("caches") == "cold")
     return ROOT / "bench" / "results" / "-".join([*words, name])
 
 

@@ -255,7 +255,8 @@ def main(argv: Sequence[str]) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         options.error("argument --device: torch sees no CUDA GPU")
     heap = reuse_heap()
-    environment = report.environment(device) | {"heap": "reused" if heap else "default"}
+    caches = "cold" if args.cold or device == "cuda" else "warm"
+    environment = report.environment(device) | {"heap": "reused" if heap else "default", "caches": caches}
     suites = list(dict.fromkeys(case.suite for case in todo))
     name = report.default_path(environment, "all" if set(SUITES) <= set(suites) else "-".join(suites))
     json_path, plot_path = (

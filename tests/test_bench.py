@@ -795,6 +795,29 @@ def test_compare_tells_changes_from_noise(tmp_path, capsys):
     assert lines[3].startswith("each side was run once")
 
 
+def test_cold_results_are_told_apart(tmp_path, monkeypatch, capsys):
+    """By their file's name, in the file, on the picture, and where they are compared with others."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(Cpu, "COLD", 1 << 10)
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **_: titles.append(text))
+    for name, options in (("warm", []), ("cold", ["--cold"])):
+        argv = "--shapes 4x6 --phase eval --providers eager --device cpu --threads 1 --seconds 0"
+        files = ["--json", f"{tmp_path}/{name}.json", "--plot", f"{tmp_path}/{name}.png"]
+        assert run.main([*argv.split(), *files, *options]) == 0
+        content, _ = report.load(tmp_path / f"{name}.json")
+        assert content["environment"]["caches"] == name
+        assert ("cold" in report.default_path(content["environment"], "shapes").name) == (name == "cold")
+    assert ["caches emptied" in title for title in titles] == [False, True]
+    capsys.readouterr()
+    compare.main([f"{tmp_path}/warm.json", f"{tmp_path}/cold.json"])
+    assert "another caches: warm, then cold" in capsys.readouterr().out
+    (older := json.loads((tmp_path / "warm.json").read_text()))["environment"].pop("caches")
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    compare.main([f"{tmp_path}/older.json", f"{tmp_path}/cold.json"])
+    assert "another caches" not in capsys.readouterr().out
+
+
 def test_compare_knows_the_spread_between_runs(tmp_path, capsys):
     """A tenth slower is nothing where two runs of the same code differ by a fifth."""
     for name, ms in (("a", 1.0), ("b", 1.1)):
