@@ -129,6 +129,13 @@ STEPS: dict[str, list[list[Command]]] = {
 }  # fmt: skip
 
 
+def interruptible() -> None:
+    """In a child: a process group of its own, which an interrupt reaches. One that a shell started in the background
+    ignores interrupts, and so would its children."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Running:
     """A command that runs, in a process group of its own; its output goes to a log, and to the screen."""
 
@@ -145,7 +152,7 @@ class Running:
             argv = [sys.executable, "-c", f"raise SystemExit({argv[0] + ' is not installed'!r})"]
         self.process = subprocess.Popen(
             argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", preexec_fn=os.setpgrp,
+            text=True, errors="replace", preexec_fn=interruptible,
         )  # fmt: skip
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -89,11 +90,13 @@ def test_a_step_goes_on_after_a_failure_and_sums_up(take, capsys):
     assert take([code("print('well')")])[0]
 
 
-def test_late_commands_are_interrupted_and_may_save(take, monkeypatch):
+def test_late_commands_are_interrupted_and_may_save(take, monkeypatch, request):
     polite = "import time\ntry:\n  print('begun')\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('saved')"
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
     start = time.monotonic()
     monkeypatch.setattr(gpu, "GRACE", 3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where a shell started this in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     good, log, summary = take([code(polite), code(deaf), code("print('quick')")], [code("print('late')")], limit=12)
     assert time.monotonic() - start < 40
     assert not good and outcomes(summary) == ["stopped", "stopped", "ok", "not begun"]
