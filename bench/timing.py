@@ -132,13 +132,12 @@ class Cpu:
     COLD = 128 << 20  # bytes, more than the caches hold
 
     def __init__(self, threads: int, cold: bool = False):
-        self.threads = threads
-        self._others = torch.zeros(self.COLD, dtype=torch.uint8) if cold else None
+        self.threads, self.cold = threads, cold
+        self._others = torch.zeros(self.COLD if cold else 0, dtype=torch.uint8)
 
     def evict(self) -> None:
         """Fills the caches of all threads with another tensor."""
-        if self._others is not None:
-            self._others.add_(1)
+        self._others.add_(1)
 
     def scope(self) -> AbstractContextManager:
         torch.set_num_threads(self.threads)
@@ -148,7 +147,7 @@ class Cpu:
         return 1
 
     def sampler(self, calls: Sequence[Call]) -> Sampler:
-        return wall_sampler(calls[0], prepare=None if self._others is None else self.evict)
+        return wall_sampler(calls[0], prepare=self.evict if self.cold else None)
 
     def host_sampler(self, calls: Sequence[Call]) -> Sampler:
         return wall_sampler(calls[0])

@@ -89,8 +89,8 @@ class ElementwisePass {
     // Not of tensors beyond the cache, which are read as memory comes, nor where rows share a byte of a mask, which is
     // written in order.
     constexpr int64_t kColumnsOfParameters = 1024;
-    if (plan_.by_column && plan_.width % 8 == 0 && block.width > kColumnsOfParameters && block.width <= widest_ &&
-        !args_.beyond_cache) {
+    static_assert(kColumnsOfParameters <= kGeneralRow);
+    if (plan_.by_column && plan_.width % 8 == 0 && !args_.beyond_cache) {
       for_each_group_of_columns(block, kColumnsOfParameters, run_kernel);
     } else {
       for_each_piece(plan_, block, widest_, run_kernel);
