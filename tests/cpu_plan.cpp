@@ -23,7 +23,7 @@ int main(int, char** argv) {
   Layout layout = {};
   if (!find_name(kLayoutNames, argv[1], &layout)) return 1;
   const Plan plan = make_plan({layout, std::atoll(argv[2]), std::atoll(argv[3]), std::atoll(argv[4])});
-  if (!plan.by_column && plan.pieces == 1) {
+  if (plan.by_group) {
     print_groups("whole", plan, plan.channels_per_task);
     if (plan.masks_by_group) print_groups("masked", plan, plan.channels_per_masked_task);
     return 0;

@@ -35,6 +35,8 @@ SHAPES = [
     (3, 17, 4, 4),
     (2, 2, 31, 67),
     (2, 4, 3, 2, 5),
+    (4, 600),  # more columns than a kernel takes at once
+    (2, 704, 3, 3),  # several tasks of whole channels
 ]
 
 

@@ -191,7 +191,7 @@ template <class T, Derivative from, bool training, bool by_column>
   constexpr bool reads_x = training || from == Derivative::relu;
   Derivatives<A, from> derivatives;
   const Stores stores =
-      stores_of<T>(args.beyond_cache, block.width, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
+      stores_of<T>(args.beyond_cache, block, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;
@@ -199,7 +199,7 @@ template <class T, Derivative from, bool training, bool by_column>
     const T* x = static_cast<const T*>(args.x) + (reads_x ? first : 0);
     T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
     T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
-    const Streaming streaming(stores, block.width, dx, dresidual);
+    const Streaming streaming(stores, block, dx, dresidual);
     // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
     const Tail tail = args.dx == args.dy ? Tail::partial : Tail::overlapping;
     const P mean(args.mean + channel), scale(args.scale + channel);
@@ -223,7 +223,6 @@ template <class T, Derivative from, bool training, bool by_column>
       else store(dx + j, part, dy * scale.at(j));
     });
   }
-  if (args.beyond_cache) stream_fence();
 }
 
 }  // namespace

@@ -10,17 +10,17 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
   const Plan plan = make_plan(p.shape);
   // A smooth activation's derivative takes more instructions than a store and a load of dy', where those round nothing.
   const bool keeps_dz = saves_of(p.activation) == Saves::residual && size_of(p.dtype) == acc_size_of(p.dtype);
-  const BackwardOperands<A> operands(p, plan, keeps_dz);
+  BackwardOperands<A> operands(p, plan, keeps_dz);
   InputGradient<A> gradient(operands);
   const SumsSink finish = [&](int64_t first, int64_t end, const Sums* sums) {
     store_sums<A>(p, first, end, sums);
     gradient.set(first, end);
   };
 
-  if (!plan.by_column && plan.pieces == 1) {
+  if (plan.by_group) {
     for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
       sums_of_group(operands, first, end, finish);
-      for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { gradient.run(block); });
+      gradient.run_group(first, end);
     });
   } else {
     sums_of_all(operands, parallel, finish);

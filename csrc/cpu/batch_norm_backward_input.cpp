@@ -7,7 +7,8 @@ namespace bnext::cpu {
 
 template <class A>
 InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
-    : ElementwisePass<BackwardArgs<A>>(operands.plan, operands.args, operands.derivative == Derivative::general),
+    : ElementwisePass<A, BackwardArgs<A>>(operands.plan, operands.kernels, operands.args,
+                                          operands.derivative == Derivative::general),
       params_(operands.params),
       mean_dy_(operands.plan),
       slope_(operands.plan) {
@@ -20,7 +21,7 @@ InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
     args.dresidual = nullptr;  // there already, where it is wanted
     derivative = Derivative::none;
   }
-  this->kernel_ = operands.kernels.gradient[static_cast<int>(derivative)][params_.training][operands.plan.by_column];
+  this->kernel_ = this->kernels_.gradient[static_cast<int>(derivative)][params_.training][operands.plan.by_column];
 }
 
 template <class A>
@@ -47,10 +48,12 @@ void batch_norm_backward_input(const BatchNormBackwardParams& p, const ParallelF
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    const BackwardOperands<A> operands(p, plan);
+    BackwardOperands<A> operands(p, plan);
     InputGradient<A> gradient(operands);
-    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { gradient.set(first, end); });
-    gradient.run_all(parallel);
+    gradient.run_all(parallel, [&](int64_t first, int64_t end) {
+      operands.set(first, end);
+      gradient.set(first, end);
+    });
   });
 }
 

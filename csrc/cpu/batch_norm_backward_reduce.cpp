@@ -26,13 +26,8 @@ Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece)
 }
 
 template <class A>
-void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
+void sums_of_pieces(BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   const Plan& plan = b.plan;
-  if (plan.pieces == 1) {
-    for_each_group(parallel, plan, plan.channels_per_task,
-                   [&](int64_t first, int64_t end) { sums_of_group(b, first, end, sink); });
-    return;
-  }
   std::vector<Sums> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces,
                 [&](int64_t task) { parts[task] = sums_of_piece(b, task / plan.pieces, task % plan.pieces); });
@@ -44,27 +39,53 @@ void sums_of_strips(const BackwardOperands<A>& b, const ParallelFor& parallel, c
   });
 }
 
+// Sums of columns, of some splits of all rows.
 template <class A>
-void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
-  const Plan& plan = b.plan;
-  const int64_t splits = plan.splits();
-  std::vector<double> dy(splits * plan.pitch), dy_xmu(splits * plan.pitch);
-  const auto kernel = b.kernels.column_sums[static_cast<int>(b.derivative)];
-  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
-    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) {
-      const int64_t at = down * plan.pitch + block.param;
-      kernel(b.args, block, &dy[at], &dy_xmu[at]);
-    });
-  });
+class ColumnSums {
+ public:
+  // Of all columns and splits, or of those of a group.
+  explicit ColumnSums(const Plan& plan) : ColumnSums(plan, 0, plan.pitch, plan.splits()) {}
+  ColumnSums(const Plan& plan, const SubMatrix& group) : ColumnSums(plan, group.param, group.width + kPadding, 1) {}
 
-  for_all_channels(parallel, plan, splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
-    Sums whole[kChannelBatch] = {};
+  void set(const BackwardOperands<A>& b, int64_t down, const SubMatrix& block) {
+    const int64_t at = index(down, block.param);
+    b.kernels.column_sums[static_cast<int>(b.derivative)](b.args, block, &dy_[at], &dy_xmu_[at]);
+  }
+
+  // Adds up the columns of each of channels [first, end), at most kChannelBatch.
+  void merge(int64_t first, int64_t end, Sums* whole) const {
+    std::fill(whole, whole + (end - first), Sums{});
+    const int64_t splits = static_cast<int64_t>(dy_.size()) / pitch_;
     for (int64_t down = 0; down < splits; down++) {
-      const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
-      for_each_column(plan, first, end, columns, [&](int64_t channel, int64_t column) {
-        whole[channel - first].add({dy[at + column], dy_xmu[at + column]});
+      const int64_t columns = down == plan_.blocks_down ? plan_.tail : plan_.width;
+      for_each_column(plan_, first, end, columns, [&](int64_t channel, int64_t column) {
+        const int64_t at = index(down, column);
+        whole[channel - first].add({dy_[at], dy_xmu_[at]});
       });
     }
+  }
+
+ private:
+  ColumnSums(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
+      : plan_(plan), column_(column), pitch_(pitch), dy_(splits * pitch), dy_xmu_(splits * pitch) {}
+
+  int64_t index(int64_t down, int64_t column) const { return down * pitch_ + column - column_; }
+
+  const Plan& plan_;
+  const int64_t column_, pitch_;  // of the first column; entries of a split
+  std::vector<double> dy_, dy_xmu_;
+};
+
+template <class A>
+void sums_of_columns(BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
+  const Plan& plan = b.plan;
+  ColumnSums<A> sums(plan);
+  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
+    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) { sums.set(b, down, block); });
+  });
+  for_all_channels(parallel, plan, plan.splits() * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
+    Sums whole[kChannelBatch];
+    sums.merge(first, end, whole);
     sink(first, end, whole);
   });
 }
@@ -94,38 +115,56 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
            p.dx,
            p.dresidual,
            keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
-           exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {
-  for_each_step(0, plan.channels, [&](int64_t first, int64_t end) {
-    A scales[kChannelBatch], biases[kChannelBatch];
-    load_channels(scales, p.weight, p.weight_dtype, first, end, A(1));
-    load_channels(biases, p.bias, p.weight_dtype, first, end, A(0));
-    // As the forward computed them, to the bit.
-    for (int64_t channel = first; channel < end; channel++)
-      scales[channel - first] *= static_cast<const A*>(p.invstd)[channel];
-    mean.set(first, end, static_cast<const A*>(p.mean) + first);
-    scale.set(first, end, scales);
-    bias.set(first, end, biases);
-  });
+           exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {}
+
+template <class A>
+void BackwardOperands<A>::set(int64_t first, int64_t end) {
+  A scales[kChannelBatch], biases[kChannelBatch];
+  load_channels(scales, params.weight, params.weight_dtype, first, end, A(1));
+  // As the forward computed them, to the bit.
+  for (int64_t channel = first; channel < end; channel++)
+    scales[channel - first] *= static_cast<const A*>(params.invstd)[channel];
+  mean.set(first, end, static_cast<const A*>(params.mean) + first);
+  scale.set(first, end, scales);
+  if (derivative != Derivative::relu && derivative != Derivative::general) return;  // the activation's argument alone
+  load_channels(biases, params.bias, params.weight_dtype, first, end, A(0));
+  bias.set(first, end, biases);
 }
 
 template <class A>
-void sums_of_group(const BackwardOperands<A>& b, int64_t first, int64_t end, const SumsSink& sink) {
-  for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-    Sums whole[kChannelBatch];
-    for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
-    sink(begin, stop, whole);
-  });
-}
-
-template <class A>
-void sums_of_all(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
-  if (b.plan.numel() == 0) {
-    const Sums nothing[kChannelBatch] = {};
-    for_each_step(0, b.plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
-  } else if (b.plan.by_column) {
-    sums_of_columns(b, parallel, sink);
+void sums_of_group(BackwardOperands<A>& b, int64_t first, int64_t end, const SumsSink& sink) {
+  Sums whole[kChannelBatch];
+  if (b.plan.by_column) {
+    const SubMatrix group = columns_of_group(b.plan, first, end);
+    ColumnSums<A> sums(b.plan, group);
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) { b.set(begin, stop); });
+    for_each_group_of_columns(group, kColumns, [&](const SubMatrix& block) { sums.set(b, 0, block); });
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+      sums.merge(begin, stop, whole);
+      sink(begin, stop, whole);
+    });
   } else {
-    sums_of_strips(b, parallel, sink);
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+      b.set(begin, stop);
+      for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
+      sink(begin, stop, whole);
+    });
+  }
+}
+
+template <class A>
+void sums_of_all(BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
+  const Plan& plan = b.plan;
+  if (plan.numel() == 0) {
+    const Sums nothing[kChannelBatch] = {};
+    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
+  } else if (plan.by_group) {
+    for_each_group(parallel, plan, plan.channels_per_task,
+                   [&](int64_t first, int64_t end) { sums_of_group(b, first, end, sink); });
+  } else {
+    for_all_channels(parallel, plan, kSetChannel, [&](int64_t first, int64_t end) { b.set(first, end); });
+    if (plan.by_column) sums_of_columns(b, parallel, sink);
+    else sums_of_pieces(b, parallel, sink);
   }
 }
 
@@ -145,10 +184,10 @@ void store_sums(const BatchNormBackwardParams& p, int64_t first, int64_t end, co
 
 template struct BackwardOperands<float>;
 template struct BackwardOperands<double>;
-template void sums_of_group(const BackwardOperands<float>&, int64_t, int64_t, const SumsSink&);
-template void sums_of_group(const BackwardOperands<double>&, int64_t, int64_t, const SumsSink&);
-template void sums_of_all(const BackwardOperands<float>&, const ParallelFor&, const SumsSink&);
-template void sums_of_all(const BackwardOperands<double>&, const ParallelFor&, const SumsSink&);
+template void sums_of_group(BackwardOperands<float>&, int64_t, int64_t, const SumsSink&);
+template void sums_of_group(BackwardOperands<double>&, int64_t, int64_t, const SumsSink&);
+template void sums_of_all(BackwardOperands<float>&, const ParallelFor&, const SumsSink&);
+template void sums_of_all(BackwardOperands<double>&, const ParallelFor&, const SumsSink&);
 template void store_sums<float>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 template void store_sums<double>(const BatchNormBackwardParams&, int64_t, int64_t, const Sums*);
 
@@ -156,7 +195,8 @@ void batch_norm_backward_reduce(const BatchNormBackwardParams& p, const Parallel
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    sums_of_all(BackwardOperands<A>(p, plan), parallel,
+    BackwardOperands<A> operands(p, plan);
+    sums_of_all(operands, parallel,
                 [&](int64_t first, int64_t end, const Sums* sums) { store_sums<A>(p, first, end, sums); });
   });
 }

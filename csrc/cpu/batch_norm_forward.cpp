@@ -41,11 +41,11 @@ void batch_norm_forward(const BatchNormForwardParams& p, const ParallelFor& para
       normalizer.set(first, end, mean, invstd);
     };
 
-    if (!plan.by_column && plan.pieces == 1 && (p.mask == nullptr || plan.masks_by_group)) {
+    if (plan.by_group && (p.mask == nullptr || plan.masks_by_group)) {
       const int64_t each = p.mask == nullptr ? plan.channels_per_task : plan.channels_per_masked_task;
       for_each_group(parallel, plan, each, [&](int64_t first, int64_t end) {
         stats_of_group<A>(p, plan, first, end, finish);
-        for_each_block_of_group(plan, first, end, [&](const SubMatrix& block) { normalizer.run(block); });
+        normalizer.run_group(first, end);
       });
     } else {
       stats_of_all<A>(p, plan, parallel, finish);

@@ -6,7 +6,7 @@ namespace bnext::cpu {
 
 template <class A>
 Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int64_t reads_of_x)
-    : ElementwisePass<NormalizeArgs<A>>(plan, {}, epilogue_of(p) == Epilogue::general),
+    : ElementwisePass<A, NormalizeArgs<A>>(plan, kernels<A>(p.dtype), {}, epilogue_of(p) == Epilogue::general),
       params_(p),
       mean_(plan),
       scale_(plan),
@@ -26,7 +26,7 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int
   // What is in a cache anyway is found sooner in ascending order, which the hardware foresees. (Backward, which reads
   // two tensors, it makes no difference on 1 thread, and takes 4 % more on 2.)
   this->from_end_ = args.beyond_cache;
-  this->kernel_ = kernels<A>(p.dtype).normalize[static_cast<int>(epilogue_of(p))][plan.by_column];
+  this->kernel_ = this->kernels_.normalize[static_cast<int>(epilogue_of(p))][plan.by_column];
 }
 
 template <class A>
@@ -49,8 +49,7 @@ void batch_norm_normalize(const BatchNormForwardParams& p, const ParallelFor& pa
     const Plan plan = make_plan(p.shape);
     Normalizer<A> normalizer(p, plan, /*reads_of_x=*/1);
     constexpr DType acc_dtype = dtype_of<A>::value;
-    constexpr int64_t kSet = 16;  // additions' time
-    for_all_channels(parallel, plan, kSet, [&](int64_t first, int64_t end) {
+    normalizer.run_all(parallel, [&](int64_t first, int64_t end) {
       A mean[kChannelBatch], invstd[kChannelBatch];
       if (p.running_mean == nullptr) {
         load_channels(mean, p.mean, acc_dtype, first, end, A(0));
@@ -64,7 +63,6 @@ void batch_norm_normalize(const BatchNormForwardParams& p, const ParallelFor& pa
       }
       normalizer.set(first, end, mean, invstd);
     });
-    normalizer.run_all(parallel);
   });
 }
 

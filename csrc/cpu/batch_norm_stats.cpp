@@ -54,13 +54,8 @@ Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan
 }
 
 template <class A>
-void stats_of_strips(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
+void stats_of_pieces(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                      const StatsSink& sink) {
-  if (plan.pieces == 1) {
-    for_each_group(parallel, plan, plan.channels_per_task,
-                   [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, sink); });
-    return;
-  }
   std::vector<Welford<double>> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces, [&](int64_t task) {
     parts[task] = stats_of_piece<A>(p, plan, task / plan.pieces, task % plan.pieces);
@@ -74,45 +69,74 @@ void stats_of_strips(const BatchNormForwardParams& p, const Plan& plan, const Pa
   });
 }
 
+// Statistics of columns, of some splits of all rows.
+template <class A>
+class ColumnStats {
+ public:
+  // Of all columns and splits, or of those of a group.
+  explicit ColumnStats(const Plan& plan) : ColumnStats(plan, 0, plan.pitch, plan.splits()) {}
+  ColumnStats(const Plan& plan, const SubMatrix& group) : ColumnStats(plan, group.param, group.width + kPadding, 1) {}
+
+  void set(const BatchNormForwardParams& p, int64_t down, const SubMatrix& block) {
+    const int64_t at = index(down, block.param);
+    kernels<A>(p.dtype).column_moments(p.x, block, &shift_[at], &offset_[at], &var_[at]);
+  }
+
+  // Merges the columns of each of channels [first, end), at most kChannelBatch. Two passes over them, as over the data:
+  // no division for each.
+  void merge(int64_t first, int64_t end, Welford<double>* whole) const {
+    double centre[kChannelBatch], mean[kChannelBatch], m2[kChannelBatch];
+    for (int64_t channel = first; channel < end; channel++)
+      centre[channel - first] = shift_[index(0, channel * plan_.inner)];
+    const double count = static_cast<double>(plan_.outer * plan_.inner);
+    sum(first, end, mean, [&](int64_t i, int64_t at) { return (shift_[at] - centre[i]) + offset_[at]; });
+    for (int64_t i = 0; i < end - first; i++) mean[i] /= count;
+    sum(first, end, m2, [&](int64_t i, int64_t at) {
+      const double d = ((shift_[at] - centre[i]) + offset_[at]) - mean[i];
+      return var_[at] + d * d;
+    });
+    for (int64_t i = 0; i < end - first; i++) whole[i] = {count, centre[i], mean[i], m2[i] / count};
+  }
+
+ private:
+  ColumnStats(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
+      : plan_(plan), column_(column), pitch_(pitch), shift_(splits * pitch), offset_(splits * pitch),
+        var_(splits * pitch) {}
+
+  int64_t index(int64_t down, int64_t column) const { return down * pitch_ + column - column_; }
+
+  // Sums of term(channel - first, index of a column of that channel), each as often as the column has rows.
+  template <class F>
+  void sum(int64_t first, int64_t end, double* totals, F term) const {
+    std::fill(totals, totals + (end - first), 0.0);
+    const int64_t splits = static_cast<int64_t>(shift_.size()) / pitch_;
+    for (int64_t down = 0; down < splits; down++) {
+      const int64_t columns = down == plan_.blocks_down ? plan_.tail : plan_.width;
+      double parts[kChannelBatch] = {};
+      for_each_column(plan_, first, end, columns, [&](int64_t channel, int64_t column) {
+        parts[channel - first] += term(channel - first, index(down, column));
+      });
+      const double rows = static_cast<double>(block_of_columns(plan_, down, 0).rows);
+      for (int64_t i = 0; i < end - first; i++) totals[i] += parts[i] * rows;
+    }
+  }
+
+  const Plan& plan_;
+  const int64_t column_, pitch_;  // of the first column; entries of a split
+  std::vector<A> shift_;
+  std::vector<double> offset_, var_;
+};
+
 template <class A>
 void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                       const StatsSink& sink) {
-  const Kernels<A>& k = kernels<A>(p.dtype);
-  const int64_t splits = plan.splits();
-  std::vector<A> shift(splits * plan.pitch);
-  std::vector<double> offset(splits * plan.pitch), var(splits * plan.pitch);
+  ColumnStats<A> stats(plan);
   for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
-    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) {
-      const int64_t at = down * plan.pitch + block.param;
-      k.column_moments(p.x, block, &shift[at], &offset[at], &var[at]);
-    });
+    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) { stats.set(p, down, block); });
   });
-
-  // Two passes over the channels' columns, as over the data: no division for each.
-  const auto sum = [&](int64_t first, int64_t end, double* totals, auto term) {
-    std::fill(totals, totals + (end - first), 0.0);
-    for (int64_t down = 0; down < splits; down++) {
-      const int64_t at = down * plan.pitch, columns = down == plan.blocks_down ? plan.tail : plan.width;
-      double parts[kChannelBatch] = {};
-      for_each_column(plan, first, end, columns, [&](int64_t channel, int64_t column) {
-        parts[channel - first] += term(channel - first, at + column);
-      });
-      const double rows = static_cast<double>(block_of_columns(plan, down, 0).rows);
-      for (int64_t i = 0; i < end - first; i++) totals[i] += parts[i] * rows;
-    }
-  };
-  const double count = static_cast<double>(plan.outer * plan.inner);
-  for_all_channels(parallel, plan, 4 * splits * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
-    double centre[kChannelBatch], mean[kChannelBatch], m2[kChannelBatch];
-    for (int64_t channel = first; channel < end; channel++) centre[channel - first] = shift[channel * plan.inner];
-    sum(first, end, mean, [&](int64_t i, int64_t at) { return (shift[at] - centre[i]) + offset[at]; });
-    for (int64_t i = 0; i < end - first; i++) mean[i] /= count;
-    sum(first, end, m2, [&](int64_t i, int64_t at) {
-      const double d = ((shift[at] - centre[i]) + offset[at]) - mean[i];
-      return var[at] + d * d;
-    });
+  for_all_channels(parallel, plan, 4 * plan.splits() * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
     Welford<double> whole[kChannelBatch];
-    for (int64_t i = 0; i < end - first; i++) whole[i] = {count, centre[i], mean[i], m2[i] / count};
+    stats.merge(first, end, whole);
     sink(first, end, whole);
   });
 }
@@ -122,12 +146,22 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
 template <class A>
 void stats_of_group(const BatchNormForwardParams& p, const Plan& plan, int64_t first, int64_t end,
                     const StatsSink& sink) {
-  for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-    Welford<double> whole[kChannelBatch];
-    for (int64_t channel = begin; channel < stop; channel++)
-      whole[channel - begin] = stats_of_piece<A>(p, plan, channel, 0);
-    sink(begin, stop, whole);
-  });
+  Welford<double> whole[kChannelBatch];
+  if (plan.by_column) {
+    const SubMatrix group = columns_of_group(plan, first, end);
+    ColumnStats<A> stats(plan, group);
+    for_each_group_of_columns(group, kColumns, [&](const SubMatrix& block) { stats.set(p, 0, block); });
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+      stats.merge(begin, stop, whole);
+      sink(begin, stop, whole);
+    });
+  } else {
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+      for (int64_t channel = begin; channel < stop; channel++)
+        whole[channel - begin] = stats_of_piece<A>(p, plan, channel, 0);
+      sink(begin, stop, whole);
+    });
+  }
 }
 
 template <class A>
@@ -136,10 +170,13 @@ void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const Paral
   if (plan.numel() == 0) {
     const Welford<double> nothing[kChannelBatch] = {};
     for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
+  } else if (plan.by_group) {
+    for_each_group(parallel, plan, plan.channels_per_task,
+                   [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, sink); });
   } else if (plan.by_column) {
     stats_of_columns<A>(p, plan, parallel, sink);
   } else {
-    stats_of_strips<A>(p, plan, parallel, sink);
+    stats_of_pieces<A>(p, plan, parallel, sink);
   }
 }
 

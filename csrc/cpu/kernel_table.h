@@ -28,6 +28,7 @@ constexpr Kernels<acc_t<T>> kernels_of(std::integer_sequence<int, e...>, std::in
       {column_sums<T, Derivative{d}>...},
       {{{gradient<T, Derivative{d}, false, false>, gradient<T, Derivative{d}, false, true>},
         {gradient<T, Derivative{d}, true, false>, gradient<T, Derivative{d}, true, true>}}...},
+      stream_fence,
   };
 }
 

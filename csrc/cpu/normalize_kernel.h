@@ -68,7 +68,7 @@ template <class T, Epilogue epilogue, bool by_column>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
-  Stores stores = stores_of<T>(args.beyond_cache, block.width, {args.x, adds ? args.residual : nullptr}, {args.y});
+  Stores stores = stores_of<T>(args.beyond_cache, block, {args.x, adds ? args.residual : nullptr}, {args.y});
   if (mask != nullptr && stores != Stores::to_cache && !has_whole_bytes(block, static_cast<const T*>(args.y)))
     stores = Stores::past_caches;
   for (int64_t i = 0; i < block.rows; i++) {
@@ -79,7 +79,7 @@ template <class T, Epilogue epilogue, bool by_column>
     const T* residual = static_cast<const T*>(args.residual) + (adds ? first : 0);
     T* y = static_cast<T*>(args.y) + first;
     // Decided for each row, since rows begin at any place of a cache line.
-    const Streaming streaming(stores, block.width, y);
+    const Streaming streaming(stores, block, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
     const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance(stores));
@@ -96,7 +96,6 @@ template <class T, Epilogue epilogue, bool by_column>
       store(y + j, part, v);
     });
   }
-  if (args.beyond_cache) stream_fence();
 }
 
 // With any activation: z of a row goes to a buffer that stays in the first-level cache, and one activation's loop over
@@ -119,11 +118,10 @@ template <class T, bool by_column>
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    const Streaming streaming(args.beyond_cache ? Stores::past_caches : Stores::to_cache, block.width, y);
+    const Streaming streaming(args.beyond_cache ? Stores::past_caches : Stores::to_cache, block, y);
     for_each_vector<A>(streaming, block.width, Tail::overlapping,
                        [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
   }
-  if (args.beyond_cache) stream_fence();
 }
 
 }  // namespace

@@ -15,8 +15,9 @@ constexpr int64_t kGrain = 8192;
 // Tasks that a reduction is cut into where the shape has enough for it, a power of two: enough to keep
 // many cores busy, few enough that merging their results costs nothing.
 constexpr int64_t kTasks = 64;
-// Grains of an elementwise pass. Few of them are a power of two, so that they share out evenly.
-constexpr int64_t kFewGrains = 16, kMaxGrains = 1024;
+// Grains of an elementwise pass, at most. Few of them, and few tasks that take whole channels, are a power of two, so
+// that they share out evenly.
+constexpr int64_t kMaxGrains = 1024, kFew = 16;
 // Fewer channels than this do not keep many cores busy: their strips are cut.
 constexpr int64_t kEnoughChannels = 16;
 // Contiguous elements that are worth the latency of finding the next ones, and elements that stay in
@@ -28,8 +29,11 @@ constexpr int64_t kCached = 65536;
 constexpr int64_t kWidth = 128;
 constexpr int64_t kHeight = 256;
 constexpr int64_t kNarrowestBlock = 64;
+// A matrix of no more rows stays in cache by groups of whole channels. There, what is done once for each column takes as
+// long as so many rows.
+constexpr int64_t kLowMatrix = 64, kRowsPerColumn = 16;
 
-int64_t grain_of(const Plan& p) { return p.numel() <= kOneThread ? kOneThread : kGrain; }
+int64_t grain_of(int64_t elements) { return elements <= kOneThread ? kOneThread : kGrain; }
 
 // The next power of two from n up, and the next one from n > 0 down.
 int64_t power_of_two_above(int64_t n) {
@@ -39,10 +43,24 @@ int64_t power_of_two_above(int64_t n) {
 }
 int64_t power_of_two_below(int64_t n) { return power_of_two_above(n / 2 + 1); }
 
+// Channels of a task, `each` or less: few tasks are a power of two, so that they share out evenly.
+int64_t channels_per_task(int64_t channels, int64_t each) {
+  const int64_t tasks = ceil_div(channels, each);
+  return tasks < kFew ? ceil_div(channels, power_of_two_above(tasks)) : each;
+}
+
+// How many of them are whole bytes of a mask, and whether that leaves enough tasks.
+void plan_masked_tasks(Plan& p) {
+  p.channels_per_masked_task = round_up(p.channels_per_task, 8 / std::gcd(p.inner, int64_t{8}));
+  p.masks_by_group = p.channels * p.inner % 8 == 0 && (p.channels_per_masked_task == p.channels_per_task ||
+                                                       p.channels / p.channels_per_masked_task >= kEnoughChannels);
+}
+
 void plan_strips(Plan& p) {
-  const int64_t strip = p.outer * p.inner, grain = grain_of(p);
+  const int64_t strip = p.outer * p.inner, grain = grain_of(p.numel());
   const bool cut = p.channels < kEnoughChannels;
   const int64_t wanted = cut ? power_of_two_below(std::clamp<int64_t>(strip / grain, 1, 2 * kTasks / p.channels)) : 1;
+  p.rows_per_block = std::max<int64_t>(1, kRowElements / round_up(p.inner, kRowStep));
   p.piece = std::max<int64_t>(1, ceil_div(strip, wanted));
   p.pieces = std::max<int64_t>(1, ceil_div(strip, p.piece));
 
@@ -50,10 +68,9 @@ void plan_strips(Plan& p) {
   // memory; but few enough that they stay in the second-level cache between the two looks.
   int64_t each = std::max(ceil_div(grain, strip), std::min(ceil_div(kLongRun, p.inner), kCached / strip));
   each = std::min(each, std::max(ceil_div(grain, strip), p.channels / kEnoughChannels));
-  p.channels_per_task = std::max<int64_t>(1, each);
-  p.channels_per_masked_task = round_up(p.channels_per_task, 8 / std::gcd(p.inner, int64_t{8}));
-  p.masks_by_group = p.channels * p.inner % 8 == 0 && (p.channels_per_masked_task == p.channels_per_task ||
-                                                       p.channels / p.channels_per_masked_task >= kEnoughChannels);
+  p.by_group = p.pieces == 1;
+  p.channels_per_task = channels_per_task(p.channels, std::max<int64_t>(1, each));
+  plan_masked_tasks(p);
 }
 
 void plan_columns(Plan& p) {
@@ -69,13 +86,20 @@ void plan_columns(Plan& p) {
   p.tail = p.outer % fold * period;
   p.pitch = round_up(p.width, kPadding) + kPadding;
 
-  const int64_t tasks = power_of_two_below(std::clamp<int64_t>(p.numel() / grain_of(p), 1, kTasks));
+  const int64_t tasks = power_of_two_below(std::clamp<int64_t>(p.numel() / grain_of(p.numel()), 1, kTasks));
   const int64_t down = power_of_two_below(std::clamp<int64_t>(p.rows / kHeight, 1, tasks));
   p.block_rows = std::max<int64_t>(1, ceil_div(p.rows, down));
   p.blocks_down = ceil_div(p.rows, p.block_rows);
   const int64_t across = std::clamp<int64_t>(p.width / kNarrowestBlock, 1, tasks / down);
   p.block_width = std::min(round_up(ceil_div(p.width, across), kPadding), kColumns);
   p.blocks_across = ceil_div(p.width, p.block_width);
+
+  p.by_group = fold == 1 && p.rows <= kLowMatrix;
+  if (!p.by_group) return;
+  const int64_t strip = (p.rows + kRowsPerColumn) * p.inner, grain = grain_of(p.channels * strip);
+  const int64_t each = std::max(ceil_div(grain, strip), ceil_div(kNarrowestBlock, p.inner));
+  p.channels_per_task = round_up(channels_per_task(p.channels, each), kPadding);
+  plan_masked_tasks(p);
 }
 
 }  // namespace
@@ -93,7 +117,7 @@ Plan make_plan(const Shape& shape) {
   if (p.numel() == 0) return p;
   // Long grains: memory comes in order within each, and the grains of a thread from the last to the first.
   int64_t grains = std::min(ceil_div(p.numel(), kOneThread), kMaxGrains);
-  if (grains < kFewGrains) grains = power_of_two_above(grains);
+  if (grains < kFew) grains = power_of_two_above(grains);
   p.grain = round_up(ceil_div(p.numel(), grains), 64);
   p.grains = ceil_div(p.numel(), p.grain);
   p.by_column = p.channels > 1 && p.inner < kShortestRun;

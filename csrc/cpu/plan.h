@@ -22,14 +22,17 @@ struct Plan {
   int64_t outer, channels, inner;
   bool by_column;
 
-  // strips. Reductions cut a channel's outer * inner elements into pieces; where there is but one,
-  // a task takes whole channels, from statistics to output, while they are in cache.
-  int64_t piece, pieces;
+  // Whether a task takes whole channels, adjacent ones, from statistics to output, while they are in cache.
+  bool by_group;
   int64_t channels_per_task;
   int64_t channels_per_masked_task;  // where tasks write a mask, no byte of which two of them share
   bool masks_by_group;               // whether there are whole bytes, and enough such tasks
 
-  // columns. Reductions cut the matrix into blocks; the tail is one more split, a row high.
+  // strips. Otherwise, reductions cut a channel's outer * inner elements into pieces.
+  int64_t piece, pieces;
+  int64_t rows_per_block;  // whole runs that a row kernel takes at once
+
+  // columns. Otherwise, reductions cut the matrix into blocks; the tail is one more split, a row high.
   int64_t width, rows, tail;
   int64_t block_width, blocks_across;
   int64_t block_rows, blocks_down;
@@ -49,16 +52,23 @@ Plan make_plan(const Shape&);
 // f also gets the first element of the block that comes next, which may be the next channel's.
 template <class F>
 void for_each_block_of_strip(const Plan& plan, int64_t channel, int64_t begin, int64_t end, F f) {
-  const int64_t stride = plan.channels * plan.inner;
-  const auto element = [&](int64_t channel, int64_t i) {
-    return i / plan.inner * stride + channel * plan.inner + i % plan.inner;
-  };
-  for (int64_t i = begin; i < end;) {
-    int64_t rows = 1, width = std::min({plan.inner - i % plan.inner, end - i, kRowElements});
-    if (width == plan.inner) rows = std::min(kRowElements / round_up(width, kRowStep), (end - i) / width);
-    const SubMatrix block = {element(channel, i), rows, width, stride, channel, 0};
-    i += rows * width;
-    f(block, i < end ? element(channel, i) : element(channel + 1, begin));
+  const int64_t inner = plan.inner, stride = plan.channels * inner;
+  // Divided once: blocks may be so short that a division for each would be felt.
+  int64_t run = begin / inner, i = begin % inner;
+  const int64_t whole_runs = end / inner, first = run * stride + channel * inner + i;
+  for (int64_t at = first, left = end - begin; left > 0;) {
+    int64_t rows = 1, width = std::min({inner - i, left, kRowElements});
+    if (width == inner) rows = std::min(plan.rows_per_block, whole_runs - run);
+    const SubMatrix block = {at, rows, width, stride, channel, 0};
+    left -= rows * width;
+    i += width;
+    at += width;
+    if (i == inner) {
+      at += rows * stride - inner;
+      run += rows;
+      i = 0;
+    }
+    f(block, left > 0 ? at : first + inner);
   }
 }
 

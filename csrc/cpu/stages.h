@@ -28,12 +28,15 @@ void for_each_task_reversed(const ParallelFor& parallel, int64_t tasks, F run) {
   });
 }
 
-// Calls run(first, end) for groups of `each` adjacent channels of a plan by strips.
+// Calls run(first, end) for groups of `each` adjacent channels.
 template <class F>
 void for_each_group(const ParallelFor& parallel, const Plan& plan, int64_t each, F run) {
   for_each_task(parallel, ceil_div(plan.channels, each),
                 [&](int64_t task) { run(task * each, std::min((task + 1) * each, plan.channels)); });
 }
+
+// What a channel's parameters are set in, in additions' time.
+constexpr int64_t kSetChannel = 16;
 
 // Calls run(first, end) for all channels, some together, each of which is `work` additions or as much: some
 // microseconds of them to a task.
@@ -44,12 +47,26 @@ void for_all_channels(const ParallelFor& parallel, const Plan& plan, int64_t wor
                  [&](int64_t first, int64_t end) { for_each_step(first, end, run); });
 }
 
-// The blocks of channels [first, end), as they lie in memory, last image first: what was read last is
-// what is still in cache.
+// Channels [first, end) of a plan by columns whose tasks take whole channels.
+inline SubMatrix columns_of_group(const Plan& plan, int64_t first, int64_t end) {
+  return {first * plan.inner, plan.rows, (end - first) * plan.inner, plan.width, first * plan.inner, 0};
+}
+
+// The blocks of channels [first, end): few, of many rows, unless runs are so short that it takes less to read them as
+// they lie in memory. Strips come last image first: what was read last is what is still in cache.
 template <class F>
 void for_each_block_of_group(const Plan& plan, int64_t first, int64_t end, F f) {
-  for (int64_t o = plan.outer; o-- > 0;)
-    f(SubMatrix{(o * plan.channels + first) * plan.inner, end - first, plan.inner, plan.inner, first, 1});
+  constexpr int64_t kLongRows = 128;
+  const int64_t inner = plan.inner, image = plan.channels * inner;
+  if (plan.by_column) {
+    f(columns_of_group(plan, first, end));
+  } else if (end - first == 1 || (end - first <= plan.outer && inner >= kLongRows)) {
+    for (int64_t channel = first; channel < end; channel++)
+      f(SubMatrix{(plan.outer - 1) * image + channel * inner, plan.outer, inner, -image, channel, 0});
+  } else {
+    for (int64_t o = plan.outer; o-- > 0;)
+      f(SubMatrix{o * image + first * inner, end - first, inner, inner, first, 1});
+  }
 }
 
 // A block in pieces of at most `width` columns.
@@ -72,17 +89,64 @@ void for_each_group_of_columns(const SubMatrix& block, int64_t columns, F f) {
 }
 
 // batch_norm_stats.cpp. Calls sink(first, end, statistics of channels [first, end)), at most kChannelBatch of them at a
-// time, for a group of channels of a plan by strips, or for all channels, on several threads.
+// time, for a task's channels where it takes whole ones, or for all channels, on several threads.
 using StatsSink = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
 template <class A>
 void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, int64_t end, const StatsSink& sink);
 template <class A>
 void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const StatsSink& sink);
 
-// An elementwise pass, once what belongs to each channel is set: of one block, or of all, on several threads.
-template <class Args>
+// An elementwise pass, once what belongs to each channel is set: of a task's channels, where it takes whole ones, or of
+// all, on several threads.
+template <class A, class Args>
 class ElementwisePass {
  public:
+  void run_group(int64_t first, int64_t end) const {
+    for_each_block_of_group(plan_, first, end, [&](const SubMatrix& block) { run(block); });
+    end_task();
+  }
+  void run_all(const ParallelFor& parallel) const {
+    const auto run_grain = [&](int64_t task) {
+      const int64_t begin = task * plan_.grain;
+      for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
+                               [&](const SubMatrix& block) { run(block); });
+      end_task();
+    };
+    if (from_end_) for_each_task_reversed(parallel, plan_.grains, run_grain);
+    else for_each_task(parallel, plan_.grains, run_grain);
+  }
+  // The same, each channel after set(first, end), of at most kChannelBatch channels.
+  template <class F>
+  void run_all(const ParallelFor& parallel, F set) const {
+    // Of a few rows: to set what each column has takes as long as these.
+    if (plan_.by_column && plan_.by_group && (args_.mask == nullptr || plan_.masks_by_group)) {
+      for_each_group(parallel, plan_, plan_.channels_per_task, [&](int64_t first, int64_t end) {
+        for_each_step(first, end, set);
+        run_group(first, end);
+      });
+    } else {
+      for_all_channels(parallel, plan_, kSetChannel, set);
+      run_all(parallel);
+    }
+  }
+
+ protected:
+  // `general`: of the kernels' `general` variant, whose rows are limited.
+  ElementwisePass(const Plan& plan, const Kernels<A>& kernels, const Args& args, bool general)
+      : plan_(plan),
+        kernels_(kernels),
+        args_(args),
+        widest_(general ? kGeneralRow : std::numeric_limits<int64_t>::max()) {}
+
+  const Plan& plan_;
+  const Kernels<A>& kernels_;
+  Args args_;
+  int64_t widest_;
+  // Whether run_all goes from the end of memory: what the pass before read last may still be in a cache.
+  bool from_end_ = true;
+  void (*kernel_)(const Args&, const SubMatrix&) = nullptr;
+
+ private:
   void run(const SubMatrix& block) const {
     const auto run_kernel = [&](const SubMatrix& part) { kernel_(args_, part); };
     // The parameters of so many columns, of up to five arrays, stay in the first-level cache while the rows pass by.
@@ -96,32 +160,14 @@ class ElementwisePass {
       for_each_piece(plan_, block, widest_, run_kernel);
     }
   }
-  void run_all(const ParallelFor& parallel) const {
-    const auto run_grain = [&](int64_t task) {
-      const int64_t begin = task * plan_.grain;
-      for_each_block_of_memory(plan_, begin, std::min(begin + plan_.grain, plan_.numel()),
-                               [&](const SubMatrix& block) { run(block); });
-    };
-    if (from_end_) for_each_task_reversed(parallel, plan_.grains, run_grain);
-    else for_each_task(parallel, plan_.grains, run_grain);
+  void end_task() const {
+    if (args_.beyond_cache) kernels_.stream_fence();
   }
-
- protected:
-  // `general`: of the kernels' `general` variant, whose rows are limited.
-  ElementwisePass(const Plan& plan, const Args& args, bool general)
-      : plan_(plan), args_(args), widest_(general ? kGeneralRow : std::numeric_limits<int64_t>::max()) {}
-
-  const Plan& plan_;
-  Args args_;
-  int64_t widest_;
-  // Whether run_all goes from the end of memory: what the pass before read last may still be in a cache.
-  bool from_end_ = true;
-  void (*kernel_)(const Args&, const SubMatrix&) = nullptr;
 };
 
 // batch_norm_normalize.cpp
 template <class A>
-class Normalizer : public ElementwisePass<NormalizeArgs<A>> {
+class Normalizer : public ElementwisePass<A, NormalizeArgs<A>> {
  public:
   // `reads_of_x`: with those of the statistics before, if there are any.
   Normalizer(const BatchNormForwardParams&, const Plan&, int64_t reads_of_x);
@@ -147,6 +193,8 @@ template <class A>
 struct BackwardOperands {
   // `keeps_dz`: the sums leave dy' for the input gradient, which then need not find it a second time.
   BackwardOperands(const BatchNormBackwardParams&, const Plan&, bool keeps_dz = false);
+  // Of at most kChannelBatch channels. The sums do it, too.
+  void set(int64_t first, int64_t end);
 
   const BatchNormBackwardParams& params;
   const Plan& plan;
@@ -158,14 +206,14 @@ struct BackwardOperands {
 // As stats_of_group and stats_of_all do.
 using SumsSink = std::function<void(int64_t first, int64_t end, const Sums*)>;
 template <class A>
-void sums_of_group(const BackwardOperands<A>&, int64_t first, int64_t end, const SumsSink& sink);
-template <class A> void sums_of_all(const BackwardOperands<A>&, const ParallelFor&, const SumsSink& sink);
+void sums_of_group(BackwardOperands<A>&, int64_t first, int64_t end, const SumsSink& sink);
+template <class A> void sums_of_all(BackwardOperands<A>&, const ParallelFor&, const SumsSink& sink);
 // Rounds the sums of channels [first, end) to A and stores them, and the parameters' gradients where they are wanted.
 template <class A> void store_sums(const BatchNormBackwardParams&, int64_t first, int64_t end, const Sums*);
 
 // batch_norm_backward_input.cpp
 template <class A>
-class InputGradient : public ElementwisePass<BackwardArgs<A>> {
+class InputGradient : public ElementwisePass<A, BackwardArgs<A>> {
  public:
   explicit InputGradient(const BackwardOperands<A>&);
   // Of at most kChannelBatch channels, from the sums that store_sums left. Not needed in eval mode, which has none.

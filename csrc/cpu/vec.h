@@ -31,6 +31,7 @@
 #include <type_traits>
 
 #include "../core/types.h"
+#include "kernels.h"
 
 namespace bnext::cpu {
 namespace {
@@ -183,14 +184,19 @@ double sum(const Vec<A> (&v)[count]) {
   return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]));
 }
 
+// Every n-th of a vector's lanes, added up as a tree. By a loop, which compilers leave in memory, it would take longer
+// than to load and add a short row.
+template <class A, int64_t n>
+A sum_of_every(const A* lanes) {
+  if constexpr (n == Vec<A>::lanes) return *lanes;
+  else return sum_of_every<A, 2 * n>(lanes) + sum_of_every<A, 2 * n>(lanes + n);
+}
 // The same to within some roundings of A, in half the time.
 template <class A>
 A fast_sum(const Vec<A> (&v)[4]) {
   A lanes[Vec<A>::lanes];
   store(lanes, Full{}, (v[0] + v[1]) + (v[2] + v[3]));
-  for (int64_t n = Vec<A>::lanes / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; i++) lanes[i] += lanes[i + n];
-  return lanes[0];
+  return sum_of_every<A, 1>(lanes);
 }
 
 // For rows [0, rows) of `width` elements, which are summed up: calls begin(row), and for the row's vectors
@@ -252,24 +258,29 @@ inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
 
 // Where the stores of an element-wise pass over a row may go past the caches: whole cache lines of it, as half a line
 // takes a detour through memory. Not worth it in short rows, unless these are whole lines: a line that two rows share
-// is fetched first, by the normal stores at their ends.
+// is fetched first, by the normal stores at their ends; and with it the lines behind, where rows follow each other.
 struct Streaming {
   template <class T> static constexpr int64_t kLine = 64 / sizeof(T);
-  template <class T> static constexpr int64_t kLongRow = 1024 / sizeof(T);
+  template <class T> static bool is_long(const SubMatrix& block) {
+    constexpr int64_t kFollowing = 1024 / sizeof(T), kApart = 512 / sizeof(T);
+    return block.width >= (block.stride == block.width ? kFollowing : kApart);
+  }
   // Of rows of any address.
-  template <class T> static bool possible(int64_t width) { return width >= kLongRow<T> || width % kLine<T> == 0; }
+  template <class T> static bool possible(const SubMatrix& block) {
+    return is_long<T>(block) || block.width % kLine<T> == 0;
+  }
 
   Stores stores;
   int64_t head = 0;  // elements before the first such line
   int64_t length = 0;
 
-  // `p` and `q`: where the outputs of the row begin; a null pointer is in nobody's way.
+  // `p` and `q`: where the outputs of one of the block's rows begin; a null pointer is in nobody's way.
   template <class T>
-  Streaming(Stores how, int64_t width, const T* p, const T* q = nullptr) : stores(how) {
+  Streaming(Stores how, const SubMatrix& block, const T* p, const T* q = nullptr) : stores(how) {
     if (how == Stores::to_cache) return;
-    const int64_t to_line = before_line(p != nullptr ? p : q), lines = (width - to_line) / kLine<T> * kLine<T>;
+    const int64_t to_line = before_line(p != nullptr ? p : q), lines = (block.width - to_line) / kLine<T> * kLine<T>;
     if (p != nullptr && q != nullptr && before_line(q) != to_line) return;
-    if (lines != width && width < kLongRow<T>) return;
+    if (lines != block.width && !is_long<T>(block)) return;
     head = to_line;
     length = lines;
   }
@@ -279,13 +290,13 @@ struct Streaming {
   }
 };
 
-// Of a pass over rows of so many elements. A load waits for every store past the caches under way whose address has the
+// Of a pass over a block. A load waits for every store past the caches under way whose address has the
 // same low 12 bits, and of an output that was allocated right behind an input each store has those of the input's next
 // cache line: passes take up to 2.8 times as long. From the end of memory on, there is none nearby.
 template <class T>
-Stores stores_of(bool beyond_cache, int64_t width, std::initializer_list<const void*> inputs,
+Stores stores_of(bool beyond_cache, const SubMatrix& block, std::initializer_list<const void*> inputs,
                  std::initializer_list<const void*> outputs) {
-  if (!beyond_cache || !Streaming::possible<T>(width)) return Stores::to_cache;
+  if (!beyond_cache || !Streaming::possible<T>(block)) return Stores::to_cache;
   constexpr uintptr_t kPage = 4096;
   uintptr_t nearest_ahead = kPage, nearest_behind = kPage;
   for (const void* out : outputs) {
