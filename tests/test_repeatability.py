@@ -7,7 +7,16 @@ from problems import DTYPES, channels_last, contiguous
 import bnext
 
 #: Small and large enough to be split; more channels than threads and fewer.
-SHAPES = [(300, 6), (9, 257), (4, 6, 33, 31), (2, 64, 28, 28), (1, 1, 211, 223), (64, 3, 9, 9), (3, 1021, 3, 3), (7, 2048)]
+SHAPES = [
+    (300, 6),
+    (9, 257),
+    (4, 6, 33, 31),
+    (2, 64, 28, 28),
+    (1, 1, 211, 223),
+    (64, 3, 9, 9),
+    (3, 1021, 3, 3),
+    (7, 2048),
+]
 
 
 def run(device, dtypes, layout, shape, **options):

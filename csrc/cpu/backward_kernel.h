@@ -207,7 +207,7 @@ template <class T, Derivative from, bool training, bool by_column>
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
-    const int64_t ahead = first + Prefetcher<T>::distance(stores);
+    const int64_t ahead = first + Prefetcher<T>::distance(block, stores);
     const Prefetcher<T> dy_ahead(args.dy, ahead), x_ahead(args.x, ahead);
     for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
       V xmu(0);

@@ -100,7 +100,11 @@ class ColumnStats {
 
  private:
   ColumnStats(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
-      : plan_(plan), column_(column), pitch_(pitch), shift_(splits * pitch), offset_(splits * pitch),
+      : plan_(plan),
+        column_(column),
+        pitch_(pitch),
+        shift_(splits * pitch),
+        offset_(splits * pitch),
         var_(splits * pitch) {}
 
   int64_t index(int64_t down, int64_t column) const { return down * pitch_ + column - column_; }

@@ -97,7 +97,8 @@ struct Kernels {
   // dx and, where not null, dresidual.
   void (*gradient[kDerivatives][2][2])(const BackwardArgs<A>&, const SubMatrix&);  // [derivative][training][by column]
 
-  // Must follow elementwise kernels whose tensors are beyond the cache, before another thread may look at their outputs.
+  // Must follow elementwise kernels whose tensors are beyond the cache, before another thread may look at their
+  // outputs.
   void (*stream_fence)();
 };
 

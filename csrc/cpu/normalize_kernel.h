@@ -82,10 +82,10 @@ template <class T, Epilogue epilogue, bool by_column>
     const Streaming streaming(stores, block, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
-    const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance(stores));
+    const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance(block, stores));
     for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
-      ahead.fetch(j);
+      ahead.fetch_line(j);
       V v = affine(load(x + j, part), j);
       if constexpr (adds) v = v + load(residual + j, part);
       // The bit is of the sum before it is rounded to T: the backward asks for the very z that relu saw.

@@ -29,8 +29,8 @@ constexpr int64_t kCached = 65536;
 constexpr int64_t kWidth = 128;
 constexpr int64_t kHeight = 256;
 constexpr int64_t kNarrowestBlock = 64;
-// A matrix of no more rows stays in cache by groups of whole channels. There, what is done once for each column takes as
-// long as so many rows.
+// A matrix of no more rows stays in cache by groups of whole channels. There, what is done once for each column takes
+// as long as so many rows.
 constexpr int64_t kLowMatrix = 64, kRowsPerColumn = 16;
 
 int64_t grain_of(int64_t elements) { return elements <= kOneThread ? kOneThread : kGrain; }

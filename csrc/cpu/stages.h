@@ -64,8 +64,7 @@ void for_each_block_of_group(const Plan& plan, int64_t first, int64_t end, F f) 
     for (int64_t channel = first; channel < end; channel++)
       f(SubMatrix{(plan.outer - 1) * image + channel * inner, plan.outer, inner, -image, channel, 0});
   } else {
-    for (int64_t o = plan.outer; o-- > 0;)
-      f(SubMatrix{o * image + first * inner, end - first, inner, inner, first, 1});
+    for (int64_t o = plan.outer; o-- > 0;) f(SubMatrix{o * image + first * inner, end - first, inner, inner, first, 1});
   }
 }
 
@@ -152,10 +151,12 @@ class ElementwisePass {
     // The parameters of so many columns, of up to five arrays, stay in the first-level cache while the rows pass by.
     // Not of tensors beyond the cache, which are read as memory comes, nor where rows share a byte of a mask, which is
     // written in order.
-    constexpr int64_t kColumnsOfParameters = 1024;
+    constexpr int64_t kColumnsOfParameters = 1536;
     static_assert(kColumnsOfParameters <= kGeneralRow);
     if (plan_.by_column && plan_.width % 8 == 0 && !args_.beyond_cache) {
-      for_each_group_of_columns(block, kColumnsOfParameters, run_kernel);
+      // Equal ones, since a few columns of long rows are read slowly.
+      const int64_t groups = ceil_div(block.width, kColumnsOfParameters);
+      for_each_group_of_columns(block, round_up(ceil_div(block.width, groups), 64), run_kernel);
     } else {
       for_each_piece(plan_, block, widest_, run_kernel);
     }

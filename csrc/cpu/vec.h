@@ -346,7 +346,12 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
 template <class T> struct Prefetcher {
   // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
   static constexpr int64_t kDistance = 2048 / sizeof(T);
-  static int64_t distance(Stores stores) { return stores == Stores::past_caches_backwards ? -kDistance : kDistance; }
+  // The same on a pass's way: in the rows of a block that have others between them, so many whole rows on.
+  static int64_t distance(const SubMatrix& block, Stores stores) {
+    const bool apart = block.stride != block.width;
+    const int64_t forwards = apart ? ceil_div(kDistance, block.width) * block.stride : kDistance;
+    return stores == Stores::past_caches_backwards ? -forwards : forwards;
+  }
   // The same in elements of rows `stride` apart that are read several at once, so many streams that the hardware does
   // not keep up; whole rows, of which there are `left` behind those.
   static int64_t rows_ahead(int64_t rows, int64_t left, int64_t stride) {
@@ -355,6 +360,11 @@ template <class T> struct Prefetcher {
   uintptr_t row;
   Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
   void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
+  // Of every vector along a row. Two of 16 bits share a line, which loops that do little else need not fetch twice.
+  void fetch_line(int64_t i) const {
+    constexpr int64_t kVector = Vec<acc_t<T>>::lanes;
+    if (kVector * sizeof(T) >= 64 || (i & kVector) == 0) fetch(i);
+  }
 };
 
 // The bits of elements [i, i + n) of a sign mask, n <= 16, of no byte but those that these lie in. Writing leaves the
