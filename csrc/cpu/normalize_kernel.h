@@ -85,7 +85,7 @@ template <class T, Epilogue epilogue, bool by_column>
     const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance(block, stores));
     for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
-      ahead.fetch_line(j);
+      ahead.fetch(j);
       V v = affine(load(x + j, part), j);
       if constexpr (adds) v = v + load(residual + j, part);
       // The bit is of the sum before it is rounded to T: the backward asks for the very z that relu saw.
