@@ -258,7 +258,7 @@ inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
 
 // Where the stores of an element-wise pass over a row may go past the caches: whole cache lines of it, as half a line
 // takes a detour through memory. Not worth it in short rows, unless these are whole lines: a line that two rows share
-// is fetched first, by the normal stores at their ends; and with it the lines behind, where rows follow each other.
+// is fetched first, by the normal stores at their ends. That costs more where rows follow each other.
 struct Streaming {
   template <class T> static constexpr int64_t kLine = 64 / sizeof(T);
   template <class T> static bool is_long(const SubMatrix& block) {
@@ -290,9 +290,9 @@ struct Streaming {
   }
 };
 
-// Of a pass over a block. A load waits for every store past the caches under way whose address has the
-// same low 12 bits, and of an output that was allocated right behind an input each store has those of the input's next
-// cache line: passes take up to 2.8 times as long. From the end of memory on, there is none nearby.
+// Of a pass over a block. A load waits for every store past the caches under way whose address has the same low 12
+// bits, and of an output that was allocated right behind an input each store has those of the input's next cache line:
+// passes take up to 2.8 times as long. From the end of memory on, there is none nearby.
 template <class T>
 Stores stores_of(bool beyond_cache, const SubMatrix& block, std::initializer_list<const void*> inputs,
                  std::initializer_list<const void*> outputs) {
@@ -346,7 +346,7 @@ void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) 
 template <class T> struct Prefetcher {
   // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
   static constexpr int64_t kDistance = 2048 / sizeof(T);
-  // The same on a pass's way: in the rows of a block that have others between them, so many whole rows on.
+  // The same on a pass's way; where a block's rows have others between them, in whole rows.
   static int64_t distance(const SubMatrix& block, Stores stores) {
     const bool apart = block.stride != block.width;
     const int64_t forwards = apart ? ceil_div(kDistance, block.width) * block.stride : kDistance;
@@ -359,7 +359,8 @@ template <class T> struct Prefetcher {
   }
   uintptr_t row;
   Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
-  // Of every vector. (Two of 16 bits share a line: to fetch it once takes 2 to 5 % less in caches, and more from memory.)
+  // Of every vector. (Two of 16 bits share a line: to fetch it once takes 2 to 5 % less in caches, and more from
+  // memory.)
   void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
 };
 
