@@ -23,9 +23,9 @@ int main(int, char** argv) {
   Layout layout = {};
   if (!find_name(kLayoutNames, argv[1], &layout)) return 1;
   const Plan plan = make_plan({layout, std::atoll(argv[2]), std::atoll(argv[3]), std::atoll(argv[4])});
-  if (plan.by_group) {
+  if (plan.channels_per_task > 0) {
     print_groups("whole", plan, plan.channels_per_task);
-    if (plan.masks_by_group) print_groups("masked", plan, plan.channels_per_masked_task);
+    if (plan.channels_per_masked_task > 0) print_groups("masked", plan, plan.channels_per_masked_task);
     return 0;
   }
   std::printf("reduce");

@@ -199,6 +199,7 @@ def test_eviction_writes_all_of_its_bytes():
     device = Cpu(1, cold=True)
     device.evict()
     assert device._others.numel() == Cpu.COLD and bool((device._others == 1).all())
+    Cpu(1).evict()  # has none
 
 
 def test_rows_are_the_arithmetic_of_their_times():

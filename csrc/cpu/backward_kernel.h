@@ -192,6 +192,7 @@ template <class T, Derivative from, bool training, bool by_column>
   Derivatives<A, from> derivatives;
   const Stores stores =
       stores_of<T>(args.beyond_cache, block, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
+  const int64_t distance = Prefetcher<T>::distance(block, stores);
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;
@@ -207,8 +208,7 @@ template <class T, Derivative from, bool training, bool by_column>
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
-    const int64_t ahead = first + Prefetcher<T>::distance(block, stores);
-    const Prefetcher<T> dy_ahead(args.dy, ahead), x_ahead(args.x, ahead);
+    const Prefetcher<T> dy_ahead(args.dy, first + distance), x_ahead(args.x, first + distance);
     for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
       V xmu(0);
       // Rows of columns load parameters besides, among which the hardware loses track of dy and x.

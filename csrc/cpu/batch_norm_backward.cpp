@@ -17,7 +17,7 @@ void reduce_and_differentiate(const BatchNormBackwardParams& p, const ParallelFo
     gradient.set(first, end);
   };
 
-  if (plan.by_group) {
+  if (plan.channels_per_task > 0) {
     for_each_group(parallel, plan, plan.channels_per_task, [&](int64_t first, int64_t end) {
       sums_of_group(operands, first, end, finish);
       gradient.run_group(first, end);

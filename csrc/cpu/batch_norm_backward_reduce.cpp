@@ -26,7 +26,7 @@ Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece)
 }
 
 template <class A>
-void sums_of_pieces(BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
+void sums_of_pieces(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   const Plan& plan = b.plan;
   std::vector<Sums> parts(plan.channels * plan.pieces);
   for_each_task(parallel, plan.channels * plan.pieces,
@@ -39,55 +39,42 @@ void sums_of_pieces(BackwardOperands<A>& b, const ParallelFor& parallel, const S
   });
 }
 
-// Sums of columns, of some splits of all rows.
+// Sums of columns.
 template <class A>
 class ColumnSums {
  public:
-  // Of all columns and splits, or of those of a group.
-  explicit ColumnSums(const Plan& plan) : ColumnSums(plan, 0, plan.pitch, plan.splits()) {}
-  ColumnSums(const Plan& plan, const SubMatrix& group) : ColumnSums(plan, group.param, group.width + kPadding, 1) {}
+  ColumnSums(const BackwardOperands<A>& b, const ColumnEntries& entries)
+      : operands_(b), entries_(entries), dy_(entries.size()), dy_xmu_(entries.size()) {}
 
-  void set(const BackwardOperands<A>& b, int64_t down, const SubMatrix& block) {
-    const int64_t at = index(down, block.param);
+  void set(int64_t down, const SubMatrix& block) {
+    const int64_t at = entries_.at(down, block.param);
+    const BackwardOperands<A>& b = operands_;
     b.kernels.column_sums[static_cast<int>(b.derivative)](b.args, block, &dy_[at], &dy_xmu_[at]);
   }
 
-  // Adds up the columns of each of channels [first, end), at most kChannelBatch.
-  void merge(int64_t first, int64_t end, Sums* whole) const {
-    std::fill(whole, whole + (end - first), Sums{});
-    const int64_t splits = static_cast<int64_t>(dy_.size()) / pitch_;
-    for (int64_t down = 0; down < splits; down++) {
-      const int64_t columns = down == plan_.blocks_down ? plan_.tail : plan_.width;
-      for_each_column(plan_, first, end, columns, [&](int64_t channel, int64_t column) {
-        const int64_t at = index(down, column);
-        whole[channel - first].add({dy_[at], dy_xmu_[at]});
-      });
+  // Adds up the columns of each of channels [first, end), at most kChannelBatch, and passes the result on.
+  void merge(int64_t first, int64_t end, const SumsSink& sink) const {
+    Sums whole[kChannelBatch] = {};
+    for (int64_t down = 0; down < entries_.splits(); down++) {
+      entries_.for_each(down, first, end,
+                        [&](int64_t channel, int64_t at) { whole[channel - first].add({dy_[at], dy_xmu_[at]}); });
     }
+    sink(first, end, whole);
   }
 
  private:
-  ColumnSums(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
-      : plan_(plan), column_(column), pitch_(pitch), dy_(splits * pitch), dy_xmu_(splits * pitch) {}
-
-  int64_t index(int64_t down, int64_t column) const { return down * pitch_ + column - column_; }
-
-  const Plan& plan_;
-  const int64_t column_, pitch_;  // of the first column; entries of a split
+  const BackwardOperands<A>& operands_;
+  const ColumnEntries entries_;
   std::vector<double> dy_, dy_xmu_;
 };
 
 template <class A>
-void sums_of_columns(BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
+void sums_of_columns(const BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   const Plan& plan = b.plan;
-  ColumnSums<A> sums(plan);
-  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
-    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) { sums.set(b, down, block); });
-  });
-  for_all_channels(parallel, plan, plan.splits() * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
-    Sums whole[kChannelBatch];
-    sums.merge(first, end, whole);
-    sink(first, end, whole);
-  });
+  ColumnSums<A> sums(b, ColumnEntries(plan));
+  reduce_columns(parallel, plan, sums);
+  for_all_channels(parallel, plan, plan.splits() * (plan.width / plan.channels),
+                   [&](int64_t first, int64_t end) { sums.merge(first, end, sink); });
 }
 
 }  // namespace
@@ -133,23 +120,19 @@ void BackwardOperands<A>::set(int64_t first, int64_t end) {
 
 template <class A>
 void sums_of_group(BackwardOperands<A>& b, int64_t first, int64_t end, const SumsSink& sink) {
-  Sums whole[kChannelBatch];
+  for_each_step(first, end, [&](int64_t begin, int64_t stop) { b.set(begin, stop); });
   if (b.plan.by_column) {
     const SubMatrix group = columns_of_group(b.plan, first, end);
-    ColumnSums<A> sums(b.plan, group);
-    for_each_step(first, end, [&](int64_t begin, int64_t stop) { b.set(begin, stop); });
-    for_each_group_of_columns(group, kColumns, [&](const SubMatrix& block) { sums.set(b, 0, block); });
-    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-      sums.merge(begin, stop, whole);
-      sink(begin, stop, whole);
-    });
-  } else {
-    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-      b.set(begin, stop);
-      for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
-      sink(begin, stop, whole);
-    });
+    ColumnSums<A> sums(b, ColumnEntries(b.plan, group));
+    reduce_columns(group, sums);
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) { sums.merge(begin, stop, sink); });
+    return;
   }
+  for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+    Sums whole[kChannelBatch];
+    for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
+    sink(begin, stop, whole);
+  });
 }
 
 template <class A>
@@ -158,7 +141,7 @@ void sums_of_all(BackwardOperands<A>& b, const ParallelFor& parallel, const Sums
   if (plan.numel() == 0) {
     const Sums nothing[kChannelBatch] = {};
     for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
-  } else if (plan.by_group) {
+  } else if (plan.channels_per_task > 0) {
     for_each_group(parallel, plan, plan.channels_per_task,
                    [&](int64_t first, int64_t end) { sums_of_group(b, first, end, sink); });
   } else {

@@ -41,8 +41,8 @@ void batch_norm_forward(const BatchNormForwardParams& p, const ParallelFor& para
       normalizer.set(first, end, mean, invstd);
     };
 
-    if (plan.by_group && (p.mask == nullptr || plan.masks_by_group)) {
-      const int64_t each = p.mask == nullptr ? plan.channels_per_task : plan.channels_per_masked_task;
+    const int64_t each = p.mask == nullptr ? plan.channels_per_task : plan.channels_per_masked_task;
+    if (each > 0) {
       for_each_group(parallel, plan, each, [&](int64_t first, int64_t end) {
         stats_of_group<A>(p, plan, first, end, finish);
         normalizer.run_group(first, end);

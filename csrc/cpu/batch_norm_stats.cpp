@@ -69,25 +69,30 @@ void stats_of_pieces(const BatchNormForwardParams& p, const Plan& plan, const Pa
   });
 }
 
-// Statistics of columns, of some splits of all rows.
+// Statistics of columns.
 template <class A>
 class ColumnStats {
  public:
-  // Of all columns and splits, or of those of a group.
-  explicit ColumnStats(const Plan& plan) : ColumnStats(plan, 0, plan.pitch, plan.splits()) {}
-  ColumnStats(const Plan& plan, const SubMatrix& group) : ColumnStats(plan, group.param, group.width + kPadding, 1) {}
+  ColumnStats(const BatchNormForwardParams& p, const Plan& plan, const ColumnEntries& entries)
+      : params_(p),
+        plan_(plan),
+        kernels_(kernels<A>(p.dtype)),
+        entries_(entries),
+        shift_(entries.size()),
+        offset_(entries.size()),
+        var_(entries.size()) {}
 
-  void set(const BatchNormForwardParams& p, int64_t down, const SubMatrix& block) {
-    const int64_t at = index(down, block.param);
-    kernels<A>(p.dtype).column_moments(p.x, block, &shift_[at], &offset_[at], &var_[at]);
+  void set(int64_t down, const SubMatrix& block) {
+    const int64_t at = entries_.at(down, block.param);
+    kernels_.column_moments(params_.x, block, &shift_[at], &offset_[at], &var_[at]);
   }
 
-  // Merges the columns of each of channels [first, end), at most kChannelBatch. Two passes over them, as over the data:
-  // no division for each.
-  void merge(int64_t first, int64_t end, Welford<double>* whole) const {
+  // Merges the columns of each of channels [first, end), at most kChannelBatch, and passes the result on. Two passes
+  // over them, as over the data: no division for each.
+  void merge(int64_t first, int64_t end, const StatsSink& sink) const {
     double centre[kChannelBatch], mean[kChannelBatch], m2[kChannelBatch];
     for (int64_t channel = first; channel < end; channel++)
-      centre[channel - first] = shift_[index(0, channel * plan_.inner)];
+      centre[channel - first] = shift_[entries_.at(0, channel * plan_.inner)];
     const double count = static_cast<double>(plan_.outer * plan_.inner);
     sum(first, end, mean, [&](int64_t i, int64_t at) { return (shift_[at] - centre[i]) + offset_[at]; });
     for (int64_t i = 0; i < end - first; i++) mean[i] /= count;
@@ -95,38 +100,29 @@ class ColumnStats {
       const double d = ((shift_[at] - centre[i]) + offset_[at]) - mean[i];
       return var_[at] + d * d;
     });
+    Welford<double> whole[kChannelBatch];
     for (int64_t i = 0; i < end - first; i++) whole[i] = {count, centre[i], mean[i], m2[i] / count};
+    sink(first, end, whole);
   }
 
  private:
-  ColumnStats(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
-      : plan_(plan),
-        column_(column),
-        pitch_(pitch),
-        shift_(splits * pitch),
-        offset_(splits * pitch),
-        var_(splits * pitch) {}
-
-  int64_t index(int64_t down, int64_t column) const { return down * pitch_ + column - column_; }
-
-  // Sums of term(channel - first, index of a column of that channel), each as often as the column has rows.
+  // Sums of term(channel - first, entry of a column of that channel), each as often as the column has rows.
   template <class F>
   void sum(int64_t first, int64_t end, double* totals, F term) const {
     std::fill(totals, totals + (end - first), 0.0);
-    const int64_t splits = static_cast<int64_t>(shift_.size()) / pitch_;
-    for (int64_t down = 0; down < splits; down++) {
-      const int64_t columns = down == plan_.blocks_down ? plan_.tail : plan_.width;
+    for (int64_t down = 0; down < entries_.splits(); down++) {
       double parts[kChannelBatch] = {};
-      for_each_column(plan_, first, end, columns, [&](int64_t channel, int64_t column) {
-        parts[channel - first] += term(channel - first, index(down, column));
-      });
+      entries_.for_each(down, first, end,
+                        [&](int64_t channel, int64_t at) { parts[channel - first] += term(channel - first, at); });
       const double rows = static_cast<double>(block_of_columns(plan_, down, 0).rows);
       for (int64_t i = 0; i < end - first; i++) totals[i] += parts[i] * rows;
     }
   }
 
+  const BatchNormForwardParams& params_;
   const Plan& plan_;
-  const int64_t column_, pitch_;  // of the first column; entries of a split
+  const Kernels<A>& kernels_;
+  const ColumnEntries entries_;
   std::vector<A> shift_;
   std::vector<double> offset_, var_;
 };
@@ -134,15 +130,10 @@ class ColumnStats {
 template <class A>
 void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                       const StatsSink& sink) {
-  ColumnStats<A> stats(plan);
-  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
-    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) { stats.set(p, down, block); });
-  });
-  for_all_channels(parallel, plan, 4 * plan.splits() * (plan.width / plan.channels), [&](int64_t first, int64_t end) {
-    Welford<double> whole[kChannelBatch];
-    stats.merge(first, end, whole);
-    sink(first, end, whole);
-  });
+  ColumnStats<A> stats(p, plan, ColumnEntries(plan));
+  reduce_columns(parallel, plan, stats);
+  for_all_channels(parallel, plan, 4 * plan.splits() * (plan.width / plan.channels),
+                   [&](int64_t first, int64_t end) { stats.merge(first, end, sink); });
 }
 
 }  // namespace
@@ -150,22 +141,19 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
 template <class A>
 void stats_of_group(const BatchNormForwardParams& p, const Plan& plan, int64_t first, int64_t end,
                     const StatsSink& sink) {
-  Welford<double> whole[kChannelBatch];
   if (plan.by_column) {
     const SubMatrix group = columns_of_group(plan, first, end);
-    ColumnStats<A> stats(plan, group);
-    for_each_group_of_columns(group, kColumns, [&](const SubMatrix& block) { stats.set(p, 0, block); });
-    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-      stats.merge(begin, stop, whole);
-      sink(begin, stop, whole);
-    });
-  } else {
-    for_each_step(first, end, [&](int64_t begin, int64_t stop) {
-      for (int64_t channel = begin; channel < stop; channel++)
-        whole[channel - begin] = stats_of_piece<A>(p, plan, channel, 0);
-      sink(begin, stop, whole);
-    });
+    ColumnStats<A> stats(p, plan, ColumnEntries(plan, group));
+    reduce_columns(group, stats);
+    for_each_step(first, end, [&](int64_t begin, int64_t stop) { stats.merge(begin, stop, sink); });
+    return;
   }
+  for_each_step(first, end, [&](int64_t begin, int64_t stop) {
+    Welford<double> whole[kChannelBatch];
+    for (int64_t channel = begin; channel < stop; channel++)
+      whole[channel - begin] = stats_of_piece<A>(p, plan, channel, 0);
+    sink(begin, stop, whole);
+  });
 }
 
 template <class A>
@@ -174,7 +162,7 @@ void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const Paral
   if (plan.numel() == 0) {
     const Welford<double> nothing[kChannelBatch] = {};
     for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
-  } else if (plan.by_group) {
+  } else if (plan.channels_per_task > 0) {
     for_each_group(parallel, plan, plan.channels_per_task,
                    [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, sink); });
   } else if (plan.by_column) {

@@ -60,6 +60,34 @@ void for_each_column(const Plan& plan, int64_t first, int64_t end, int64_t limit
   }
 }
 
+// Arrays with an entry for each column of each split of the rows: of all columns, or of a group's, in one split.
+class ColumnEntries {
+ public:
+  explicit ColumnEntries(const Plan& plan) : ColumnEntries(plan, 0, plan.pitch, plan.splits()) {}
+  ColumnEntries(const Plan& plan, const SubMatrix& group)
+      : ColumnEntries(plan, group.param, group.width + kPadding, 1) {}
+
+  int64_t size() const { return splits_ * pitch_; }
+  int64_t splits() const { return splits_; }
+  int64_t at(int64_t down, int64_t column) const { return down * pitch_ + column - column_; }
+
+  // Calls visit(channel, entry) for the columns of channels [first, end) in a split: of each channel in ascending
+  // order.
+  template <class F>
+  void for_each(int64_t down, int64_t first, int64_t end, F visit) const {
+    const int64_t columns = down == plan_.blocks_down ? plan_.tail : plan_.width;
+    for_each_column(plan_, first, end, columns,
+                    [&](int64_t channel, int64_t column) { visit(channel, at(down, column)); });
+  }
+
+ private:
+  ColumnEntries(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
+      : plan_(plan), column_(column), pitch_(pitch), splits_(splits) {}
+
+  const Plan& plan_;
+  int64_t column_, pitch_, splits_;  // of the first column; entries of a split
+};
+
 // A parameter of every channel, laid out for the kernels: an entry for each channel or each column.
 template <class A>
 class PerChannel {

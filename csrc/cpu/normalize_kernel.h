@@ -71,6 +71,7 @@ template <class T, Epilogue epilogue, bool by_column>
   Stores stores = stores_of<T>(args.beyond_cache, block, {args.x, adds ? args.residual : nullptr}, {args.y});
   if (mask != nullptr && stores != Stores::to_cache && !has_whole_bytes(block, static_cast<const T*>(args.y)))
     stores = Stores::past_caches;
+  const int64_t distance = Prefetcher<T>::distance(block, stores);
   for (int64_t i = 0; i < block.rows; i++) {
     const int64_t r = row_at(stores, i, block.rows);
     const int64_t first = block.first + r * block.stride;
@@ -82,7 +83,7 @@ template <class T, Epilogue epilogue, bool by_column>
     const Streaming streaming(stores, block, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
     const VecAffine<A, by_column> affine{mean, scale, bias};
-    const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::distance(block, stores));
+    const Prefetcher<T> ahead(args.x, first + distance);
     for_each_vector<A>(streaming, block.width, Tail::overlapping, [&](int64_t j, auto part) {
       // Rows of columns load parameters besides, among which the hardware loses track of x.
       ahead.fetch(j);

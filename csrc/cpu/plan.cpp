@@ -43,17 +43,14 @@ int64_t power_of_two_above(int64_t n) {
 }
 int64_t power_of_two_below(int64_t n) { return power_of_two_above(n / 2 + 1); }
 
-// Channels of a task, `each` or less: few tasks are a power of two, so that they share out evenly.
-int64_t channels_per_task(int64_t channels, int64_t each) {
-  const int64_t tasks = ceil_div(channels, each);
-  return tasks < kFew ? ceil_div(channels, power_of_two_above(tasks)) : each;
-}
-
-// How many of them are whole bytes of a mask, and whether that leaves enough tasks.
-void plan_masked_tasks(Plan& p) {
-  p.channels_per_masked_task = round_up(p.channels_per_task, 8 / std::gcd(p.inner, int64_t{8}));
-  p.masks_by_group = p.channels * p.inner % 8 == 0 && (p.channels_per_masked_task == p.channels_per_task ||
-                                                       p.channels / p.channels_per_masked_task >= kEnoughChannels);
+// Tasks of `each` channels or less, a multiple of `unit`: few tasks are a power of two, so that they share out evenly.
+// Where they write masks, so many that these are whole bytes, if that leaves enough tasks.
+void plan_groups(Plan& p, int64_t each, int64_t unit) {
+  const int64_t tasks = ceil_div(p.channels, each);
+  p.channels_per_task = round_up(tasks < kFew ? ceil_div(p.channels, power_of_two_above(tasks)) : each, unit);
+  if (p.channels * p.inner % 8 != 0) return;
+  const int64_t masked = round_up(p.channels_per_task, 8 / std::gcd(p.inner, int64_t{8}));
+  if (masked == p.channels_per_task || p.channels / masked >= kEnoughChannels) p.channels_per_masked_task = masked;
 }
 
 void plan_strips(Plan& p) {
@@ -63,14 +60,13 @@ void plan_strips(Plan& p) {
   p.rows_per_block = std::max<int64_t>(1, kRowElements / round_up(p.inner, kRowStep));
   p.piece = std::max<int64_t>(1, ceil_div(strip, wanted));
   p.pieces = std::max<int64_t>(1, ceil_div(strip, p.piece));
+  if (p.pieces > 1) return;
 
   // Adjacent channels, where runs are short, so that a task reads and writes longer pieces of
   // memory; but few enough that they stay in the second-level cache between the two looks.
   int64_t each = std::max(ceil_div(grain, strip), std::min(ceil_div(kLongRun, p.inner), kCached / strip));
   each = std::min(each, std::max(ceil_div(grain, strip), p.channels / kEnoughChannels));
-  p.by_group = p.pieces == 1;
-  p.channels_per_task = channels_per_task(p.channels, std::max<int64_t>(1, each));
-  plan_masked_tasks(p);
+  plan_groups(p, std::max<int64_t>(1, each), 1);
 }
 
 void plan_columns(Plan& p) {
@@ -94,12 +90,9 @@ void plan_columns(Plan& p) {
   p.block_width = std::min(round_up(ceil_div(p.width, across), kPadding), kColumns);
   p.blocks_across = ceil_div(p.width, p.block_width);
 
-  p.by_group = fold == 1 && p.rows <= kLowMatrix;
-  if (!p.by_group) return;
+  if (fold > 1 || p.rows > kLowMatrix) return;
   const int64_t strip = (p.rows + kRowsPerColumn) * p.inner, grain = grain_of(p.channels * strip);
-  const int64_t each = std::max(ceil_div(grain, strip), ceil_div(kNarrowestBlock, p.inner));
-  p.channels_per_task = round_up(channels_per_task(p.channels, each), kPadding);
-  plan_masked_tasks(p);
+  plan_groups(p, std::max(ceil_div(grain, strip), ceil_div(kNarrowestBlock, p.inner)), kPadding);
 }
 
 }  // namespace

@@ -22,11 +22,10 @@ struct Plan {
   int64_t outer, channels, inner;
   bool by_column;
 
-  // Whether a task takes whole channels, adjacent ones, from statistics to output, while they are in cache.
-  bool by_group;
+  // Adjacent channels that a task takes from statistics to output, while they are in cache; 0 where tasks take parts of
+  // channels.
   int64_t channels_per_task;
   int64_t channels_per_masked_task;  // where tasks write a mask, no byte of which two of them share
-  bool masks_by_group;               // whether there are whole bytes, and enough such tasks
 
   // strips. Otherwise, reductions cut a channel's outer * inner elements into pieces.
   int64_t piece, pieces;

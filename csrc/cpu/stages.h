@@ -1,6 +1,6 @@
-// The halves that stages are made of, for A the accumulation type. `forward` and `backward` run two
-// of them on one channel after another, while it is in cache; where a channel does not come as
-// strips, or has to be cut, they run the first on all channels and then the second.
+// The halves that stages are made of, for A the accumulation type. `forward` and `backward` run two of them on some
+// channels after others, while these are in cache; where tasks do not take whole channels, they run the first on all
+// channels and then the second.
 #pragma once
 
 #include <algorithm>
@@ -87,6 +87,18 @@ void for_each_group_of_columns(const SubMatrix& block, int64_t columns, F f) {
     f(SubMatrix{block.first + j, block.rows, std::min(columns, block.width - j), block.stride, block.param + j, 0});
 }
 
+// Calls columns.set(down, block) for the blocks of a group, which is one split, or for all, on several threads.
+template <class Columns>
+void reduce_columns(const SubMatrix& group, Columns& columns) {
+  for_each_group_of_columns(group, kColumns, [&](const SubMatrix& block) { columns.set(0, block); });
+}
+template <class Columns>
+void reduce_columns(const ParallelFor& parallel, const Plan& plan, Columns& columns) {
+  for_each_task(parallel, plan.blocks_down * plan.blocks_across, [&](int64_t task) {
+    for_each_block_of_columns(plan, task, [&](int64_t down, const SubMatrix& block) { columns.set(down, block); });
+  });
+}
+
 // batch_norm_stats.cpp. Calls sink(first, end, statistics of channels [first, end)), at most kChannelBatch of them at a
 // time, for a task's channels where it takes whole ones, or for all channels, on several threads.
 using StatsSink = std::function<void(int64_t first, int64_t end, const Welford<double>*)>;
@@ -117,9 +129,10 @@ class ElementwisePass {
   // The same, each channel after set(first, end), of at most kChannelBatch channels.
   template <class F>
   void run_all(const ParallelFor& parallel, F set) const {
+    const int64_t each = args_.mask == nullptr ? plan_.channels_per_task : plan_.channels_per_masked_task;
     // Of a few rows: to set what each column has takes as long as these.
-    if (plan_.by_column && plan_.by_group && (args_.mask == nullptr || plan_.masks_by_group)) {
-      for_each_group(parallel, plan_, plan_.channels_per_task, [&](int64_t first, int64_t end) {
+    if (plan_.by_column && each > 0) {
+      for_each_group(parallel, plan_, each, [&](int64_t first, int64_t end) {
         for_each_step(first, end, set);
         run_group(first, end);
       });
