@@ -7,8 +7,9 @@
 namespace bnext::cpu {
 namespace {
 
-// dy' of the vector at column j of a row, x - mean of which is at hand, or of one `ahead` elements on. The common
-// derivatives, of a compare and a selection, are taken on the way; x - mean is there for the sums anyway.
+// dy' of a row, by the derivative of the activation. The common derivatives, of a compare and a selection, are taken on
+// the way, from x - mean, which is there for the sums anyway. at(j, part) is a function of it, for the vector at column
+// j of the row that begins `ahead` elements on.
 template <class T, Derivative from, bool by_column> struct DyPrime {
   using A = acc_t<T>;
   const T* dy;  // at the row's first element, which has bit `first` of the mask
@@ -16,12 +17,18 @@ template <class T, Derivative from, bool by_column> struct DyPrime {
   int64_t first;
   Parameter<A, by_column> scale, bias;
 
-  template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>& xmu, int64_t ahead = 0) const {
-    const Vec<A> v = load(dy + ahead + j, part);
-    if constexpr (from == Derivative::relu) return relu_gate(affine(xmu, scale.at(j), bias.at(j)), v);
-    if constexpr (from == Derivative::mask)
-      return select_or_zero(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
-    return v;
+  template <class P> auto at(int64_t j, P part) const {
+    if constexpr (from == Derivative::relu) {
+      return [this, j, part, s = scale.at(j, part), b = bias.at(j, part)](int64_t ahead, const Vec<A>& xmu) {
+        return relu_gate(affine(xmu, s, b), load(dy + ahead + j, part));
+      };
+    } else {
+      return [this, j, part](int64_t ahead, const Vec<A>&) {
+        const Vec<A> v = load(dy + ahead + j, part);
+        if constexpr (from != Derivative::mask) return v;
+        else return select_or_zero(get_bits(mask, first + ahead + j, lanes_of<A>(part)), v);
+      };
+    }
   }
 };
 
@@ -36,8 +43,9 @@ template <class T, bool by_column> struct DyPrime<T, Derivative::general, by_col
   const A* derivatives;
   int64_t first;
 
-  template <class P> Vec<A> operator()(int64_t j, P part, const Vec<A>&, int64_t = 0) const {
-    return through(load(dy + j, part), load(derivatives + j, Full{}));
+  template <class P> auto at(int64_t j, P part) const {
+    return
+        [this, j, part](int64_t, const Vec<A>&) { return through(load(dy + j, part), load(derivatives + j, Full{})); };
   }
 };
 
@@ -96,7 +104,7 @@ template <class T, Derivative from>
     next_dy.fetch(i - block.first);
     next_x.fetch(i - block.first);
     const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
-    V dy = dy_prime(j, part, xmu);
+    V dy = dy_prime.at(j, part)(0, xmu);
     // Derivatives that took a loop of their own are not found twice: the gradient reads dy' instead.
     if constexpr (from == Derivative::general) {
       if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
@@ -125,13 +133,14 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
   // Columns have sums of their own: none comes twice. The sums are loaded and stored once for all of these rows.
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) {
-    const V m = mean.at(j);
+    const V m = mean.at(j, part);
+    const auto dy_prime_j = dy_prime.at(j, part);
     V dy_sum = load(dys + j, Full{}), product = load(products + j, Full{});
     for (int r = 0; r < rows; r++) {
       next_dy.fetch(r * stride + j);
       next_x.fetch(r * stride + j);
       const V xmu = load(x + r * stride + j, part) - m;
-      const V dy = dy_prime(j, part, xmu, r * stride);
+      const V dy = dy_prime_j(r * stride, xmu);
       if constexpr (from == Derivative::general) {
         if (args.dz != nullptr) store(static_cast<T*>(args.dz) + first + j, part, dy);
       }
@@ -181,48 +190,72 @@ template <class T, Derivative from>
   }
 }
 
-// In eval mode dx = dy' * scale, and x is read only where the activation asks for it.
-template <class T, Derivative from, bool training, bool by_column>
-[[gnu::flatten]] void gradient(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block) {
+// Whether x is read: in eval mode, where dx = dy' * scale, only if the activation asks for it. dx does not depend on x
+// then, which may be missing, and must not: an infinite x would make it NaN.
+template <Derivative from, bool training> constexpr bool kReadsX = training || from == Derivative::relu;
+
+// The rows of a block,
+template <class T, Derivative from, bool training, bool by_column, class Row>
+[[gnu::flatten]] void gradient_rows(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block,
+                                    const Streaming& streaming) {
   using A = acc_t<T>;
   using V = Vec<A>;
   using P = Parameter<A, by_column>;
-  // Otherwise dx does not depend on x, which may be missing, and must not: an infinite x would make it NaN.
-  constexpr bool reads_x = training || from == Derivative::relu;
+  constexpr bool reads_x = kReadsX<from, training>;
   Derivatives<A, from> derivatives;
-  const Stores stores =
-      stores_of<T>(args.beyond_cache, block, {args.dy, reads_x ? args.x : nullptr}, {args.dx, args.dresidual});
-  const int64_t distance = Prefetcher<T>::distance(block, stores);
-  for (int64_t i = 0; i < block.rows; i++) {
-    const int64_t r = row_at(stores, i, block.rows);
+  T *const to_dx = static_cast<T*>(args.dx), *const to_dresidual = static_cast<T*>(args.dresidual);
+  // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
+  const Tail tail = by_column || args.dx == args.dy ? Tail::partial : Tail::overlapping;
+  // `rows`, a constant, of them from row r on.
+  const auto run = [&](auto rows, int64_t r) {
     const int64_t first = block.first + r * block.stride;
     const int64_t channel = block.param + r * block.param_step;
     const T* x = static_cast<const T*>(args.x) + (reads_x ? first : 0);
-    T* dx = static_cast<T*>(args.dx) + (args.dx != nullptr ? first : 0);
-    T* dresidual = static_cast<T*>(args.dresidual) + (args.dresidual != nullptr ? first : 0);
-    const Streaming streaming(stores, block, dx, dresidual);
-    // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
-    const Tail tail = args.dx == args.dy ? Tail::partial : Tail::overlapping;
+    T* dx = to_dx + (to_dx != nullptr ? first : 0);
+    T* dresidual = to_dresidual + (to_dresidual != nullptr ? first : 0);
+    const Row row(streaming, block, r, dx != nullptr ? dx : dresidual);
     const P mean(args.mean + channel), scale(args.scale + channel);
     // In eval mode these two are null: mean stands in for them, unread.
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
-    const Prefetcher<T> dy_ahead(args.dy, first + distance), x_ahead(args.x, first + distance);
-    for_each_vector<A>(streaming, block.width, tail, [&](int64_t j, auto part) {
-      V xmu(0);
-      // Rows of columns load parameters besides, among which the hardware loses track of dy and x.
-      if constexpr (by_column) dy_ahead.fetch(j);
-      if constexpr (by_column && reads_x) x_ahead.fetch(j);
-      if constexpr (reads_x) xmu = load(x + j, part) - mean.at(j);
-      V dy = dy_prime(j, part, xmu);
-      // The residual is added before the activation, so that its gradient is dy'.
-      if (dresidual != nullptr) store(dresidual + j, part, dy);
-      if (dx == nullptr) return;
-      if constexpr (training) store(dx + j, part, input_gradient(dy, xmu, mean_dy.at(j), slope.at(j), scale.at(j)));
-      else store(dx + j, part, dy * scale.at(j));
+    const int64_t next = first + Prefetcher<T>::template distance<by_column>(block, r + rows.value, rows.value);
+    const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next), next_dx(to_dx, next);
+    for_each_vector<A>(row, block.width, tail, [&](int64_t j, auto part) {
+      const V mean_j = mean.at(j, part), scale_j = scale.at(j, part);
+      const V mean_dy_j = mean_dy.at(j, part), slope_j = slope.at(j, part);
+      const auto dy_prime_j = dy_prime.at(j, part);
+      for (int k = 0; k < rows.value; k++) {
+        const int64_t i = k * block.stride + j;
+        if constexpr (Row::fetches && by_column) {
+          next_dy.fetch(i);
+          if constexpr (reads_x) next_x.fetch(i);
+          next_dx.fetch(i);
+        }
+        V xmu(0);
+        if constexpr (reads_x) xmu = load(x + i, part) - mean_j;
+        const V dy = dy_prime_j(k * block.stride, xmu);
+        // The residual is added before the activation, so that its gradient is dy'.
+        if (dresidual != nullptr) store(dresidual + i, part, dy);
+        if (dx == nullptr) continue;
+        if constexpr (training) store(dx + i, part, input_gradient(dy, xmu, mean_dy_j, slope_j, scale_j));
+        else store(dx + i, part, dy * scale_j);
+      }
     });
-  }
+  };
+  for_each_rows<A, Row, by_column && from != Derivative::general>(streaming, block, /*in_order=*/false, run);
+}
+
+// and the block.
+template <class T, Derivative from, bool training, bool by_column>
+void gradient(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block) {
+  // Not in training, where rows seldom follow each other; `general` has the derivatives of one row at a time.
+  constexpr bool seams = !training && !by_column && from != Derivative::general;
+  const void* const x = kReadsX<from, training> ? args.x : nullptr;
+  const Streaming streaming = streaming_of<T>(args.beyond_cache, block, seams, {args.dy, x}, {args.dx, args.dresidual});
+  with_rows<seams>(streaming, [&](auto row) {
+    gradient_rows<T, from, training, by_column, typename decltype(row)::type>(args, block, streaming);
+  });
 }
 
 }  // namespace

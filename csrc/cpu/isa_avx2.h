@@ -129,6 +129,7 @@ template <int> void stream_all(bf16* p, const __m256 (&v)[2]) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p));
 }
 
+constexpr bool kHasStreams = true;
 inline void stream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
 inline void stream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 template <class T> void stream(T* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }

@@ -117,6 +117,7 @@ inline void store(double* p, __m512d v) { _mm512_storeu_pd(p, v); }
 inline void store(float* p, __m512d v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 template <class T> void store(T* p, __m512 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
 
+constexpr bool kHasStreams = true;
 inline void stream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
 inline void stream(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 template <class T> void stream(T* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }

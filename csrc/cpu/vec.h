@@ -98,9 +98,10 @@ template <class A> uint32_t positive_bits(const Vec<A>& v) {
 // How much of a vector lies inside the data. Kernels are written once and called with any of these.
 struct Full {};
 struct Streamed {};  // all of it, and stores go past the caches: to whole cache lines
-struct Partial {     // the first n lanes, 0 < n <= lanes
-  int64_t n;
-};
+// The same of a vector that two rows share: the first n lanes are the end of one, the others the beginning of the next.
+struct Seam { int64_t n; };
+// The first n lanes, 0 < n <= lanes.
+struct Partial { int64_t n; };
 // All of it, but only the last n lanes, 0 < n < lanes, are new: the end of a row that is no whole number of vectors.
 // To load and store the others a second time takes less than to leave them out.
 struct Overlapping { int64_t n; };
@@ -109,6 +110,7 @@ struct OneRegister {};
 
 template <class A> constexpr int64_t lanes_of(Full) { return Vec<A>::lanes; }
 template <class A> constexpr int64_t lanes_of(Streamed) { return Vec<A>::lanes; }
+template <class A> constexpr int64_t lanes_of(Seam) { return Vec<A>::lanes; }
 template <class A> constexpr int64_t lanes_of(Partial part) { return part.n; }
 template <class A> constexpr int64_t lanes_of(Overlapping) { return Vec<A>::lanes; }
 template <class A> constexpr int64_t lanes_of(OneRegister) { return Vec<A>::lanes_each; }
@@ -160,6 +162,26 @@ void store(T* p, OneRegister, const Vec<A>& v) {
 template <class T, class A>
 void store(T* p, Streamed, const Vec<A>& v) {
   stream_all<Vec<A>::lanes_each>(p, v.r);
+}
+
+template <class T, class A>
+void store(T* p, Seam, const Vec<A>& v) {
+  store(p, Streamed{}, v);
+}
+
+// The numbers of a vector's lanes.
+template <class A> struct LaneNumbers {
+  A at[Vec<A>::lanes];
+  constexpr LaneNumbers() : at() {
+    for (int i = 0; i < Vec<A>::lanes; i++) at[i] = static_cast<A>(i);
+  }
+};
+// The first n lanes of a, and the others of b.
+template <class A>
+Vec<A> joined(const Vec<A>& a, const Vec<A>& b, int64_t n) {
+  static constexpr LaneNumbers<A> lanes;
+  const Vec<A> lane = load(lanes.at, Full{}), last(static_cast<A>(n - 1));
+  return Vec<A>::each([&](int i) { return select_le(lane.r[i], last.r[i], a.r[i], b.r[i]); });
 }
 
 // As double, whatever A is.
@@ -248,68 +270,6 @@ void sum_rows(int64_t rows, int64_t width, Begin begin, F f) {
   }
 }
 
-// How an elementwise pass stores, and which way it goes through memory.
-enum class Stores { to_cache, past_caches, past_caches_backwards };
-
-// The i-th of so many rows, on that way.
-inline int64_t row_at(Stores stores, int64_t i, int64_t rows) {
-  return stores == Stores::past_caches_backwards ? rows - 1 - i : i;
-}
-
-// Where the stores of an element-wise pass over a row may go past the caches: whole cache lines of it, as half a line
-// takes a detour through memory. Not worth it in short rows, unless these are whole lines: a line that two rows share
-// is fetched first, by the normal stores at their ends. That costs more where rows follow each other.
-struct Streaming {
-  template <class T> static constexpr int64_t kLine = 64 / sizeof(T);
-  template <class T> static bool is_long(const SubMatrix& block) {
-    constexpr int64_t kFollowing = 1024 / sizeof(T), kApart = 512 / sizeof(T);
-    return block.width >= (block.stride == block.width ? kFollowing : kApart);
-  }
-  // Of rows of any address.
-  template <class T> static bool possible(const SubMatrix& block) {
-    return is_long<T>(block) || block.width % kLine<T> == 0;
-  }
-
-  Stores stores;
-  int64_t head = 0;  // elements before the first such line
-  int64_t length = 0;
-
-  // `p` and `q`: where the outputs of one of the block's rows begin; a null pointer is in nobody's way.
-  template <class T>
-  Streaming(Stores how, const SubMatrix& block, const T* p, const T* q = nullptr) : stores(how) {
-    if (how == Stores::to_cache) return;
-    const int64_t to_line = before_line(p != nullptr ? p : q), lines = (block.width - to_line) / kLine<T> * kLine<T>;
-    if (p != nullptr && q != nullptr && before_line(q) != to_line) return;
-    if (lines != block.width && !is_long<T>(block)) return;
-    head = to_line;
-    length = lines;
-  }
-
-  template <class T> static int64_t before_line(const T* p) {
-    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % 64 / sizeof(T));
-  }
-};
-
-// Of a pass over a block. A load waits for every store past the caches under way whose address has the same low 12
-// bits, and of an output that was allocated right behind an input each store has those of the input's next cache line:
-// passes take up to 2.8 times as long. From the end of memory on, there is none nearby.
-template <class T>
-Stores stores_of(bool beyond_cache, const SubMatrix& block, std::initializer_list<const void*> inputs,
-                 std::initializer_list<const void*> outputs) {
-  if (!beyond_cache || !Streaming::possible<T>(block)) return Stores::to_cache;
-  constexpr uintptr_t kPage = 4096;
-  uintptr_t nearest_ahead = kPage, nearest_behind = kPage;
-  for (const void* out : outputs) {
-    for (const void* in : inputs) {
-      const uintptr_t ahead = (reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(in)) % kPage;
-      if (in == nullptr || out == nullptr || ahead == 0) continue;
-      nearest_ahead = std::min(nearest_ahead, ahead);
-      nearest_behind = std::min(nearest_behind, kPage - ahead);
-    }
-  }
-  return nearest_ahead < nearest_behind ? Stores::past_caches_backwards : Stores::past_caches;
-}
-
 // Calls f(i, part) for the vectors of [begin, width). Where f works in place, or writes past the caches, nothing is to
 // be taken a second time: then the last vector is partial.
 enum class Tail { overlapping, partial };
@@ -326,44 +286,6 @@ void for_each_vector(int64_t width, Tail tail, F f, int64_t begin = 0) {
   }
   f(width - lanes, Overlapping{width - i});
 }
-template <class A, class F>
-void for_each_vector(const Streaming& streaming, int64_t width, Tail tail, F f) {
-  constexpr int64_t lanes = Vec<A>::lanes;
-  const int64_t head = streaming.head, end = head + streaming.length;
-  if (streaming.length > 0) {
-    for (int64_t i = 0; i < head; i += lanes) f(i, Partial{std::min(lanes, head - i)});
-    const bool backwards = streaming.stores == Stores::past_caches_backwards;
-    const int64_t step = backwards ? -lanes : lanes;
-    int64_t i = backwards ? end - lanes : head;
-    for (int64_t left = streaming.length; left > 0; left -= lanes, i += step) f(i, Streamed{});
-    tail = Tail::partial;
-  }
-  for_each_vector<A>(width, tail, f, end);
-}
-
-// Elements that will be read soon, fetched into the second-level cache: the first keeps track of few lines that are
-// under way, and would wait for memory with them. They may lie beyond the tensor: nobody dereferences them.
-template <class T> struct Prefetcher {
-  // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
-  static constexpr int64_t kDistance = 2048 / sizeof(T);
-  // The same on a pass's way; where a block's rows have others between them, in whole rows.
-  static int64_t distance(const SubMatrix& block, Stores stores) {
-    const bool apart = block.stride != block.width;
-    const int64_t forwards = apart ? ceil_div(kDistance, block.width) * block.stride : kDistance;
-    return stores == Stores::past_caches_backwards ? -forwards : forwards;
-  }
-  // The same in elements of rows `stride` apart that are read several at once, so many streams that the hardware does
-  // not keep up; whole rows, of which there are `left` behind those.
-  static int64_t rows_ahead(int64_t rows, int64_t left, int64_t stride) {
-    return std::min(std::max(rows, 4 * kDistance / stride), left) * stride;
-  }
-  uintptr_t row;
-  Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
-  // Of every vector. (Two of 16 bits share a line: to fetch it once takes 2 to 5 % less in caches, and more from
-  // memory.)
-  void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
-};
-
 // The bits of elements [i, i + n) of a sign mask, n <= 16, of no byte but those that these lie in. Writing leaves the
 // bits of a byte below i as they are and clears those above, so that a task which goes through whole bytes in
 // ascending order needs no cleared memory.
