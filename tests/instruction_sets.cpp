@@ -38,7 +38,7 @@ struct Case {
 constexpr size_t kPage = 4096;
 
 // Memory of its own, filled with what an unwritten element must not be. It begins `shift` bytes into a page, which
-// decides which way passes go whose stores go past the caches: see stores_of() of csrc/cpu/vec.h.
+// decides which way passes go whose stores go past the caches: see is_faster_backwards() of csrc/cpu/streaming.h.
 class Bytes {
  public:
   Bytes(size_t size, size_t shift) : size_(size), start_(shift), memory_(size + shift + 2 * kPage, 0x5a) {}
@@ -78,7 +78,9 @@ std::string run(const Case& c, const cpu::ParallelFor& parallel) {
   const size_t bytes = numel * size, shift = c.shift * size, vector = channels * size_of(acc);
   const size_t ahead = shift + 64, behind = shift + kPage - 64;
   Bytes x(bytes, shift), residual(bytes, shift), dy(bytes, shift), y(bytes, ahead), evaluated(bytes, behind);
-  Bytes dx(bytes, ahead), dresidual(bytes, ahead), mask((numel + 7) / 8, 0);
+  // Two outputs whose cache lines begin at the same elements, or do not.
+  const size_t beside = ahead + (c.activation == Activation::leaky_relu ? 16 : 0);
+  Bytes dx(bytes, ahead), dresidual(bytes, beside), mask((numel + 7) / 8, 0);
   fill(x.data(), c.dtype, numel, 3, 2, 1);
   fill(residual.data(), c.dtype, numel, 0, 2, 2);
   fill(dy.data(), c.dtype, numel, 0.1, 1, 3);
@@ -169,6 +171,7 @@ int main(int argc, char** argv) {
       {Layout::interleaved, 3, 70, 333}, {Layout::interleaved, 31, 127, 5}, {Layout::interleaved, 2, 1030, 9},
       {Layout::interleaved, 600, 3, 7},  {Layout::interleaved, 5, 16, 64},  {Layout::interleaved, 2, 5, 1},
       {Layout::interleaved, 3, 2056, 3}, {Layout::planar, 4, 256, 9},       {Layout::planar, 12, 16, 196},
+      {Layout::planar, 40, 5, 729},
   };
   int cases = 0, different = 0;
   for (const Shape& shape : shapes) {

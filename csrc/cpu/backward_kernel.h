@@ -129,7 +129,7 @@ void add_rows(const BackwardArgs<A>& args, Derivatives<A, from>& derivatives, in
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, true> mean(args.mean + param);
   const auto dy_prime = dy_prime_of_row<T, from, true>(args, first, param, width, derivatives);
-  const int64_t next = first + Prefetcher<T>::rows_ahead(rows, left, stride);
+  const int64_t next = first + std::min(Prefetcher<T>::rows_ahead(stride), left) * stride;
   const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
   // Columns have sums of their own: none comes twice. The sums are loaded and stored once for all of these rows.
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) {
@@ -172,7 +172,7 @@ template <class T, Derivative from>
       store(dys + j, Full{}, V(0));
       store(products + j, Full{}, V(0));
     }
-    // Four rows share a load and a store of the sums, which is what bounds this loop.
+    // Rows share a load and a store of the sums, which is what bounds this loop.
     int64_t r = begin;
     const auto add = [&](auto rows) {
       add_rows<T, from, rows.value>(args, derivatives, block.first + r * block.stride, block.stride, block.width,
@@ -180,7 +180,7 @@ template <class T, Derivative from>
     };
     // `general` has the derivatives of one row at a time.
     if constexpr (from != Derivative::general) {
-      for (; r + 4 <= end; r += 4) add(Index<4>{});
+      for (; r + kRowsAtOnce <= end; r += kRowsAtOnce) add(Index<kRowsAtOnce>{});
     }
     for (; r < end; r++) add(Index<1>{});
     for (int64_t j = 0; j < block.width; j += D::lanes) {
@@ -194,7 +194,7 @@ template <class T, Derivative from>
 // then, which may be missing, and must not: an infinite x would make it NaN.
 template <Derivative from, bool training> constexpr bool kReadsX = training || from == Derivative::relu;
 
-// The rows of a block,
+// The input gradient of the rows of a block.
 template <class T, Derivative from, bool training, bool by_column, class Row>
 [[gnu::flatten]] void gradient_rows(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block,
                                     const Streaming& streaming) {
@@ -206,6 +206,7 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
   T *const to_dx = static_cast<T*>(args.dx), *const to_dresidual = static_cast<T*>(args.dresidual);
   // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
   const Tail tail = by_column || args.dx == args.dy ? Tail::partial : Tail::overlapping;
+  const int64_t rows_ahead = Prefetcher<T>::rows_ahead(block.stride);
   // `rows`, a constant, of them from row r on.
   const auto run = [&](auto rows, int64_t r) {
     const int64_t first = block.first + r * block.stride;
@@ -219,7 +220,7 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
     const P mean_dy((training ? args.mean_dy : args.mean) + channel);
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
-    const int64_t next = first + Prefetcher<T>::template distance<by_column>(block, r + rows.value, rows.value);
+    const int64_t next = first + std::min(rows_ahead, block.rows - rows.value - r) * block.stride;
     const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next), next_dx(to_dx, next);
     for_each_vector<A>(row, block.width, tail, [&](int64_t j, auto part) {
       const V mean_j = mean.at(j, part), scale_j = scale.at(j, part);
@@ -246,7 +247,7 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
   for_each_rows<A, Row, by_column && from != Derivative::general>(streaming, block, /*in_order=*/false, run);
 }
 
-// and the block.
+// The block.
 template <class T, Derivative from, bool training, bool by_column>
 void gradient(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block) {
   // Not in training, where rows seldom follow each other; `general` has the derivatives of one row at a time.

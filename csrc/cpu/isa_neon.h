@@ -115,7 +115,6 @@ void store(T* p, int64_t n, R v) {
 
 // The caches are left to themselves: stores past them come in pairs of registers, and promise nothing.
 constexpr bool kHasStreams = false;
-template <class T, class R> void stream(T* p, R v) { store(p, v); }
 inline void stream_fence() {}
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 

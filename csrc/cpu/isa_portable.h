@@ -132,7 +132,6 @@ inline void store(float* p, const Doubles& v) {
 
 // The caches are left to themselves.
 constexpr bool kHasStreams = false;
-template <class T, class R> void stream(T* p, const R& v) { store(p, v); }
 inline void stream_fence() {}
 inline void prefetch(const void*) {}
 

@@ -26,6 +26,8 @@ constexpr int64_t kPadding = 16;
 
 // Rows that a column kernel sums up in the storage's accumulation type before it goes on in double.
 constexpr int64_t kColumnRows = 32;
+// Rows that it takes at once, so that what belongs to a column is loaded once for all of them.
+constexpr int64_t kRowsAtOnce = 4;
 // Elements that a row kernel sums up likewise, each row rounded up to kRowStep, its 4 vectors of
 // float: 32 to a lane. Their squares may reach 4e36 without overflow, and they stay in the
 // first-level cache for a second look.

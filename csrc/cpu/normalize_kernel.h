@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activation_kernel.h"
+#include "prefetcher.h"
 #include "streaming.h"
 
 namespace bnext::cpu {
@@ -67,7 +68,7 @@ bool has_whole_bytes(const Streaming& streaming, const SubMatrix& block, const T
   return (block.first | block.stride | head) % 8 == 0 && block.width % Vec<acc_t<T>>::lanes == 0;
 }
 
-// Without an activation, and with relu. The rows of a block, in order where `in_order`,
+// The rows of a block, without an activation or with relu.
 template <class T, Epilogue epilogue, bool by_column, class Row>
 [[gnu::flatten]] void normalize_rows(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block,
                                      const Streaming& streaming, bool in_order) {
@@ -75,6 +76,7 @@ template <class T, Epilogue epilogue, bool by_column, class Row>
   using V = Vec<A>;
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
+  const int64_t distance = Prefetcher<T>::distance(block), rows_ahead = Prefetcher<T>::rows_ahead(block.stride);
   // `rows`, a constant, of them from row r on.
   const auto run = [&](auto rows, int64_t r) {
     const int64_t first = block.first + r * block.stride;
@@ -84,7 +86,8 @@ template <class T, Epilogue epilogue, bool by_column, class Row>
     T* y = static_cast<T*>(args.y) + first;
     const Row row(streaming, block, r, y);
     const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
-    const int64_t next = first + Prefetcher<T>::template distance<by_column>(block, r + rows.value, rows.value);
+    const int64_t next =
+        first + (by_column ? std::min(rows_ahead, block.rows - rows.value - r) * block.stride : distance);
     const Prefetcher<T> next_x(args.x, next), next_y(args.y, next);
     for_each_vector<A>(row, block.width, by_column ? Tail::partial : Tail::overlapping, [&](int64_t j, auto part) {
       const V mean_j = mean.at(j, part), scale_j = scale.at(j, part), bias_j = bias.at(j, part);
@@ -106,7 +109,7 @@ template <class T, Epilogue epilogue, bool by_column, class Row>
   for_each_rows<A, Row, by_column>(streaming, block, in_order, run);
 }
 
-// and the block.
+// The block.
 template <class T, Epilogue epilogue, bool by_column>
 void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
@@ -140,7 +143,7 @@ template <class T, bool by_column>
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    const StreamedRow<false> row(streaming, block, r, y);
+    const AnyRow row(streaming, block, r, y);
     for_each_vector<A>(row, block.width, Tail::overlapping,
                        [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
   }

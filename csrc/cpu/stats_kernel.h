@@ -5,8 +5,7 @@
 
 #include <type_traits>
 
-#include "kernels.h"
-#include "vec.h"
+#include "prefetcher.h"
 
 namespace bnext::cpu {
 namespace {
@@ -82,7 +81,8 @@ template <class T>
   // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums.
   const auto add_rows = [&](int64_t first, auto rows, auto wants_squares) {
     const T* const row = p + first * stride;
-    const Prefetcher<T> next(row, Prefetcher<T>::rows_ahead(rows.value, block.rows - first - rows.value, stride));
+    const Prefetcher<T> next(row,
+                             std::min(Prefetcher<T>::rows_ahead(stride), block.rows - first - rows.value) * stride);
     each_vector([&](int64_t j, auto part) {
       const V k = load(shift + j, Full{});
       V sum(0), square(0);
@@ -103,7 +103,7 @@ template <class T>
       store(squares + j, Full{}, V(0));
     });
     int64_t r = begin;
-    for (; r + 4 <= end; r += 4) add_rows(r, Index<4>{}, wants_squares);
+    for (; r + kRowsAtOnce <= end; r += kRowsAtOnce) add_rows(r, Index<kRowsAtOnce>{}, wants_squares);
     for (; r < end; r++) add_rows(r, Index<1>{}, wants_squares);
   };
 

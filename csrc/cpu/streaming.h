@@ -1,8 +1,9 @@
-// Elementwise passes over tensors that no cache holds: which of their stores go past the caches, which way they take
-// through memory, and what they fetch ahead.
+// Elementwise passes over tensors that no cache holds: which of their stores go past the caches, and which way they
+// take through memory.
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -32,6 +33,17 @@ struct Streaming {
   }
 };
 
+// Whether the lines of one output are those of all.
+inline bool share_lines(std::initializer_list<const void*> outputs) {
+  const void* first = nullptr;
+  for (const void* out : outputs) {
+    if (first == nullptr) first = out;
+    const uintptr_t apart = reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(first);
+    if (out != nullptr && apart % Streaming::kLineBytes != 0) return false;
+  }
+  return true;
+}
+
 // A load waits for every store past the caches under way whose address has the same low 12 bits, and of an output that
 // was allocated right behind an input each store has those of the input's next cache line: passes take up to 2.8 times
 // as long. From the end of memory on, there is none nearby.
@@ -56,25 +68,15 @@ Streaming streaming_of(bool beyond_cache, const SubMatrix& block, bool seams, st
                        std::initializer_list<const void*> outputs) {
   Streaming streaming;
   if (!kHasStreams || !beyond_cache) return streaming;
-  // Lines of one output are to be lines of the other.
-  uintptr_t places = 0;
-  const void* other = nullptr;
-  for (const void* out : outputs) {
-    if (out == nullptr) continue;
-    if (other != nullptr) places = reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(other);
-    other = out;
-  }
   streaming.seams = seams && block.rows > 1 && block.stride == block.width && block.param_step == 1;
-  const bool worth_it = streaming.is_long<T>(block) || block.width * sizeof(T) % Streaming::kLineBytes == 0;
-  if (!worth_it || places % Streaming::kLineBytes != 0) return {};
+  if (!streaming.is_long<T>(block) && block.width * sizeof(T) % Streaming::kLineBytes != 0) return {};
+  if (!share_lines(outputs)) return {};
   streaming.past_caches = true;
   streaming.backwards = is_faster_backwards(inputs, outputs);
   return streaming;
 }
 
-template <class T> struct Type { using type = T; };
-
-// A row of a pass whose stores stay in the caches.
+// A row of a pass whose stores stay in the caches. What is read next is fetched ahead.
 struct CachedRow {
   static constexpr bool fetches = true;
   template <class T> CachedRow(const Streaming&, const SubMatrix&, int64_t, const T*) {}
@@ -85,7 +87,8 @@ void for_each_vector(CachedRow, int64_t width, Tail tail, F f) {
 }
 
 // A row of one whose stores do not. Elements [head, end) are vectors that go past the caches, as does the seam behind
-// them, if there is one; elements [begin, head) do not, nor do those that are left.
+// them, if there is one; elements [begin, head) do not, nor do those that are left. Nothing is fetched ahead: beside
+// such stores it takes 3 % longer.
 template <bool seams> struct StreamedRow {
   static constexpr bool fetches = false;
   int64_t begin = 0, head = 0, end = 0;
@@ -127,7 +130,11 @@ void for_each_vector(const StreamedRow<seams>& row, int64_t width, Tail, F f) {
   for_each_vector<A>(width, Tail::partial, f, row.end);
 }
 
-// Calls f with the type of a block's rows.
+// A row of either pass, for kernels that take their time elsewhere.
+using AnyRow = std::conditional_t<kHasStreams, StreamedRow<false>, CachedRow>;
+
+// Calls f(Type<...>{}) with the type of a block's rows.
+template <class T> struct Type { using type = T; };
 template <bool seams, class F>
 void with_rows(const Streaming& streaming, F f) {
   if constexpr (kHasStreams) {
@@ -137,39 +144,17 @@ void with_rows(const Streaming& streaming, F f) {
 }
 
 // Calls f(rows, r) for the rows of a block on the pass's way: for `rows`, a constant, of them from row r on. By columns
-// and in the caches several are taken at once, so that parameters are loaded once for all of them, which is what bounds
-// such loops. Not where a vector takes so many registers that the parameters would be in memory either way.
+// and in the caches several are taken at once, as loads of parameters bound such loops. Not where a vector takes so
+// many registers that the parameters would be in memory either way.
 template <class A, class Row, bool by_column, class F>
 void for_each_rows(const Streaming& streaming, const SubMatrix& block, bool in_order, F f) {
   int64_t i = 0;
   if constexpr (by_column && std::is_same_v<Row, CachedRow> && Vec<A>::registers <= 2) {
     if (!in_order)
-      for (; i + 4 <= block.rows; i += 4) f(Index<4>{}, i);
+      for (; i + kRowsAtOnce <= block.rows; i += kRowsAtOnce) f(Index<kRowsAtOnce>{}, i);
   }
   for (; i < block.rows; i++) f(Index<1>{}, streaming.row_at(i, block.rows));
 }
-
-// Elements that will be read soon, fetched into the second-level cache: the first keeps track of few lines that are
-// under way, and would wait for memory with them. They may lie beyond the tensor: nobody dereferences them.
-template <class T> struct Prefetcher {
-  // How far to fetch ahead in data that is read in order, where other loads distract the hardware.
-  static constexpr int64_t kDistance = 2048 / sizeof(T);
-  // The same for `rows` rows that end at row `end` of a block. By columns, whole rows further on, as these are so many
-  // streams that the hardware does not keep up.
-  template <bool by_column> static int64_t distance(const SubMatrix& block, int64_t end, int64_t rows) {
-    if (by_column) return rows_ahead(rows, block.rows - end, block.stride);
-    return block.stride != block.width ? ceil_div(kDistance, block.width) * block.stride : kDistance;
-  }
-  // In elements of rows `stride` apart, of which there are `left` behind those.
-  static int64_t rows_ahead(int64_t rows, int64_t left, int64_t stride) {
-    return std::min(std::max(rows, 4 * kDistance / stride), left) * stride;
-  }
-  uintptr_t row;
-  Prefetcher(const void* base, int64_t first) : row(reinterpret_cast<uintptr_t>(base) + first * sizeof(T)) {}
-  // Of every vector. (Two of 16 bits share a line: to fetch it once takes 2 to 5 % less in caches, and more from
-  // memory.)
-  void fetch(int64_t i) const { prefetch(reinterpret_cast<const void*>(row + i * sizeof(T))); }
-};
 
 }  // namespace
 }  // namespace bnext::cpu

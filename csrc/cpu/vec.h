@@ -16,8 +16,8 @@
 //   load(p) store(p, r)                 of any storage type, with its conversion
 //   load(p, n) store(p, n, r)           of the first n lanes only; the others are 0, untouched
 //   load_double(p) store(float*, r)     a double register from and to floats
-//   stream(p, r) stream_fence()         a store past the caches, to a multiple of its size, and the
-//                                       fence that must follow before another thread may look
+//   kHasStreams, and if so stream(p, r)  a store past the caches, to a multiple of its size
+//   stream_fence()                      must follow those before another thread may look
 //   store_all(p, r[]) stream_all(p, r[])  optional: of a vector, where that takes less than its registers
 //   prefetch(p)                         of any address, into the second-level cache
 //
