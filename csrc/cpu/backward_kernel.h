@@ -223,8 +223,8 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
     const int64_t next = first + std::min(rows_ahead, block.rows - rows.value - r) * block.stride;
     const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next), next_dx(to_dx, next);
     for_each_vector<A>(row, block.width, tail, [&](int64_t j, auto part) {
-      const V mean_j = mean.at(j, part), scale_j = scale.at(j, part);
-      const V mean_dy_j = mean_dy.at(j, part), slope_j = slope.at(j, part);
+      const V &mean_j = mean.at(j, part), &scale_j = scale.at(j, part);
+      const V &mean_dy_j = mean_dy.at(j, part), &slope_j = slope.at(j, part);
       const auto dy_prime_j = dy_prime.at(j, part);
       for (int k = 0; k < rows.value; k++) {
         const int64_t i = k * block.stride + j;

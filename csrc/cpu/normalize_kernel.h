@@ -14,7 +14,7 @@ template <class A> struct Parameter<A, false> {
   const A* p;
   Vec<A> v;
   explicit Parameter(const A* q) : p(q), v(*q) {}
-  template <class P> Vec<A> at(int64_t, P) const { return v; }
+  template <class P> const Vec<A>& at(int64_t, P) const { return v; }
   Vec<A> at(int64_t, Seam seam) const { return joined(v, Vec<A>(p[1]), seam.n); }
 };
 template <class A> struct Parameter<A, true> {
@@ -90,7 +90,7 @@ template <class T, Epilogue epilogue, bool by_column, class Row>
         first + (by_column ? std::min(rows_ahead, block.rows - rows.value - r) * block.stride : distance);
     const Prefetcher<T> next_x(args.x, next), next_y(args.y, next);
     for_each_vector<A>(row, block.width, by_column ? Tail::partial : Tail::overlapping, [&](int64_t j, auto part) {
-      const V mean_j = mean.at(j, part), scale_j = scale.at(j, part), bias_j = bias.at(j, part);
+      const V &mean_j = mean.at(j, part), &scale_j = scale.at(j, part), &bias_j = bias.at(j, part);
       for (int k = 0; k < rows.value; k++) {
         const int64_t i = k * block.stride + j;
         if constexpr (Row::fetches) next_x.fetch(i);
