@@ -204,7 +204,8 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
   constexpr bool reads_x = kReadsX<from, training>;
   Derivatives<A, from> derivatives;
   T *const to_dx = static_cast<T*>(args.dx), *const to_dresidual = static_cast<T*>(args.dresidual);
-  // In place, where the sums left dy' in dx: what was stored is not to be loaded again.
+  // In place, where the sums left dy' in dx, what was stored is not to be loaded again. Rows of columns seldom have a
+  // tail.
   const Tail tail = by_column || args.dx == args.dy ? Tail::partial : Tail::overlapping;
   const int64_t rows_ahead = Prefetcher<T>::rows_ahead(block.stride);
   // `rows`, a constant, of them from row r on.

@@ -77,6 +77,7 @@ template <class T, Epilogue epilogue, bool by_column, class Row>
   constexpr bool adds = epilogue == Epilogue::add || epilogue == Epilogue::add_relu;
   uint8_t* const mask = args.mask;  // loaded once: for all the compiler knows, stores to y may change it
   const int64_t distance = Prefetcher<T>::distance(block), rows_ahead = Prefetcher<T>::rows_ahead(block.stride);
+  constexpr Tail tail = by_column ? Tail::partial : Tail::overlapping;  // rows of columns seldom have one
   // `rows`, a constant, of them from row r on.
   const auto run = [&](auto rows, int64_t r) {
     const int64_t first = block.first + r * block.stride;
@@ -89,7 +90,7 @@ template <class T, Epilogue epilogue, bool by_column, class Row>
     const int64_t next =
         first + (by_column ? std::min(rows_ahead, block.rows - rows.value - r) * block.stride : distance);
     const Prefetcher<T> next_x(args.x, next), next_y(args.y, next);
-    for_each_vector<A>(row, block.width, by_column ? Tail::partial : Tail::overlapping, [&](int64_t j, auto part) {
+    for_each_vector<A>(row, block.width, tail, [&](int64_t j, auto part) {
       const V &mean_j = mean.at(j, part), &scale_j = scale.at(j, part), &bias_j = bias.at(j, part);
       for (int k = 0; k < rows.value; k++) {
         const int64_t i = k * block.stride + j;
