@@ -222,7 +222,8 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
     const P slope((training ? args.slope : args.mean) + channel);
     const auto dy_prime = dy_prime_of_row<T, from, by_column>(args, first, channel, block.width, derivatives);
     const int64_t next = first + std::min(rows_ahead, block.rows - rows.value - r) * block.stride;
-    const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next), next_dx(to_dx, next);
+    const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
+    const Prefetcher<T> next_output(to_dx != nullptr ? to_dx : to_dresidual, next);
     for_each_vector<A>(row, block.width, tail, [&](int64_t j, auto part) {
       const V &mean_j = mean.at(j, part), &scale_j = scale.at(j, part);
       const V &mean_dy_j = mean_dy.at(j, part), &slope_j = slope.at(j, part);
@@ -232,7 +233,7 @@ template <class T, Derivative from, bool training, bool by_column, class Row>
         if constexpr (Row::fetches && by_column) {
           next_dy.fetch(i);
           if constexpr (reads_x) next_x.fetch(i);
-          next_dx.fetch(i);
+          next_output.fetch(i);
         }
         V xmu(0);
         if constexpr (reads_x) xmu = load(x + i, part) - mean_j;

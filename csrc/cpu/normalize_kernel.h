@@ -29,14 +29,6 @@ void fill_row(A* row, int64_t width, F f) {
   for_each_vector<A>(width, Tail::partial, [&](int64_t j, auto part) { store(row + j, Full{}, f(j, part)); });
 }
 
-// The affine step of a row's vector at column j.
-template <class A, bool by_column> struct VecAffine {
-  Parameter<A, by_column> mean, scale, bias;
-  template <class P> Vec<A> operator()(const Vec<A>& x, int64_t j, P part) const {
-    return affine(x - mean.at(j, part), scale.at(j, part), bias.at(j, part));
-  }
-};
-
 // z of the `width` elements of a row that begin at element `first`, the rest of its last vector included. Forward and
 // backward both take it from here, so that they stand on the same side of an activation's kinks.
 template <class T, bool by_column, class Args>
@@ -45,11 +37,10 @@ template <class T, bool by_column, class Args>
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(args.x) + first;
   const Parameter<A, by_column> mean(args.mean + channel), scale(args.scale + channel), bias(args.bias + channel);
-  const VecAffine<A, by_column> affine{mean, scale, bias};
   const Prefetcher<T> ahead(args.x, first + Prefetcher<T>::kDistance);
   const auto normalized = [&](int64_t j, auto part) {
     if constexpr (by_column) ahead.fetch(j);
-    return affine(load(x + j, part), j, part);
+    return affine(load(x + j, part) - mean.at(j, part), scale.at(j, part), bias.at(j, part));
   };
   // Two loops rather than a test in one: this is all that a general kernel does per element beside the activation.
   if (args.residual == nullptr) {
@@ -144,9 +135,11 @@ template <class T, bool by_column>
     }
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
-    const AnyRow row(streaming, block, r, y);
-    for_each_vector<A>(row, block.width, Tail::overlapping,
-                       [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
+    with_rows<false>(streaming, [&](auto type) {
+      const typename decltype(type)::type row(streaming, block, r, y);
+      for_each_vector<A>(row, block.width, Tail::overlapping,
+                         [&](int64_t j, auto part) { store(y + j, part, load(z + j, Full{})); });
+    });
   }
 }
 

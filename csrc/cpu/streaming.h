@@ -87,8 +87,8 @@ void for_each_vector(CachedRow, int64_t width, Tail tail, F f) {
 }
 
 // A row of one whose stores do not. Elements [head, end) are vectors that go past the caches, as does the seam behind
-// them, if there is one; elements [begin, head) do not, nor do those that are left. Nothing is fetched ahead: beside
-// such stores it takes 3 % longer.
+// them, if there is one; elements [begin, head) do not, nor do those that are left, whose tail is partial. Nothing is
+// fetched ahead: beside such stores it takes 3 % longer.
 template <bool seams> struct StreamedRow {
   static constexpr bool fetches = false;
   int64_t begin = 0, head = 0, end = 0;
@@ -101,7 +101,6 @@ template <bool seams> struct StreamedRow {
       : backwards(streaming.backwards) {
     constexpr int64_t lanes = Vec<acc_t<T>>::lanes, line = Streaming::kLineBytes / sizeof(T);
     const int64_t to_line = Streaming::before_line(row), lines = (block.width - to_line) / line * line;
-    if (!streaming.past_caches) return;
     if (!streaming.seams && lines != block.width && !streaming.is_long<T>(block)) return;
     head = to_line;
     end = to_line + lines;
@@ -129,9 +128,6 @@ void for_each_vector(const StreamedRow<seams>& row, int64_t width, Tail, F f) {
   }
   for_each_vector<A>(width, Tail::partial, f, row.end);
 }
-
-// A row of either pass, for kernels that take their time elsewhere.
-using AnyRow = std::conditional_t<kHasStreams, StreamedRow<false>, CachedRow>;
 
 // Calls f(Type<...>{}) with the type of a block's rows.
 template <class T> struct Type { using type = T; };
