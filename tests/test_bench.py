@@ -578,6 +578,7 @@ def test_a_dry_run_counts_and_touches_no_gpu(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith(f"{cases} cases, {rows * cases} rows, about ")
 
 
+@pytest.mark.slow
 def test_whole_runs_are_repeated_in_processes_of_their_own(tmp_path, capsys):
     argv = "--shapes 4x6,9x4 --phase forward --providers eager,native --device cpu --threads 1 --seconds 0 --runs 2"
     assert run.main([*argv.split(), "--json", str(tmp_path / "r.json")]) == 0

@@ -716,6 +716,7 @@ def test_the_doctor_refuses_a_wrong_bnext_build(package):
     assert "BNEXT_BUILD must be 'aot', 'jit' or unset, got 'maybe'" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cache, says",
     [

@@ -244,6 +244,7 @@ def test_pictures_are_those_that_the_tutorial_shows():
         assert (ROOT / "docs" / "pictures" / name).stat().st_size < 60_000, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes.png", "layouts.png"])
 def test_a_picture_is_drawn(tmp_path, name):
     pytest.importorskip("matplotlib")

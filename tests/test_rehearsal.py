@@ -90,6 +90,7 @@ def test_a_step_goes_on_after_a_failure_and_sums_up(take, capsys):
     assert take([code("print('well')")])[0]
 
 
+@pytest.mark.slow
 def test_late_commands_are_interrupted_and_may_save(take, monkeypatch, request):
     polite = "import time\ntry:\n  print('begun')\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('saved')"
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
@@ -157,6 +158,7 @@ def test_processes_begin_with_the_long_tests():
     assert long_ones_first([], str.isupper, 2) == []
 
 
+@pytest.mark.slow
 def test_a_broken_gpu_costs_one_test_not_its_process(tmp_path):
     """After an illegal access every call in that process fails: it ends, and xdist begins another."""
     (tmp_path / "conftest.py").write_text(

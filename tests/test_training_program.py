@@ -64,7 +64,9 @@ def assert_same_state(one: Training, other: Training):
 
 
 @pytest.mark.parametrize("norm", [("torch",), ("none",), ("bnext",), ("bnext", "--fuse")], ids=" ".join)
-@pytest.mark.parametrize("model", NETWORKS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet18" else name for name in NETWORKS]
+)
 def test_every_network_trains(few, model, norm):
     made = run("--model", model, "--epochs", 2, "--batch-size", 16, "--norm", *norm)
     assert made.epochs[1].loss < made.epochs[0].loss
@@ -269,6 +271,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(few, tmp_path, monkeypatch
     assert file.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, then", [("torch", "bnext"), ("bnext", "torch"), ("torch", "bnext --fuse"), ("bnext --fuse", "torch")])  # fmt: skip
 @pytest.mark.parametrize("model", NETWORKS)  # the trace of resnet18 has its layers in another order
 def test_torch_and_bnext_load_each_others_checkpoints(few, tmp_path, model, first, then):
