@@ -82,42 +82,44 @@ DyPrime<T, from, by_column> dy_prime_of_row(const BackwardArgs<acc_t<T>>& args, 
   }
 }
 
-// Both sums of a block of one channel. Sums of a block are short enough for the accumulation type; those of blocks are
-// added in double, by whoever calls this.
+// Both sums of a block of each of these channels. Sums of a block are short enough for the accumulation type; those of
+// blocks are added in double, by whoever calls this.
 template <class T, Derivative from>
-[[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, int64_t next, double* sum_dy,
-                           double* sum_dy_xmu) {
+[[gnu::flatten]] void sums(const BackwardArgs<acc_t<T>>& args, const SubMatrix& block, int64_t channels, int64_t next,
+                           Sums* of_channels) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
-  V dys[2] = {V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
   Derivatives<A, from> derivatives;
-  const V mean(args.mean[block.param]);
-  // A strip jumps from image to image, which no hardware prefetcher foresees.
-  const auto begin = [&](int64_t r) {
-    const int64_t first = block.first + r * block.stride;
-    return dy_prime_of_row<T, from, false>(args, first, block.param, block.width, derivatives);
-  };
-  const Prefetcher<T> next_dy(args.dy, next), next_x(args.x, next);
-  sum_rows<A>(block.rows, block.width, begin, [&](const auto& dy_prime, int64_t j, auto which, auto part) {
-    const int64_t i = dy_prime.first + j;
-    next_dy.fetch(i - block.first);
-    next_x.fetch(i - block.first);
-    const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
-    V dy = dy_prime.at(j, part)(0, xmu);
-    // Derivatives that took a loop of their own are not found twice: the gradient reads dy' instead.
-    if constexpr (from == Derivative::general) {
-      if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
-    }
-    // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
-    dy = zero_inactive(part, dy);
-    V& sum = dys[which.value / 2];
-    sum = sum + dy;
-    products[which.value] = fma(dy, zero_inactive(part, xmu), products[which.value]);
-  });
-  // In double from here on: what is added up next are blocks, of which there may be thousands.
-  *sum_dy = sum(dys);
-  *sum_dy_xmu = sum(products);
+  for (int64_t channel = 0; channel < channels; channel++) {
+    const int64_t start = block.first + channel * block.width, param = block.param + channel;
+    // Several of each, so that an addition need not wait for the one before; as many as AVX2 has registers for.
+    V dys[2] = {V(0), V(0)}, products[4] = {V(0), V(0), V(0), V(0)};
+    const V mean(args.mean[param]);
+    const auto begin = [&](int64_t r) {
+      return dy_prime_of_row<T, from, false>(args, start + r * block.stride, param, block.width, derivatives);
+    };
+    // A strip jumps from image to image, which no hardware prefetcher foresees.
+    const int64_t following = channel + 1 < channels ? start + block.width : next;
+    const Prefetcher<T> next_dy(args.dy, following), next_x(args.x, following);
+    sum_rows<A>(block.rows, block.width, begin, [&](const auto& dy_prime, int64_t j, auto which, auto part) {
+      const int64_t i = dy_prime.first + j;
+      next_dy.fetch(i - start);
+      next_x.fetch(i - start);
+      const V xmu = load(static_cast<const T*>(args.x) + i, part) - mean;
+      V dy = dy_prime.at(j, part)(0, xmu);
+      // Derivatives that took a loop of their own are not found twice: the gradient reads dy' instead.
+      if constexpr (from == Derivative::general) {
+        if (args.dz != nullptr) store(static_cast<T*>(args.dz) + i, part, dy);
+      }
+      // Both factors: 0 times an infinite x of a lane that does not count would be NaN.
+      dy = zero_inactive(part, dy);
+      V& sum = dys[which.value / 2];
+      sum = sum + dy;
+      products[which.value] = fma(dy, zero_inactive(part, xmu), products[which.value]);
+    });
+    // In double from here on: what is added up next are blocks, of which there may be thousands.
+    of_channels[channel] = {sum(dys), sum(products)};
+  }
 }
 
 // Adds `rows` rows, a constant, to the sums of each column: the more at once, the less traffic of sums. `left` rows

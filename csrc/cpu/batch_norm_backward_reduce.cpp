@@ -19,7 +19,7 @@ Sums sums_of_piece(const BackwardOperands<A>& b, int64_t channel, int64_t piece)
   Sums total = {};
   for_each_block_of_strip(b.plan, channel, begin, end, [&](const SubMatrix& block, int64_t next) {
     Sums part;
-    b.kernels.sums[static_cast<int>(b.derivative)](b.args, block, next, &part.dy, &part.dy_xmu);
+    b.sums(block, 1, next, &part);
     total.add(part);
   });
   return total;
@@ -130,7 +130,11 @@ void sums_of_group(BackwardOperands<A>& b, int64_t first, int64_t end, const Sum
   }
   for_each_step(first, end, [&](int64_t begin, int64_t stop) {
     Sums whole[kChannelBatch];
-    for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
+    if (b.plan.channel_is_block()) {
+      b.sums(b.plan.block_of_channel(begin), stop - begin, stop * b.plan.inner, whole);
+    } else {
+      for (int64_t channel = begin; channel < stop; channel++) whole[channel - begin] = sums_of_piece(b, channel, 0);
+    }
     sink(begin, stop, whole);
   });
 }

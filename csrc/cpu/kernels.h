@@ -61,6 +61,16 @@ struct NormalizeArgs {
 constexpr int kEpilogues = static_cast<int>(Epilogue::run_time);
 constexpr int kDerivatives = static_cast<int>(Derivative::run_time);
 
+// Of dy' and of dy' * (x - mean).
+struct Sums {
+  double dy, dy_xmu;
+
+  void add(const Sums& other) {
+    dy += other.dy;
+    dy_xmu += other.dy_xmu;
+  }
+};
+
 template <class A>
 struct BackwardArgs {
   const void* dy;
@@ -90,9 +100,10 @@ struct Kernels {
   // y and, where it is given, the mask.
   void (*normalize[kEpilogues][2])(const NormalizeArgs<A>&, const SubMatrix&);  // [epilogue][by column]
 
-  // Sums of dy' and of dy' * (x - mean), of the block as a whole or of each column: same limits.
-  void (*sums[kDerivatives])(const BackwardArgs<A>&, const SubMatrix&, int64_t next, double* sum_dy,
-                             double* sum_dy_xmu);  // [derivative]
+  // Sums of the block as a whole or of each column: same limits. The first also takes a block of whole runs together
+  // with those of the channels after it, since a call takes as long as the sums of a short plane.
+  void (*sums[kDerivatives])(const BackwardArgs<A>&, const SubMatrix&, int64_t channels, int64_t next,
+                             Sums*);  // [derivative]
   void (*column_sums[kDerivatives])(const BackwardArgs<A>&, const SubMatrix&, double* sum_dy,
                                     double* sum_dy_xmu);  // [derivative]
 

@@ -42,6 +42,11 @@ struct Plan {
 
   int64_t numel() const { return outer * channels * inner; }
   int64_t parameters() const { return by_column ? width : channels; }
+  // strips: whether a row kernel takes all of a channel at once, and that block.
+  bool channel_is_block() const { return outer <= rows_per_block && inner <= kRowElements; }
+  SubMatrix block_of_channel(int64_t channel) const {
+    return {channel * inner, outer, inner, channels * inner, channel, 0};
+  }
   int64_t splits() const { return blocks_down + (tail > 0 ? 1 : 0); }
 };
 

@@ -193,15 +193,6 @@ class Normalizer : public ElementwisePass<A, NormalizeArgs<A>> {
   PerChannel<A> mean_, scale_, bias_;
 };
 
-struct Sums {
-  double dy, dy_xmu;
-
-  void add(const Sums& other) {
-    dy += other.dy;
-    dy_xmu += other.dy_xmu;
-  }
-};
-
 // What both halves of the backward read. batch_norm_backward_reduce.cpp
 template <class A>
 struct BackwardOperands {
@@ -209,6 +200,10 @@ struct BackwardOperands {
   BackwardOperands(const BatchNormBackwardParams&, const Plan&, bool keeps_dz = false);
   // Of at most kChannelBatch channels. The sums do it, too.
   void set(int64_t first, int64_t end);
+  // Of these blocks of so many channels.
+  void sums(const SubMatrix& block, int64_t channels, int64_t next, Sums* of_channels) const {
+    kernels.sums[static_cast<int>(derivative)](args, block, channels, next, of_channels);
+  }
 
   const BatchNormBackwardParams& params;
   const Plan& plan;
