@@ -29,7 +29,7 @@ int main(int, char** argv) {
     return 0;
   }
   std::printf("reduce");
-  if (plan.by_column) {
+  if (plan.sums_by_column) {
     for (int64_t task = 0; task < plan.blocks_down * plan.blocks_across; task++) {
       int64_t elements = 0;
       for_each_block_of_columns(plan, task, [&](int64_t, const SubMatrix& b) { elements += b.rows * b.width; });

@@ -171,7 +171,7 @@ int main(int argc, char** argv) {
       {Layout::interleaved, 3, 70, 333}, {Layout::interleaved, 31, 127, 5}, {Layout::interleaved, 2, 1030, 9},
       {Layout::interleaved, 600, 3, 7},  {Layout::interleaved, 5, 16, 64},  {Layout::interleaved, 2, 5, 1},
       {Layout::interleaved, 3, 2056, 3}, {Layout::planar, 4, 256, 9},       {Layout::planar, 12, 16, 196},
-      {Layout::planar, 40, 5, 729},
+      {Layout::planar, 40, 5, 729},      {Layout::planar, 70, 37, 25},
   };
   int cases = 0, different = 0;
   for (const Shape& shape : shapes) {

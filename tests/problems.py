@@ -37,6 +37,7 @@ SHAPES = [
     (2, 4, 3, 2, 5),
     (4, 600),  # more columns than a kernel takes at once
     (2, 704, 3, 3),  # several tasks of whole channels
+    (70, 5, 4, 5),  # short planes of many images
 ]
 
 

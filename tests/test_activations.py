@@ -81,7 +81,7 @@ def test_the_table_in_python_is_the_list_in_core():
 # ---- against float64
 
 #: Vectors with and without a rest; planes and rows that are longer than the buffer of the general kernels.
-SHAPES = [(33, 7), (2, 3, 7, 7), (3, 16, 4, 4), (2, 2, 31, 67), (3, 5, 4), (3, 2100)]
+SHAPES = [(33, 7), (2, 3, 7, 7), (3, 16, 4, 4), (2, 2, 31, 67), (3, 5, 4), (3, 2100), (70, 3, 4, 5)]
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float64, torch.float64),

@@ -30,6 +30,8 @@ def shapes():
         (8, 2048, 9),
         (3, 1021, 9),
         (1, 1, 1),
+        (70, 37, 25),
+        (256, 32, 49),
     ]
     return list(dict.fromkeys([*found, *odd]))
 

@@ -10,18 +10,22 @@ InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
     : ElementwisePass<A, BackwardArgs<A>>(operands.plan, operands.kernels, operands.args,
                                           operands.derivative == Derivative::general),
       params_(operands.params),
-      mean_dy_(operands.plan),
-      slope_(operands.plan) {
+      mean_dy_(operands.plan, false),
+      slope_(operands.plan, false) {
+  const bool by_column = operands.plan.by_column;
   BackwardArgs<A>& args = this->args_;
-  args.mean_dy = mean_dy_.data();
-  args.slope = slope_.data();
+  args.mean = operands.mean.data(by_column);
+  args.scale = operands.scale.data(by_column);
+  args.bias = operands.bias.data(by_column);
+  args.mean_dy = mean_dy_.data(by_column);
+  args.slope = slope_.data(by_column);
   Derivative derivative = operands.derivative;
   if (args.dz != nullptr) {
     args.dy = args.dz;
     args.dresidual = nullptr;  // there already, where it is wanted
     derivative = Derivative::none;
   }
-  this->kernel_ = this->kernels_.gradient[static_cast<int>(derivative)][params_.training][operands.plan.by_column];
+  this->kernel_ = this->kernels_.gradient[static_cast<int>(derivative)][params_.training][by_column];
 }
 
 template <class A>

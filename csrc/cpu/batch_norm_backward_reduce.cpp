@@ -85,16 +85,16 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
       plan(pl),
       kernels(cpu::kernels<A>(p.dtype)),
       derivative(derivative_of(p)),
-      mean(pl),
-      scale(pl),
-      bias(pl),
+      mean(pl, true),
+      scale(pl, true),
+      bias(pl, true),
       args{p.dy,
            p.x,
            p.mask,
            p.residual,
-           mean.data(),
-           scale.data(),
-           bias.data(),
+           mean.data(pl.sums_by_column),
+           scale.data(pl.sums_by_column),
+           bias.data(pl.sums_by_column),
            nullptr,
            nullptr,
            p.activation,
@@ -121,7 +121,7 @@ void BackwardOperands<A>::set(int64_t first, int64_t end) {
 template <class A>
 void sums_of_group(BackwardOperands<A>& b, int64_t first, int64_t end, const SumsSink& sink) {
   for_each_step(first, end, [&](int64_t begin, int64_t stop) { b.set(begin, stop); });
-  if (b.plan.by_column) {
+  if (b.plan.sums_by_column) {
     const SubMatrix group = columns_of_group(b.plan, first, end);
     ColumnSums<A> sums(b, ColumnEntries(b.plan, group));
     reduce_columns(group, sums);
@@ -150,7 +150,7 @@ void sums_of_all(BackwardOperands<A>& b, const ParallelFor& parallel, const Sums
                    [&](int64_t first, int64_t end) { sums_of_group(b, first, end, sink); });
   } else {
     for_all_channels(parallel, plan, kSetChannel, [&](int64_t first, int64_t end) { b.set(first, end); });
-    if (plan.by_column) sums_of_columns(b, parallel, sink);
+    if (plan.sums_by_column) sums_of_columns(b, parallel, sink);
     else sums_of_pieces(b, parallel, sink);
   }
 }

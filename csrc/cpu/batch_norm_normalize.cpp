@@ -8,17 +8,17 @@ template <class A>
 Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int64_t reads_of_x)
     : ElementwisePass<A, NormalizeArgs<A>>(plan, kernels<A>(p.dtype), {}, epilogue_of(p) == Epilogue::general),
       params_(p),
-      mean_(plan),
-      scale_(plan),
-      bias_(plan) {
+      mean_(plan, false),
+      scale_(plan, false),
+      bias_(plan, false) {
   NormalizeArgs<A>& args = this->args_;
   args.x = p.x;
   args.residual = p.residual;
   args.y = p.y;
   args.mask = p.mask;
-  args.mean = mean_.data();
-  args.scale = scale_.data();
-  args.bias = bias_.data();
+  args.mean = mean_.data(plan.by_column);
+  args.scale = scale_.data(plan.by_column);
+  args.bias = bias_.data(plan.by_column);
   args.activation = p.activation;
   args.activation_param = static_cast<A>(p.activation_param);
   const int64_t tensors = reads_of_x + (p.residual == nullptr ? 1 : 2);

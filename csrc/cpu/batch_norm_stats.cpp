@@ -141,7 +141,7 @@ void stats_of_columns(const BatchNormForwardParams& p, const Plan& plan, const P
 template <class A>
 void stats_of_group(const BatchNormForwardParams& p, const Plan& plan, int64_t first, int64_t end,
                     const StatsSink& sink) {
-  if (plan.by_column) {
+  if (plan.sums_by_column) {
     const SubMatrix group = columns_of_group(plan, first, end);
     ColumnStats<A> stats(p, plan, ColumnEntries(plan, group));
     reduce_columns(group, stats);
@@ -165,7 +165,7 @@ void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const Paral
   } else if (plan.channels_per_task > 0) {
     for_each_group(parallel, plan, plan.channels_per_task,
                    [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, sink); });
-  } else if (plan.by_column) {
+  } else if (plan.sums_by_column) {
     stats_of_columns<A>(p, plan, parallel, sink);
   } else {
     stats_of_pieces<A>(p, plan, parallel, sink);

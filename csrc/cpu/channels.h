@@ -88,26 +88,28 @@ class ColumnEntries {
   int64_t column_, pitch_, splits_;  // of the first column; entries of a split
 };
 
-// A parameter of every channel, laid out for the kernels: an entry for each channel or each column.
+// A parameter of every channel, laid out for the kernels: an entry for each channel, for each column, or both, where a
+// reduction reads it, too, and takes columns where the elementwise pass does not.
 template <class A>
 class PerChannel {
  public:
-  explicit PerChannel(const Plan& plan) : plan_(plan), values_(static_cast<size_t>(plan.parameters() + kPadding)) {}
+  PerChannel(const Plan& plan, bool reduction_reads_it)
+      : plan_(plan),
+        channels_(plan.by_column ? 0 : plan.channels + kPadding),
+        columns_(plan.by_column || (reduction_reads_it && plan.sums_by_column) ? plan.width + kPadding : 0) {}
 
   void set(int64_t first, int64_t end, const A* values) {
-    if (plan_.by_column) {
-      A* const entries = values_.data();
-      for_each_column(plan_, first, end, plan_.width,
-                      [=](int64_t channel, int64_t column) { entries[column] = values[channel - first]; });
-    } else {
-      std::copy(values, values + (end - first), values_.begin() + first);
-    }
+    if (!channels_.empty()) std::copy(values, values + (end - first), channels_.begin() + first);
+    if (columns_.empty()) return;
+    A* const entries = columns_.data();
+    for_each_column(plan_, first, end, plan_.width,
+                    [=](int64_t channel, int64_t column) { entries[column] = values[channel - first]; });
   }
-  const A* data() const { return values_.data(); }
+  const A* data(bool by_column) const { return by_column ? columns_.data() : channels_.data(); }
 
  private:
   const Plan& plan_;
-  std::vector<A> values_;
+  std::vector<A> channels_, columns_;
 };
 
 }  // namespace bnext::cpu

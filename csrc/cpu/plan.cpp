@@ -33,6 +33,10 @@ constexpr int64_t kNarrowestBlock = 64;
 // as long as so many rows.
 constexpr int64_t kLowMatrix = 64, kRowsPerColumn = 16;
 
+// Whether reductions take strips as columns: a run takes as long as it has elements and then some, to find it, and a
+// column as long as it has rows and then some, to merge it. The one is about as much as the other.
+bool scattered(const Plan& p) { return p.inner < p.outer && p.outer >= kLowMatrix; }
+
 int64_t grain_of(int64_t elements) { return elements <= kOneThread ? kOneThread : kGrain; }
 
 // The next power of two from n up, and the next one from n > 0 down.
@@ -69,17 +73,12 @@ void plan_strips(Plan& p) {
   plan_groups(p, std::max<int64_t>(1, each), 1);
 }
 
-void plan_columns(Plan& p) {
-  const int64_t period = p.channels * p.inner;
-  int64_t fold = 1;
-  if (period < kWidth) {
-    fold = 16 / std::gcd(period, int64_t{16});
-    fold *= ceil_div(kWidth, fold * period);
-    fold = std::clamp<int64_t>(fold, 1, std::max<int64_t>(1, p.outer / 16));
-  }
-  p.width = period * fold;
+// The matrix of columns, with so many outer indices in a row, and how reductions cut it.
+void plan_matrix(Plan& p, int64_t fold) {
+  p.sums_by_column = true;
+  p.width = p.channels * p.inner * fold;
   p.rows = p.outer / fold;
-  p.tail = p.outer % fold * period;
+  p.tail = p.outer % fold * p.channels * p.inner;
   p.pitch = round_up(p.width, kPadding) + kPadding;
 
   const int64_t tasks = power_of_two_below(std::clamp<int64_t>(p.numel() / grain_of(p.numel()), 1, kTasks));
@@ -89,7 +88,18 @@ void plan_columns(Plan& p) {
   const int64_t across = std::clamp<int64_t>(p.width / kNarrowestBlock, 1, tasks / down);
   p.block_width = std::min(round_up(ceil_div(p.width, across), kPadding), kColumns);
   p.blocks_across = ceil_div(p.width, p.block_width);
+}
 
+void plan_columns(Plan& p) {
+  p.by_column = true;
+  const int64_t period = p.channels * p.inner;
+  int64_t fold = 1;
+  if (period < kWidth) {
+    fold = 16 / std::gcd(period, int64_t{16});
+    fold *= ceil_div(kWidth, fold * period);
+    fold = std::clamp<int64_t>(fold, 1, std::max<int64_t>(1, p.outer / 16));
+  }
+  plan_matrix(p, fold);
   if (fold > 1 || p.rows > kLowMatrix) return;
   const int64_t strip = (p.rows + kRowsPerColumn) * p.inner, grain = grain_of(p.channels * strip);
   plan_groups(p, std::max(ceil_div(grain, strip), ceil_div(kNarrowestBlock, p.inner)), kPadding);
@@ -113,9 +123,10 @@ Plan make_plan(const Shape& shape) {
   if (grains < kFew) grains = power_of_two_above(grains);
   p.grain = round_up(ceil_div(p.numel(), grains), 64);
   p.grains = ceil_div(p.numel(), p.grain);
-  p.by_column = p.channels > 1 && p.inner < kShortestRun;
-  if (p.by_column) {
+  if (p.channels > 1 && p.inner < kShortestRun) {
     plan_columns(p);
+  } else if (p.channels > 1 && scattered(p)) {
+    plan_matrix(p, 1);
   } else {
     plan_strips(p);
   }

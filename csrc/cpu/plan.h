@@ -8,6 +8,7 @@
 //            one channel: column j belongs to channel (j / inner) % channels. Several outer indices
 //            are folded into a row where channels * inner alone is narrow or odd; outer indices
 //            that do not fill a row are the tail, a shorter last row.
+// Reductions take short strips of many images as columns, too, but do not fold them.
 #pragma once
 
 #include <algorithm>
@@ -20,18 +21,20 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Plan {
   int64_t outer, channels, inner;
-  bool by_column;
+  bool by_column;       // elementwise passes and reductions; the rest is strips
+  bool sums_by_column;  // reductions at least
 
   // Adjacent channels that a task takes from statistics to output, while they are in cache; 0 where tasks take parts of
   // channels.
   int64_t channels_per_task;
   int64_t channels_per_masked_task;  // where tasks write a mask, no byte of which two of them share
 
-  // strips. Otherwise, reductions cut a channel's outer * inner elements into pieces.
+  // strips. Where tasks do not take whole channels, reductions cut a channel's outer * inner elements into pieces.
   int64_t piece, pieces;
   int64_t rows_per_block;  // whole runs that a row kernel takes at once
 
-  // columns. Otherwise, reductions cut the matrix into blocks; the tail is one more split, a row high.
+  // columns. Where tasks do not take whole channels, reductions cut the matrix into blocks; the tail is one more split,
+  // a row high.
   int64_t width, rows, tail;
   int64_t block_width, blocks_across;
   int64_t block_rows, blocks_down;
@@ -41,7 +44,6 @@ struct Plan {
   int64_t grain, grains;
 
   int64_t numel() const { return outer * channels * inner; }
-  int64_t parameters() const { return by_column ? width : channels; }
   // strips: whether a row kernel takes all of a channel at once, and that block.
   bool channel_is_block() const { return outer <= rows_per_block && inner <= kRowElements; }
   SubMatrix block_of_channel(int64_t channel) const {
