@@ -120,6 +120,17 @@ def _forward(module: nn.Module, operands: Operands):
     return lambda: (module(*inputs),)
 
 
+def _forward_read(module: nn.Module, operands: Operands):
+    inputs = operands.inputs
+
+    def call() -> tuple[Tensor, ...]:
+        y = module(*inputs)
+        y.detach().sum()
+        return (y,)
+
+    return call
+
+
 def _backward(module: nn.Module, operands: Operands):
     y, wanted, dy = module(*operands.inputs), _differentiable(module, operands), operands.dy
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
@@ -144,6 +155,16 @@ PHASES = {
             "eval",
             "forward by the running statistics, without a graph",
             {"none": 2, "relu": 2, "add_relu": 3}, _forward, ("y",), training=False, records=False,
+        ),
+        Phase(
+            "forward_read",
+            "training forward, and a sum over y, as the next layer reads it",
+            {"none": 3, "relu": 3, "add_relu": 4}, _forward_read, ("y",), masks=1,
+        ),
+        Phase(
+            "eval_read",
+            "the same of the forward by the running statistics",
+            {"none": 3, "relu": 3, "add_relu": 4}, _forward_read, ("y",), training=False, records=False,
         ),
         Phase(
             "backward",

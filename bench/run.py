@@ -102,7 +102,7 @@ def listing() -> str:
     for name in SUITES:
         workloads = suite(name, 1)
         lines.append(f"  {name:10} {len(workloads):3} shapes, {sum(w.count for w in workloads):3} layers")
-    lines += ["phases:", *(f"  {phase.name:10} {phase.what}" for phase in PHASES.values())]
+    lines += ["phases:", *(f"  {phase.name:13} {phase.what}" for phase in PHASES.values())]
     lines += ["providers:", *(f"  {provider.name:10} {provider.what}" for provider in PROVIDERS.values())]
     return "\n".join([*lines, "  bnext:PLAN bnext with one plan forced, as in bnext:two_pass"])
 

@@ -92,6 +92,8 @@ def _threads():
         ("forward", "add_relu", 1455, 735),  # x, residual, y, mask
         ("eval", "none", 960, 480),
         ("eval", "add_relu", 1440, 720),  # no backward, no mask
+        ("forward_read", "add_relu", 1935, 975),  # and y again
+        ("eval_read", "none", 1440, 720),
         ("backward", "none", 1440, 720),  # dy, x, dx
         ("backward", "relu", 1440, 720),
         ("backward", "add_relu", 1935, 975),  # dy, x, mask, dx, dresidual

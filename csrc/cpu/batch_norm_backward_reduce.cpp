@@ -102,7 +102,7 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
            p.dx,
            p.dresidual,
            keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
-           exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {}
+           stores_past_caches(pl, p.reduces(), tensors_of(p) * pl.numel() * size_of(p.dtype))} {}
 
 template <class A>
 void BackwardOperands<A>::set(int64_t first, int64_t end) {

@@ -26,7 +26,7 @@ void batch_norm_forward(const BatchNormForwardParams& p, const ParallelFor& para
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    Normalizer<A> normalizer(p, plan, /*reads_of_x=*/2);
+    Normalizer<A> normalizer(p, plan, /*after_stats=*/true);
     const auto update = RunningUpdate<A>::of(p, p.shape.per_channel());
     const StatsSink finish = [&](int64_t first, int64_t end, const Welford<double>* stats) {
       A* const mean = static_cast<A*>(p.mean) + first;

@@ -5,7 +5,7 @@
 namespace bnext::cpu {
 
 template <class A>
-Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int64_t reads_of_x)
+Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, bool after_stats)
     : ElementwisePass<A, NormalizeArgs<A>>(plan, kernels<A>(p.dtype), {}, epilogue_of(p) == Epilogue::general),
       params_(p),
       mean_(plan, false),
@@ -21,8 +21,8 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, int
   args.bias = bias_.data(plan.by_column);
   args.activation = p.activation;
   args.activation_param = static_cast<A>(p.activation_param);
-  const int64_t tensors = reads_of_x + (p.residual == nullptr ? 1 : 2);
-  args.beyond_cache = exceeds_cache(tensors * plan.numel() * size_of(p.dtype));
+  const int64_t tensors = (after_stats ? 3 : 2) + (p.residual == nullptr ? 0 : 1);
+  args.beyond_cache = stores_past_caches(plan, after_stats, tensors * plan.numel() * size_of(p.dtype));
   // What is in a cache anyway is found sooner in ascending order, which the hardware foresees. (Backward, which reads
   // two tensors, it makes no difference on 1 thread, and takes 4 % more on 2.)
   this->from_end_ = args.beyond_cache;
@@ -47,7 +47,7 @@ void batch_norm_normalize(const BatchNormForwardParams& p, const ParallelFor& pa
   with_acc_type(p.dtype, [&](auto acc) {
     using A = decltype(acc);
     const Plan plan = make_plan(p.shape);
-    Normalizer<A> normalizer(p, plan, /*reads_of_x=*/1);
+    Normalizer<A> normalizer(p, plan, /*after_stats=*/false);
     constexpr DType acc_dtype = dtype_of<A>::value;
     normalizer.run_all(parallel, [&](int64_t first, int64_t end) {
       A mean[kChannelBatch], invstd[kChannelBatch];

@@ -1,12 +1,11 @@
-// When stores should go past the caches.
+// How large the last-level cache is.
 #pragma once
 
 #include <cstdint>
 
 namespace bnext::cpu {
 
-// Whether passes that read and write so many bytes, some of them twice, leave nothing in the last-level cache for who
-// comes next. What they write had better not push out what others have there, nor be read before it is written.
+// Whether this is more than the last-level cache.
 bool exceeds_cache(int64_t bytes);
 
 }  // namespace bnext::cpu
