@@ -10,8 +10,8 @@ InputGradient<A>::InputGradient(const BackwardOperands<A>& operands)
     : ElementwisePass<A, BackwardArgs<A>>(operands.plan, operands.kernels, operands.args,
                                           operands.derivative == Derivative::general),
       params_(operands.params),
-      mean_dy_(operands.plan, false),
-      slope_(operands.plan, false) {
+      mean_dy_(operands.plan),
+      slope_(operands.plan) {
   const bool by_column = operands.plan.by_column;
   BackwardArgs<A>& args = this->args_;
   args.mean = operands.mean.data(by_column);

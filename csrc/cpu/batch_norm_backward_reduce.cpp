@@ -85,9 +85,9 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
       plan(pl),
       kernels(cpu::kernels<A>(p.dtype)),
       derivative(derivative_of(p)),
-      mean(pl, true),
-      scale(pl, true),
-      bias(pl, true),
+      mean(pl, /*reductions_read_it=*/true),
+      scale(pl, /*reductions_read_it=*/true),
+      bias(pl, /*reductions_read_it=*/true),
       args{p.dy,
            p.x,
            p.mask,
@@ -102,7 +102,7 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
            p.dx,
            p.dresidual,
            keeps_dz ? (p.dresidual != nullptr ? p.dresidual : p.dx) : nullptr,
-           stores_past_caches(pl, p.reduces(), tensors_of(p) * pl.numel() * size_of(p.dtype))} {}
+           exceeds_cache(tensors_of(p) * pl.numel() * size_of(p.dtype))} {}
 
 template <class A>
 void BackwardOperands<A>::set(int64_t first, int64_t end) {

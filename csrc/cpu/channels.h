@@ -88,15 +88,15 @@ class ColumnEntries {
   int64_t column_, pitch_, splits_;  // of the first column; entries of a split
 };
 
-// A parameter of every channel, laid out for the kernels: an entry for each channel, for each column, or both, where a
-// reduction reads it, too, and takes columns where the elementwise pass does not.
+// A parameter of every channel, laid out for the kernels: an entry for each channel, for each column, or both, where
+// reductions read it, too, and take columns where elementwise passes do not.
 template <class A>
 class PerChannel {
  public:
-  PerChannel(const Plan& plan, bool reduction_reads_it)
+  explicit PerChannel(const Plan& plan, bool reductions_read_it = false)
       : plan_(plan),
         channels_(plan.by_column ? 0 : plan.channels + kPadding),
-        columns_(plan.by_column || (reduction_reads_it && plan.sums_by_column) ? plan.width + kPadding : 0) {}
+        columns_(plan.by_column || (reductions_read_it && plan.sums_by_column) ? plan.width + kPadding : 0) {}
 
   void set(int64_t first, int64_t end, const A* values) {
     if (!channels_.empty()) std::copy(values, values + (end - first), channels_.begin() + first);

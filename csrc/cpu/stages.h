@@ -107,13 +107,6 @@ void stats_of_group(const BatchNormForwardParams&, const Plan&, int64_t first, i
 template <class A>
 void stats_of_all(const BatchNormForwardParams&, const Plan&, const ParallelFor&, const StatsSink& sink);
 
-// Whether an elementwise pass stores past the caches. `bytes` are those that it and the sums before it, if there are
-// any, read and write. An output that a cache holds is found there by whoever comes next, so it is twice a cache; but
-// half of that where tasks take whole channels after their sums.
-inline bool stores_past_caches(const Plan& plan, bool after_sums, int64_t bytes) {
-  return exceeds_cache(after_sums && plan.channels_per_task > 0 ? bytes : bytes / 2);
-}
-
 // An elementwise pass, once what belongs to each channel is set: of a task's channels, where it takes whole ones, or of
 // all, on several threads.
 template <class A, class Args>
