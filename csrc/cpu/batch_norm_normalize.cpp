@@ -24,9 +24,10 @@ Normalizer<A>::Normalizer(const BatchNormForwardParams& p, const Plan& plan, boo
   const int64_t tensors = (after_stats ? 3 : 2) + (p.residual == nullptr ? 0 : 1);
   const int64_t bytes = tensors * plan.numel() * size_of(p.dtype);
   // What a cache holds of an output is found there by whoever comes next; so it takes twice a cache. It takes one where
-  // tasks take whole channels, and in backward, since there stores past the caches save more than that loses.
+  // there is a residual to read, where tasks take whole channels, and in backward, since there stores past the caches
+  // save more than that loses.
   const bool takes_whole_channels = after_stats && plan.channels_per_task > 0;
-  args.beyond_cache = exceeds_cache(takes_whole_channels ? bytes : bytes / 2);
+  args.beyond_cache = exceeds_cache(takes_whole_channels || p.residual != nullptr ? bytes : bytes / 2);
   // What is in a cache anyway is found sooner in ascending order, which the hardware foresees. (Backward, which reads
   // two tensors, it makes no difference on 1 thread, and takes 4 % more on 2.)
   this->from_end_ = args.beyond_cache;
