@@ -4,7 +4,7 @@ declares, the call itself, and what it should return."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -120,17 +120,6 @@ def _forward(module: nn.Module, operands: Operands):
     return lambda: (module(*inputs),)
 
 
-def _forward_read(module: nn.Module, operands: Operands):
-    inputs = operands.inputs
-
-    def call() -> tuple[Tensor, ...]:
-        y = module(*inputs)
-        y.detach().sum()
-        return (y,)
-
-    return call
-
-
 def _backward(module: nn.Module, operands: Operands):
     y, wanted, dy = module(*operands.inputs), _differentiable(module, operands), operands.dy
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
@@ -143,29 +132,41 @@ def _step(module: nn.Module, operands: Operands):
 
 _GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
 
+_FORWARD = Phase(
+    "forward",
+    "training forward, with what the backward needs, and the step of the running statistics",
+    {"none": 2, "relu": 2, "add_relu": 3}, _forward, ("y",), masks=1,
+)  # fmt: skip
+_EVAL = Phase(
+    "eval",
+    "forward by the running statistics, without a graph",
+    {"none": 2, "relu": 2, "add_relu": 3}, _forward, ("y",), training=False, records=False,
+)  # fmt: skip
+
+
+def _and_read(phase: Phase) -> Phase:
+    def prepare(module: nn.Module, operands: Operands):
+        forward = phase.call(module, operands)
+
+        def call() -> tuple[Tensor, ...]:
+            (y,) = forward()
+            y.detach().sum()
+            return (y,)
+
+        return call
+
+    what = f"{phase.name}, and a sum over y, as the next layer reads it"
+    tensors = {epilogue: number + 1 for epilogue, number in phase.tensors.items()}
+    return replace(phase, name=f"{phase.name}_read", what=what, tensors=tensors, call=prepare)
+
+
 PHASES = {
     phase.name: phase
     for phase in (
-        Phase(
-            "forward",
-            "training forward, with what the backward needs, and the step of the running statistics",
-            {"none": 2, "relu": 2, "add_relu": 3}, _forward, ("y",), masks=1,
-        ),
-        Phase(
-            "eval",
-            "forward by the running statistics, without a graph",
-            {"none": 2, "relu": 2, "add_relu": 3}, _forward, ("y",), training=False, records=False,
-        ),
-        Phase(
-            "forward_read",
-            "training forward, and a sum over y, as the next layer reads it",
-            {"none": 3, "relu": 3, "add_relu": 4}, _forward_read, ("y",), masks=1,
-        ),
-        Phase(
-            "eval_read",
-            "the same of the forward by the running statistics",
-            {"none": 3, "relu": 3, "add_relu": 4}, _forward_read, ("y",), training=False, records=False,
-        ),
+        _FORWARD,
+        _EVAL,
+        _and_read(_FORWARD),
+        _and_read(_EVAL),
         Phase(
             "backward",
             "gradients of x, weight, bias and residual by autograd, from a forward that is not timed",

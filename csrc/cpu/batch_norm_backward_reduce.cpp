@@ -86,8 +86,8 @@ BackwardOperands<A>::BackwardOperands(const BatchNormBackwardParams& p, const Pl
       kernels(cpu::kernels<A>(p.dtype)),
       derivative(derivative_of(p)),
       mean(pl, /*reductions_read_it=*/true),
-      scale(pl, /*reductions_read_it=*/true),
-      bias(pl, /*reductions_read_it=*/true),
+      scale(pl, finds_argument()),
+      bias(pl, finds_argument()),
       args{p.dy,
            p.x,
            p.mask,
@@ -113,7 +113,7 @@ void BackwardOperands<A>::set(int64_t first, int64_t end) {
     scales[channel - first] *= static_cast<const A*>(params.invstd)[channel];
   mean.set(first, end, static_cast<const A*>(params.mean) + first);
   scale.set(first, end, scales);
-  if (derivative != Derivative::relu && derivative != Derivative::general) return;  // the activation's argument alone
+  if (!finds_argument()) return;
   load_channels(biases, params.bias, params.weight_dtype, first, end, A(0));
   bias.set(first, end, biases);
 }

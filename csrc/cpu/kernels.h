@@ -54,7 +54,7 @@ struct NormalizeArgs {
   const A *mean, *scale, *bias;
   Activation activation;
   A activation_param;
-  bool beyond_cache;  // the tensors together: what was written is not found in cache by whoever reads it next
+  bool beyond_cache;  // stores go past the caches, since the tensors together exceed these
 };
 
 // Kernels here are compiled for all values of Epilogue and of Derivative but the last, `run_time`.

@@ -199,6 +199,8 @@ struct BackwardOperands {
   BackwardOperands(const BatchNormBackwardParams&, const Plan&, bool keeps_dz = false);
   // Of at most kChannelBatch channels. The sums do it, too.
   void set(int64_t first, int64_t end);
+  // Whether the sums find the activation's argument again, which takes scale and bias.
+  bool finds_argument() const { return derivative == Derivative::relu || derivative == Derivative::general; }
   // Of these blocks of so many channels.
   void sums(const SubMatrix& block, int64_t channels, int64_t next, Sums* of_channels) const {
     kernels.sums[static_cast<int>(derivative)](args, block, channels, next, of_channels);
