@@ -37,7 +37,7 @@ from bnext._extension import extension
 from bnext.activation import Activation, fusible, has_parameter, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
-from bnext.torch_layers import _TorchBatchNorm, lost_with_children
+from bnext.torch_layers import _TorchBatchNorm, lost_with_children, parameters_of
 
 __all__ = [
     "BatchNorm1d",
@@ -98,12 +98,13 @@ class _BatchNorm(_TorchBatchNorm):
         else:
             if by_batch and held.depth > 0 and not torch.compiler.is_compiling():
                 mean = var = counter = None
+            weight, bias = parameters_of(self)
             return batch_norm(
                 input,
                 mean,
                 var,
-                self.weight,
-                self.bias,
+                weight,
+                bias,
                 by_batch,
                 self.momentum,
                 self._instance_dict["eps"],

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import bnext
 
@@ -188,6 +189,33 @@ def test_data_parallel():
         setattr(replica, key, value.clone())
     torch.testing.assert_close(replica(model[0](x)), expected)
     assert layer.num_batches_tracked == 0 and replica.eps == 0.5
+
+
+def _parametrize(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+
+
+def _prune(layer):
+    prune.custom_from_mask(layer, "bias", torch.tensor([1, 0, 1]))
+
+
+def _buffers_as_attributes(layer):
+    for name, value in dict(layer.named_buffers()).items():
+        delattr(layer, name)
+        setattr(layer, name, value + 1)
+
+
+@pytest.mark.parametrize("change", [_parametrize, _prune, _buffers_as_attributes])
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_and_buffers_of_another_kind(change, training):
+    ours, theirs = bnext.BatchNorm2d(3).train(training), nn.BatchNorm2d(3).train(training)
+    x = batch(bnext.BatchNorm2d)
+    for layer in (ours, theirs):
+        nn.init.constant_(layer.bias, 0.5)
+        change(layer)
+    torch.testing.assert_close(ours(x), theirs(x))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
 
 
 def test_buffers_follow_the_module(device):
