@@ -3,6 +3,9 @@
 What is measured is appended to the file, a line for each shape and phase. Run again with the same file
 and arguments, it goes on where it was stopped. The order is random, the same every time: a sweep stopped
 early has seen something of everything. It ends with the cells that compare worst.
+
+Of so many short looks some are low by chance: `--again 5` has those below `--limit` measured five times more, each in
+a process of its own, and tells which are low in the median. That goes to FILE-again.jsonl.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import itertools
 import json
 import math
 import random
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 if not __package__:  # run as a script: what is measured is this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench import repeat
 from bench.cases import DTYPES, EPILOGUES, LAYOUTS, PHASES
 from bench.measure import Row
 from bench.providers import parse_providers
@@ -45,12 +51,12 @@ def identity(row: Row) -> tuple:
     return (row.shape, *group_of(row))
 
 
-def remaining(todo: Sequence[Case], done: set[tuple]) -> list[Case]:
-    """The cases, each without the phases that have been measured."""
+def selected(todo: Sequence[Case], wanted: Callable[[tuple], bool]) -> list[Case]:
+    """The cases, each with those of its phases that are wanted, by their identity."""
     left = []
     for case in todo:
         blank = [Row.blank(case.problem, phase, case.device.threads, case.suite, None, 1, "") for phase in case.phases]
-        phases = tuple(phase for phase, row in zip(case.phases, blank, strict=True) if identity(row) not in done)
+        phases = tuple(phase for phase, row in zip(case.phases, blank, strict=True) if wanted(identity(row)))
         if phases:
             left.append(replace(case, phases=phases))
     return left
@@ -72,15 +78,32 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         file.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
 
-def worst(rows: Sequence[Row], number: int) -> list[str]:
-    """The cells where the first provider compares worst with eager, worst first."""
+def worst(rows: Sequence[Row]) -> list[Row]:
+    """The cells of the first provider that compare with eager, worst first."""
     cells = [row for row in rows if row.provider == rows[0].provider and "eager" in row.speedup]
-    cells.sort(key=lambda row: row.speedup["eager"])
-    return [
+    return sorted(cells, key=lambda row: row.speedup["eager"])
+
+
+def below(rows: Sequence[Row], limit: float) -> list[Row]:
+    return [row for row in worst(rows) if row.speedup["eager"] < limit]
+
+
+def show(row: Row) -> str:
+    return (
         f"{row.speedup['eager']:6.2f}x the speed of eager, {row.ratio:7.2f}x the floor  "
         f"{'x'.join(map(str, row.shape)):>18}  {describe(group_of(row))}"
-        for row in cells[:number]
-    ]
+    )
+
+
+def again(argv: Sequence[str], number: int) -> list[Row]:
+    """What is below the limit in the file, measured in so many processes: merged."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(number):
+            result = Path(folder, f"{i}.jsonl")
+            subprocess.run([sys.executable, Path(__file__), *argv, "--child", result], check=True)
+            found.append(read(result))
+    return repeat.merge(found)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,6 +119,9 @@ def main(argv: Sequence[str]) -> int:
     add("--most", type=int, default=1 << 26, help="elements of a shape")
     add("--seconds", type=float, default=0.03, help="for which each provider is sampled in each case")
     add("--worst", type=int, default=10, help="how many cells to show")
+    add("--again", type=int, default=0, metavar="NUMBER", help="measure what is below --limit so many times more")
+    add("--limit", type=float, default=0.97, help="of the speed of eager")
+    add("--child", type=Path, help=argparse.SUPPRESS)  # where one of these times goes
     args = p.parse_args(argv)
     reuse_heap()
     workloads = {("sweep", None): [Workload(shape, 1) for shape in shapes(args.most)]}
@@ -105,17 +131,30 @@ def main(argv: Sequence[str]) -> int:
     random.Random(0).shuffle(todo)
 
     rows = read(args.file)
+    if args.child:
+        slow = {identity(row) for row in below(rows, args.limit)}
+        append(args.child, list(run(selected(todo, slow.__contains__), args.providers, args.seconds)))
+        return 0
     if args.file.exists() and not args.file.read_text().endswith("\n"):
         args.file.open("a").write("\n")  # after a line that was cut off
-    measured = run(remaining(todo, {identity(row) for row in rows}), args.providers, args.seconds)
+    done = {identity(row) for row in rows}
+    measured = run(selected(todo, lambda cell: cell not in done), args.providers, args.seconds)
     try:
         while batch := list(itertools.islice(measured, len(args.providers))):
             append(args.file, batch)
             rows += batch
     except KeyboardInterrupt:
         print("interrupted: run again to go on", file=sys.stderr)
-    print(f"{len({identity(row) for row in rows})} cells, the worst:")
-    print("\n".join(worst(rows, args.worst)))
+        args.again = 0
+    cells, low = {identity(row) for row in rows}, below(rows, args.limit)
+    print(f"{len(cells)} cells, {len(low)} below {args.limit}, the worst:")
+    print("\n".join(map(show, worst(rows)[: args.worst])))
+    if args.again:
+        merged = again(argv, args.again)
+        append(args.file.with_name(args.file.stem + "-again.jsonl"), merged)
+        low = below(merged, args.limit)
+        print(f"measured {args.again} times more, {len(low)} of these are below {args.limit} in the median:")
+        print("\n".join(map(show, low)))
     print("\n".join(dict.fromkeys(f"{row.provider}: {row.error}" for row in rows if row.error)))
     return 1 if any(row.is_wrong for row in rows) else 0
 

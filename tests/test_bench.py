@@ -855,13 +855,43 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert after.startswith("".join(lines[:3])), "nothing is measured twice"
     kept = [cell for cell in sweep.read(file) if cell.provider == "eager"]
     assert len(kept) == len({sweep.identity(cell) for cell in kept}) == 6
-    assert capsys.readouterr().out.count("6 cells, the worst:") == 2
+    assert len(re.findall(r"^6 cells, \d below 0.97, the worst:", capsys.readouterr().out, re.MULTILINE)) == 2
+
+
+def test_sweep_measures_slow_cells_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "shapes", lambda most: [(8, 4), (8, 5)])
+    file = tmp_path / "s.jsonl"
+    options = "--dtype float32 --phase forward --providers bnext,eager --device cpu --threads 1 --seconds 0"
+    argv = [str(file), *options.split()]
+    sweep.main(argv)
+    rows = sweep.read(file)
+    for cell in rows:
+        cell.speedup = {"eager": 0.9 if cell.shape == (8, 4) else 1.0}
+    file.write_text("")
+    sweep.append(file, rows)
+
+    def run_child(command, check):
+        assert Path(command[1]) == Path(sweep.__file__)
+        sweep.main([str(argument) for argument in command[2:]])
+
+    monkeypatch.setattr(sweep.subprocess, "run", run_child)
+    before = file.read_text()
+    sweep.main([*argv, "--again", "2"])
+    assert file.read_text() == before
+    merged = sweep.read(tmp_path / "s-again.jsonl")
+    assert [(cell.shape, cell.provider, len(cell.runs_ms)) for cell in merged] == [
+        ((8, 4), "bnext", 2),
+        ((8, 4), "eager", 2),
+    ]
+    low = sum(cell.provider == "bnext" and cell.speedup["eager"] < 0.97 for cell in merged)
+    assert f"measured 2 times more, {low} of these are below 0.97 in the median" in capsys.readouterr().out
 
 
 def test_sweep_shows_the_worst_first():
     rows = [row(shape=(8, c), speedup={"eager": c / 2}) for c in (3, 1, 2)]
-    shown = sweep.worst(rows, 2)
-    assert [re.search(r"8x\d", line)[0] for line in shown] == ["8x1", "8x2"]
+    assert [cell.shape for cell in sweep.worst(rows)] == [(8, 1), (8, 2), (8, 3)]
+    assert [cell.shape for cell in sweep.below(rows, 1.0)] == [(8, 1)]
+    assert re.search(r" 0\.50x the speed of eager.* 8x1 ", sweep.show(sweep.worst(rows)[0]))
 
 
 NCU = """\
