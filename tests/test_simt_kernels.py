@@ -57,6 +57,10 @@ LARGE = [
 # vectors, of all tiles.
 SHARED_MERGES = [("f32", (6000, 64, 1)), ("f64", (2500, 67, 1))]
 
+# Partial results of several blocks in each of so many tiles that, if some blocks of every tile waited for the last to
+# come, there would be no room left for these.
+MERGES_OF_MANY_TILES = [("f32", (704, 512, 1)), ("bf16", (704, 1024, 1))]
+
 # Matrices whose tiles of columns take several blocks, and several rounds of them where the device has little
 # shared memory; the last has fewer columns in its last tile.
 TALL = [(1100, 72, 1), (190, 40, 7), (300, 136, 2)]
@@ -206,7 +210,7 @@ def cases(op):
     else:
         out += [case(rng, op, *where, rng.choice(LARGE)) for where in grid for _ in range(2)]
     out += [case(rng, op, *rng.choice(grid), shape) for shape in EMPTY]
-    for dtype, shape in SHARED_MERGES:
+    for dtype, shape in SHARED_MERGES + MERGES_OF_MANY_TILES:
         out.append(case(rng, op, dtype, "interleaved", shape, plan="two_pass", shared=0, sms=132, cc=0))
     # What the numerics contract names, each on its own.
     for where in grid:

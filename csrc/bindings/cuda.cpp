@@ -151,8 +151,8 @@ struct Cuda {
     run("batch_norm_backward_input", Stage::elementwise, p, x, without_scratch(cuda::launch_batch_norm_backward_input));
   }
   static void backward(const BatchNormBackwardParams& p, const Tensor& x) {
-    run("batch_norm_backward", p.elementwise() && p.reduces() ? Stage::whole : Stage::reduction, p, x,
-        cuda::launch_batch_norm_backward);
+    const Stage what = !p.reduces() ? Stage::elementwise : p.elementwise() ? Stage::whole : Stage::reduction;
+    run("batch_norm_backward", what, p, x, cuda::launch_batch_norm_backward);
   }
 };
 

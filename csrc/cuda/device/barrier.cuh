@@ -26,8 +26,8 @@ __device__ __forceinline__ void wait_for_count(const uint32_t* counter, const Re
 
 // Counts the block among `blocks` of them, and returns its number among the workers that go on when all have arrived,
 // the last `workers` <= `blocks` of them, counted backwards from 0; or -1 in all other blocks. A worker returns once
-// all have arrived, and sees what they wrote before. The blocks need not all be on the device together: workers wait
-// for fewer than `workers` blocks, a device has room for as many (planner/plan.cpp), and all others leave.
+// all have arrived, and sees what they wrote before. The blocks need not all be on the device together: few blocks of a
+// launch wait, fewer than a device runs at a time (planner/two_pass.cpp), and all others leave.
 __device__ __forceinline__ int arrive_among_last(uint32_t* counter, uint32_t blocks, uint32_t workers) {
   if (blocks == 1) {
     __syncthreads();

@@ -114,7 +114,7 @@ struct Partition {
   int64_t l2_steps;         // of a split, its last: what the L2 cache should keep, as it will be read again
   uint32_t first_wave;      // clusters that begin together, where there are more,
   uint32_t stagger_cycles;  // and how much later their second half does: stagger_start()
-  int32_t prefetch_vecs;    // that a thread fetches into the L2 cache while clusters exchange: prefetch_next()
+  int32_t prefetch_vecs;    // of a pack that a thread fetches into L2 while clusters exchange: prefetch_next()
   bool clustered;           // the blocks of a tile are a cluster, and exchange through its shared memory
   bool pdl;                 // the launch may begin while the kernel before, of the same plan, is running
   bool starts_next;         // the next launch does so: only the caller of both knows that

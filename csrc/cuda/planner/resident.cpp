@@ -66,7 +66,8 @@ void set_waves(Partition& partition, const Problem& problem, const DevicePropert
   const double bytes =
       std::min(kPrefetchUs * static_cast<double>(device.bandwidth), static_cast<double>(device.l2_bytes) / 4);
   const int64_t threads = std::min(partition.tiles, together) * partition.splits * partition.threads;
-  partition.prefetch_vecs = static_cast<int32_t>(bytes / static_cast<double>(threads * problem.vec_bytes()));
+  const int64_t parts = std::max(1, partition.columns.packs);
+  partition.prefetch_vecs = static_cast<int32_t>(bytes / static_cast<double>(threads * parts * problem.vec_bytes()));
 }
 
 // With clusters of the size that takes the least time, if that is less than `best` takes; or of the size that is asked
@@ -225,6 +226,8 @@ std::string why_not(const Problem& problem, const DeviceProperties& device, cons
   const bool is_planar = problem.shape.layout == Layout::planar;
   if (is_planar && requested.interleaved_details()) return "in a planar layout, the one detail is cluster";
   if (requested.cluster > 1 && device.compute_capability < 90) return "clusters need compute capability 9.0";
+  if (requested.cluster > 1 && !device.clusters) return "the device refuses clusters";
+  if (requested.grouped() && !device.cooperative) return "the device has no cooperative launches, or refuses them";
   const std::string capacity =
       std::to_string(std::max<int64_t>(1, device.multiprocessors - (is_planar ? 0 : options.sm_margin))) +
       " multiprocessors of " + std::to_string(device.shared_per_multiprocessor) + " bytes of shared memory";

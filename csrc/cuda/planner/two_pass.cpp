@@ -16,7 +16,10 @@ constexpr int64_t kMaxMergedSplits = 256;
 // So many bytes of partial results take another block to merge them: one for each thread of a block, where they are
 // largest.
 constexpr int64_t kMergeWorkerBytes = 4 * 1024;
-constexpr int64_t kMaxMergeWorkers = 8;  // tests/simt has room for as many blocks
+// Blocks of a launch that wait for others, of all its tiles together. Those others may have no room before some block
+// leaves, so that these must be fewer than the blocks that any GPU runs at a time, or any part of one that a driver
+// gives out (from 8 multiprocessors on).
+constexpr int64_t kMaxWaiting = 7;
 
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
 // one set in planar form and one for each element of its vector in columns.
@@ -79,13 +82,15 @@ void set_partial_results(const Problem& problem, Plan* plan) {
   plan->counters = merging.tiles;
 }
 
-// Blocks that share the merge of a tile. They wait for each other: all of them must have room, and none another tile to
-// go on to.
+// Blocks that share a merge: of a tile or, where a channel's columns lie in several, of all tiles. All but the last of
+// them wait; many tiles are merged side by side anyway.
 int32_t merge_workers(const Problem& problem, const DeviceProperties& device, const Partition& merging) {
-  const int64_t blocks = merging.repeat == 1 ? merging.splits : merging.blocks();
+  const bool by_tile = merging.repeat == 1;
+  const int64_t blocks = by_tile ? merging.splits : merging.blocks(), merges = by_tile ? merging.tiles : 1;
   const int64_t bytes = blocks * merging.tile_width() * problem.state_bytes;
-  return static_cast<int32_t>(std::clamp<int64_t>(
-      bytes / kMergeWorkerBytes, 1, std::min({kMaxMergeWorkers, blocks, int64_t{device.multiprocessors}})));
+  const int64_t waiting = std::min<int64_t>(kMaxWaiting, device.multiprocessors - 1);
+  const int64_t most = std::min(blocks, 1 + waiting / std::max<int64_t>(1, merges));
+  return static_cast<int32_t>(std::clamp<int64_t>(bytes / kMergeWorkerBytes, 1, std::max<int64_t>(1, most)));
 }
 
 }  // namespace

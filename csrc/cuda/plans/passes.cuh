@@ -84,7 +84,7 @@ template <class Op, bool STANDALONE>
 __device__ __forceinline__ void column_apply_pass(const typename Op::Params& p, const Partition& partition,
                                                   const WorkTile& work) {
   // A tile's channels are loaded once a block, by as many threads, and not by each thread for its N columns.
-  using Cache = ColumnCache<Op::N, typename Op::Coefficients>;
+  using Cache = CoefficientCache<Op>;
   __shared__ uint4 memory[Cache::kBytes / sizeof(uint4)];
   const ColumnPlace<Op::N> place(partition, work);
   const Cache cache(memory, partition);

@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         if (place.active) of_columns(centres, shared_centres, p.shape, place.col - first * p.shape.s);
         const auto reducer = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), centres,
                                                         load_shift_row<Op>(p, partition, mine, place));
-        prefetch_next<Op>(p, partition, work, [&](const WorkTile& work) {
-          const WorkTile next = pack_of(partition, work, pack);
+        prefetch_next<Op>(p, partition, work, [&](const WorkTile& tile) {
+          const WorkTile next = pack_of(partition, tile, pack);
           return ColumnWalk<N>(partition, p.shape.numel(), next, ColumnPlace<N>(partition, next));
         });
         return reducer;

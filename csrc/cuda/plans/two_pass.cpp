@@ -34,6 +34,7 @@ cudaError_t launch_input_gradient(const BatchNormBackwardParams& p, const Partit
 
 cudaError_t launch_two_passes(const BatchNormForwardParams& p, const Plan& plan, const Scratch& scratch,
                               cudaStream_t stream) {
+  if (!plan.apply.fits()) return cudaErrorInvalidValue;  // before the first has stepped the running statistics
   const cudaError_t error = launch_reduce(p, first_of_two(plan), scratch, stream);
   if (error != cudaSuccess) return error;
   BatchNormForwardParams second = p;  // the running statistics are done; only the counter is left
