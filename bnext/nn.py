@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from bnext import routes
 from bnext._extension import extension
@@ -220,10 +221,9 @@ class BatchNormAct2d(BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(drop(bn(input) + residual))."""
-        if not torch.compiler.is_compiling():  # the children may have been replaced, or have got hooks
-            self._find_activation()
+        self._find_activation()  # the children may have been replaced, or have got hooks
         y = super().forward(input, residual)
-        return y if self.activation is not None else self.act(self.drop(y))
+        return y if self.activation is not None or isinstance(y, Proxy) else self.act(self.drop(y))
 
     def _find_activation(self) -> None:
         """Sets `activation` to what the children do, if that can be fused."""
@@ -323,7 +323,7 @@ class _Lazy(_BatchNorm):
         if not self.has_uninitialized_params() and self.num_features != 0:
             super().reset_parameters()
 
-    def initialize_parameters(self, input: Tensor) -> None:
+    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
         """Gives the parameters and buffers as many elements as `input` has channels."""
         if not self.has_uninitialized_params():
             return

@@ -34,6 +34,8 @@ OWN_ATTRIBUTES = {
     "ghost_batch_size": None,
 }
 
+_MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
 #: The modules of functions that make another layer of a batch norm's attributes, or fold it into a convolution. They
 #: know none of OWN_ATTRIBUTES, and all of them read `eps`.
 _REBUILDERS = {
@@ -65,6 +67,7 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     ghost_batch_size: int | None = None
     __constants__ = ["activation", "activation_param", "frozen", "unbiased", "ghost_batch_size"]  # for TorchScript
     __jit_unused_properties__ = ["eps"]  # TorchScript would compile it
+    _has_own_members = False  # whether a subclass defines one of _MEMBERS, as a property perhaps
 
     # `__dict__` by another name: Dynamo of torch 2.11 takes `self.__dict__["eps"]` for the property again, without end.
     # All reads and writes go by it, since Dynamo sees two dictionaries.
@@ -78,6 +81,10 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
             if not torch.compiler.is_compiling():
                 _refuse_rebuilding(self, sys._getframe(1))
             return self._instance_dict["eps"]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls._has_own_members = any(name in vars(base) for base in cls.__mro__ for name in _MEMBERS)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "eps":  # stays where torch.nn has it, and so do pickles
@@ -177,25 +184,32 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 # What every call asks a layer for, past `nn.Module.__getattr__`, in which the five of them took a quarter of the time
-# for a tiny tensor. They are attributes of another kind where something took their place, such as a parametrization.
+# for a tiny tensor. They are attributes of another kind where something took their place: a parametrization, a property
+# of a subclass, an entry of the object's dictionary.
 
 
-def parameters_of(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+def parameters_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """`weight` and `bias`."""
-    own = layer._parameters
-    try:
-        return own["weight"], own["bias"]
-    except KeyError:
-        return layer.weight, layer.bias
+    own, others = layer._parameters, layer._instance_dict
+    if not (layer._has_own_members or "weight" in others or "bias" in others):
+        try:
+            return own["weight"], own["bias"]
+        except KeyError:
+            pass
+    return layer.weight, layer.bias
 
 
-def buffers_of(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def buffers_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`running_mean`, `running_var` and `num_batches_tracked`."""
-    own = layer._buffers
-    try:
-        return own["running_mean"], own["running_var"], own["num_batches_tracked"]
-    except KeyError:
-        return layer.running_mean, layer.running_var, layer.num_batches_tracked
+    own, others = layer._buffers, layer._instance_dict
+    if not (
+        layer._has_own_members or "running_mean" in others or "running_var" in others or "num_batches_tracked" in others
+    ):
+        try:
+            return own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        except KeyError:
+            pass
+    return layer.running_mean, layer.running_var, layer.num_batches_tracked
 
 
 def _unusual(layer: nn.Module, usual: Mapping[str, object]) -> list[str]:
@@ -226,6 +240,11 @@ def _refuse_rebuilding(layer: _TorchBatchNorm, reader: Any) -> None:
 
 def _leaf(layer: nn.Module, input: Proxy, residual: Proxy | None) -> Proxy:
     """A call of the layer in the graph of torch.fx, which traces into the forward of layers that are not torch.nn's."""
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        raise RuntimeError(
+            f"torch.fx would run the hooks of {layer!r} twice, while it traces and in the graph: trace with a Tracer "
+            "whose is_leaf_module is true of this layer, or remove the hooks first"
+        )
     tracer: Any = input.tracer
     args = (input,) if residual is None else (input, residual)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
@@ -244,7 +263,7 @@ class TorchBatchNorm3d(_TorchBatchNorm, nn.BatchNorm3d):
 
 
 class TorchSyncBatchNorm(_TorchBatchNorm, nn.SyncBatchNorm):
-    """A reverted `bnext.SyncBatchNorm`; the only one that cannot be scripted, as torch's own."""
+    """A reverted `bnext.SyncBatchNorm`; it cannot be scripted, as torch's own."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.frozen or not self.training or isinstance(input, Proxy):
@@ -263,7 +282,12 @@ class TorchBatchNormAct2d(_TorchBatchNorm, nn.BatchNorm2d):
         drop: nn.Module
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.act(self.drop(super().forward(input, residual)))
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if type(input) is not Tensor and isinstance(input, Proxy):
+                return _leaf(self, input, residual)
+        self._check_input_dim(input)
+        mean, var, counter, by_batch = self._statistics()
+        return self.act(self.drop(self._by_torch(input, mean, var, counter, residual, by_batch)))
 
     def _lost_by(self, evaluates: bool) -> list[str]:
         return lost_with_children(self, evaluates)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnext import activation as activations
 from bnext import aten
+from bnext._extension import extension
 
 __all__ = ["batch_norm"]
 
@@ -47,7 +48,7 @@ def batch_norm(
     """`bnext.functional.batch_norm` in the arguments of the operator."""
     if training and ghost_batch_size is not None:
         parts = aten.ghost_batches(input, ghost_batch_size)
-        residuals = [None] * len(parts) if residual is None else residual.expand_as(input).tensor_split(len(parts))
+        residuals = [None] * len(parts) if residual is None else residual.tensor_split(len(parts))
         statistics = running_mean, running_var, num_batches_tracked
 
         def of_part(part: Tensor, r: Tensor | None) -> Tensor:
@@ -61,15 +62,16 @@ def batch_norm(
     if training and values == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if training:
-        aten.check_average(running_mean, num_batches_tracked, momentum)
+        statistics = running_mean, running_var, num_batches_tracked
+        extension().check_training(input, weight, bias, *statistics, residual, momentum, eps)
     given = (None, None) if training else (running_mean, running_var)
     settings = _Settings(training, eps, activation, activation_param)
     y, mean, var = _BatchNorm.apply(input, weight, bias, residual, *given, settings)
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if training and values > 0:  # an empty batch has no statistics
         step = var * (values / (values - 1)) if unbiased else var
         _step(running_mean, running_var, num_batches_tracked, momentum, mean, step)
+    if training and num_batches_tracked is not None:  # last: vmap may refuse to write the others
+        num_batches_tracked.add_(1)
     return y
 
 
@@ -86,7 +88,7 @@ def _step(
         return
     if momentum is None:
         assert num_batches_tracked is not None  # checked before anything has changed
-        weight = 1.0 / num_batches_tracked.to(mean.dtype)
+        weight = 1.0 / (num_batches_tracked + 1).to(mean.dtype)
     else:
         weight = torch.full((), momentum, dtype=mean.dtype, device=mean.device)
     for running, batch in ((running_mean, mean), (running_var, var)):

@@ -176,6 +176,13 @@ def test_reverted_layers_script_with_a_residual():
     torch.testing.assert_close(torch.jit.script(bnext.revert(model))(x), expected)
 
 
+@pytest.mark.parametrize("layer", [bnext.nn.BatchNormAct2d, bnext.nn.FrozenBatchNorm2d])
+def test_reverted_layers_with_children_script(layer):
+    model, x = layer(3, act=nn.SiLU()).eval(), torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(bnext.revert(model))(x), expected)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

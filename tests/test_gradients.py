@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import channels_last, contiguous
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bnext
@@ -204,3 +205,17 @@ def test_checkpointing_recomputes(device):
     (expected,) = torch.autograd.grad(m(x).square().sum(), x)
     (dx,) = torch.autograd.grad(checkpoint(m, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.SiLU()])
+def test_a_gradient_penalty_reaches_all_parameters(activation, training):
+    """By zeros where the activation is piecewise linear, as in torch: autograd.grad() raises where there is nothing."""
+    norm, x = nn.BatchNorm2d(3, dtype=torch.float64), torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    layer = bnext.BatchNorm2d(3, activation=activation, dtype=torch.float64)
+    results = []
+    for model in (nn.Sequential(norm, activation).train(training), layer.train(training)):
+        (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [x, *model.parameters()]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -218,6 +218,36 @@ def test_parameters_and_buffers_of_another_kind(change, training):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
 
 
+def test_a_subclass_may_compute_what_the_forward_reads():
+    def subclass(base):
+        class Positive(base):
+            def __init__(self, c):
+                super().__init__(c, affine=False)
+                self.raw = nn.Parameter(torch.full((c,), 2.0))
+
+            @property
+            def weight(self):
+                return self.raw.exp()
+
+        return Positive
+
+    class Shifted(bnext.BatchNorm2d):
+        @property
+        def running_mean(self):
+            return self._buffers["running_mean"] + 7
+
+    x = batch(bnext.BatchNorm2d)
+    torch.testing.assert_close(subclass(bnext.BatchNorm2d)(3)(x), subclass(nn.BatchNorm2d)(3)(x))
+    shifted = bnext.BatchNorm2d(3).eval()
+    shifted.__class__ = Shifted
+    torch.testing.assert_close(shifted(x), nn.BatchNorm2d(3).eval()(x - 7))
+    for name, training in (("weight", True), ("running_var", False)):
+        layers = bnext.BatchNorm2d(3).train(training), nn.BatchNorm2d(3).train(training)
+        for layer in layers:
+            vars(layer)[name] = torch.full((3,), 4.0)
+        torch.testing.assert_close(layers[0](x), layers[1](x))
+
+
 def test_buffers_follow_the_module(device):
     m = bnext.BatchNorm2d(3).to(device).double()
     m(torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device))
@@ -267,6 +297,50 @@ def test_tensor_subclasses_and_modes_see_the_call(device):
     assert bnext.functional.batch_norm in calls
 
 
+ALL = [
+    bnext.BatchNorm2d(3, activation="silu"),
+    bnext.SyncBatchNorm(3),
+    bnext.nn.BatchNormAct2d(3, act=nn.GELU()),
+    bnext.nn.BatchNormAct2d(3, act=nn.SiLU(), drop=nn.Dropout()),
+    bnext.nn.FrozenBatchNorm2d(3, act=nn.GELU()),
+]
+
+
+@pytest.mark.parametrize("reverted", [False, True])
+@pytest.mark.parametrize("layer", ALL, ids=lambda layer: repr(layer).partition("\n")[0])
+def test_torch_fx_traces_each_layer_once(layer, reverted):
+    model = nn.Sequential(copy.deepcopy(layer)).eval()
+    if reverted:
+        model = bnext.revert(model)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_torch_fx_refuses_hooks_that_would_run_twice():
+    model = nn.Sequential(bnext.BatchNorm2d(3)).eval()
+    model[0].register_forward_hook(lambda module, args, y: y * 2)
+    with pytest.raises(RuntimeError, match="torch.fx would run the hooks of BatchNorm2d.* twice"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, name):
+            return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, name)
+
+    traced, x = torch.fx.GraphModule(model, Tracer().trace(model)), torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_a_replaced_activation_is_seen_by_compilers():
+    layer = bnext.nn.BatchNormAct2d(3, act=nn.SiLU()).eval()
+    x = torch.randn(4, 3, 5, 5)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    compiled(x)
+    layer.act = nn.GELU()
+    expected = nn.Sequential(nn.BatchNorm2d(3), nn.GELU()).eval()(x)
+    for run in (layer, compiled, torch.export.export(layer, (x,)).module()):
+        torch.testing.assert_close(run(x), expected)
+
+
 def test_fake_tensors_go_through(device):
     from torch._subclasses import FakeTensorMode
 
@@ -302,3 +376,10 @@ def test_lazy_layers_become_the_others(ours, theirs, options):
     assert list(lazy.state_dict()) == list(twin.state_dict())
     fresh.load_state_dict(lazy.state_dict())
     assert torch.equal(fresh.eval()(x), lazy.eval()(x))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_lazy_layers_take_a_residual_at_once(by_name):
+    lazy, x = bnext.LazyBatchNorm2d(activation="relu"), torch.randn(4, 3, 5, 5)
+    y = lazy(x, residual=x) if by_name else lazy(x, x)
+    torch.testing.assert_close(y, (nn.BatchNorm2d(3)(x) + x).relu())

@@ -279,3 +279,35 @@ def test_one_value_a_channel_gets_the_error_of_torch(device):
     m = bnext.BatchNorm1d(3, track_running_stats=False, device=device)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         grad(lambda x: m(x).sum())(torch.randn(1, 3, device=device))
+
+
+@pytest.mark.parametrize("residual", [torch.randn(1, 3, 1, 1), torch.randn(4, 3, 5, 5).bfloat16()])
+def test_a_residual_broadcasts_and_promotes_as_outside(residual):
+    layer, x = bnext.BatchNorm2d(3, activation="silu").eval(), torch.randn(4, 3, 5, 5)
+    leaf = x.clone().requires_grad_()
+    layer(leaf, residual).sum().backward()
+    torch.testing.assert_close(grad(lambda x: layer(x, residual).sum())(x), leaf.grad)
+    y, tangent = jvp(lambda x: layer(x, residual), (x,), (x,))
+    torch.testing.assert_close(y, layer(x, residual))
+    torch.testing.assert_close(
+        tangent,
+        jvp(
+            lambda x: nn.functional.silu(nn.functional.batch_norm(x, layer.running_mean, layer.running_var) + residual),
+            (x,),
+            (x,),
+        )[1],
+    )
+
+
+def test_mistakes_are_found_and_change_nothing():
+    x = torch.randn(4, 3, 5, 5)
+    with pytest.raises(ValueError, match="eps"):
+        grad(lambda x: bnext.BatchNorm2d(3, eps=0, track_running_stats=False)(x).sum())(x)
+    layer = bnext.BatchNorm2d(3, affine=False)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match="running_mean should contain 1 elements not 3"):
+        grad(lambda x: layer(x).sum())(x[:, :1])
+    with pytest.raises(RuntimeError, match="vmap"):
+        vmap(layer)(x.expand(2, 4, 3, 5, 5))
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, before[name], msg=name)

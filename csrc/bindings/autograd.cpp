@@ -141,7 +141,16 @@ struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNorm
                                         needs.next(given(saved.bias)), needs.next(given(saved.residual))};
     auto [ddy, dx, dweight, dbias, dresidual] =
         double_backward(saved, dy, grads[0], grads[1], grads[2], grads[3], wanted);
-    return {ddy, dx, dweight, dbias, dresidual, Tensor(), Tensor()};
+    variable_list result = {ddy, dx, dweight, dbias, dresidual, Tensor(), Tensor()};
+    if (saved.activation != Activation::none) {
+      // All that the activation's argument depends on has a gradient, as in torch, be it 0: autograd.grad() raises where
+      // there is none.
+      const OptionalTensor* const arguments[4] = {&saved.x, &saved.weight, &saved.bias, &saved.residual};
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        if (wanted[i] && !result[1 + i].defined()) result[1 + i] = at::zeros_like(**arguments[i]);
+      }
+    }
+    return result;
   }
 };
 
@@ -159,7 +168,7 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     // With frozen statistics and parameters, dx is dy times a constant.
     const bool need_x = settings.training || active || (given(weight) && weight->requires_grad()) ||
                         (given(bias) && bias->requires_grad());
-    const bool need_bias = active && !use_mask;
+    const bool need_bias = active;
     if (need_x) check_can_be_saved("input", x);
     check_can_be_saved("weight", weight);
     if (need_bias) check_can_be_saved("bias", bias);
