@@ -21,6 +21,10 @@ from typing import Any
 #: generation: the first of each, whose machine code all of it runs. Where a GPU is visible, its own is compiled.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 
+#: So that instruction sets give the same bits, the compiler fuses no multiplication into an addition by itself. And it
+#: vectorizes no square root that may set errno.
+ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno")
+
 #: Where the sources' use of __CUDA_ARCH__ begins to tell architectures apart: from one of these to the next, kernels
 #: are the same PTX.
 STAGES = ("7.5", "8.0", "9.0")
@@ -194,7 +198,7 @@ def recipe(csrc: Path, info: Mapping[str, str], toolkit: Toolkit | None, archite
     leave the choice to torch, which reads TORCH_CUDA_ARCH_LIST."""
     patterns = ["bindings/*.cpp", "cpu/*.cpp"] + (["cuda/**/*.cpp", "cuda/**/*.cu"] if toolkit else [])
     # No -std: torch adds the one that its headers need; ours are content with C++17 and later.
-    cxx = ["-O3", "-g0", "-fopenmp", f"-DBNEXT_BUILD_INFO={_encode(info)}"]
+    cxx = ["-O3", "-g0", "-fopenmp", *ARITHMETIC, f"-DBNEXT_BUILD_INFO={_encode(info)}"]
     # The many architectures are alike: compressed, they take an eighth of the space.
     compressed = toolkit is not None and int(toolkit.version.split(".")[0]) >= 13
     return Recipe(

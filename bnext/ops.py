@@ -35,7 +35,8 @@ leaky_relu's slope, and 0 for all others. With a `ghost_batch_size` mean and inv
 ghost batches, and the mask of each begins a byte of its own; `batch_norm_normalize` and `batch_norm_backward` take such
 statistics. Behind a residual a backward takes what says where the activation was: the
 `mask` of relu, relu6 and leaky_relu, uint8 with one bit for each element in memory order, set where the derivative
-is 1; or, for any activation, the `residual` itself. All but `batch_norm` know no autograd.
+is 1, which `save_mask` asks for; or, for any activation, the `residual` itself. Without a residual it follows from x,
+and there is no mask. All but `batch_norm` know no autograd.
 """
 
 import torch

@@ -12,6 +12,8 @@ import pytest
 from compiler import cxx
 from processor import runs
 
+from bnext._toolchain import ARITHMETIC
+
 ROOT = Path(__file__).parent.parent
 CPU = ROOT / "csrc" / "cpu"
 
@@ -41,7 +43,7 @@ def differing(folder, compiler, kernels, flags, *, step=1, runner=()):
     compilers, objects = [], []
     for name, sources in {"kernels": kernels, "common": common}.items():
         (folder / name).mkdir()
-        command = [compiler, "-std=c++17", "-Werror=switch", *flags, "-c", *map(str, sources)]
+        command = [compiler, "-std=c++17", "-Werror=switch", *ARITHMETIC, *flags, "-c", *map(str, sources)]
         compilers.append(subprocess.Popen(command, cwd=folder / name))
         objects += [folder / name / f"{source.stem}.o" for source in sources]
     assert [compiling.wait() for compiling in compilers] == [0, 0]

@@ -246,6 +246,16 @@ def test_mask_is_one_bit_an_element_in_memory_order(device, layout):
     assert torch.equal(bits[: x.numel()], in_memory) and not bits[x.numel() :].any()
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu"])
+def test_there_is_no_mask_without_a_residual(device, activation):
+    """A backward finds the activation's argument from x."""
+    x, stats = torch.randn(3, 5, 3, 3, device=device), torch.ones(5, device=device)
+    *_, mask = OPS.batch_norm_normalize(x, stats, stats, None, None, None, activation, 0.0, True)
+    training = OPS.batch_norm_forward(x, None, None, None, None, None, None, 0.1, 1e-5, activation, 0.0, True)
+    evaluation = OPS.batch_norm_forward_eval(x, None, None, stats, stats, None, 1e-5, activation, 0.0, True, True)
+    assert mask.numel() == training[-1].numel() == evaluation[-1].numel() == 0
+
+
 def test_meta_tensors(device):
     """Shapes without data, as in deferred initialisation."""
     m = bnext.BatchNorm2d(3, activation="relu", device="meta")

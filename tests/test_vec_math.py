@@ -11,6 +11,8 @@ import torch
 from compiler import cxx
 from processor import runs
 
+from bnext._toolchain import ARITHMETIC
+
 ROOT = Path(__file__).parent.parent
 FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 FLAGS["avx512"] = [*FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -26,7 +28,7 @@ def vec_math(request, tmp_path_factory):
     isa = request.param
     library = tmp_path_factory.mktemp("vec_math") / f"{isa}.so"
     header = ROOT / "csrc" / "cpu" / f"isa_{isa}.h"
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f'-DISA="{header}"', *FLAGS[isa]]
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", *ARITHMETIC, f'-DISA="{header}"', *FLAGS[isa]]
     subprocess.run([*command, str(ROOT / "tests" / "vec_math.cpp"), "-o", str(library)], check=True)
     if not runs(isa):
         pytest.skip(f"compiles, but this processor does not have {isa}")

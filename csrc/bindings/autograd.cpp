@@ -143,8 +143,8 @@ struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNorm
         double_backward(saved, dy, grads[0], grads[1], grads[2], grads[3], wanted);
     variable_list result = {ddy, dx, dweight, dbias, dresidual, Tensor(), Tensor()};
     if (saved.activation != Activation::none) {
-      // All that the activation's argument depends on has a gradient, as in torch, be it 0: autograd.grad() raises where
-      // there is none.
+      // All that the activation's argument depends on has a gradient, as in torch, be it 0: autograd.grad() raises
+      // where there is none.
       const OptionalTensor* const arguments[4] = {&saved.x, &saved.weight, &saved.bias, &saved.residual};
       for (size_t i = 0; i < wanted.size(); ++i) {
         if (wanted[i] && !result[1 + i].defined()) result[1 + i] = at::zeros_like(**arguments[i]);
@@ -163,7 +163,7 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     const Activation activation = parse_activation(settings.activation, settings.activation_param);
     const bool active = activation != Activation::none;
     // Without a residual the activation's argument follows from x.
-    const bool use_mask = given(residual) && saves_of(activation) == Saves::mask;
+    const bool use_mask = needs_mask(activation, residual);
     const bool use_residual = given(residual) && saves_of(activation) == Saves::residual;
     // With frozen statistics and parameters, dx is dy times a constant.
     const bool need_x = settings.training || active || (given(weight) && weight->requires_grad()) ||

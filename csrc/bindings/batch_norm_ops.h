@@ -186,7 +186,7 @@ struct BatchNormOps {
 
     // Allocate.
     Tensor y = New::like(apply.x, apply.format);
-    Tensor mask = New::mask(x, parts, save_mask && saves_of(act) == Saves::mask);
+    Tensor mask = New::mask(x, parts, save_mask && needs_mask(act, residual));
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -218,7 +218,7 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = New::like(apply.x, apply.format);
     Tensor mean = New::statistic(x, parts), invstd = New::statistic(x, parts);
-    Tensor mask = New::mask(x, parts, save_mask && saves_of(act) == Saves::mask);
+    Tensor mask = New::mask(x, parts, save_mask && needs_mask(act, residual));
 
     // Fill in and launch.
     if constexpr (executes) {
@@ -274,7 +274,7 @@ struct BatchNormOps {
     // Allocate.
     Tensor y = New::like(apply.x, apply.format);
     Tensor mean = save ? New::statistic(x) : New::nothing(x), invstd = save ? New::statistic(x) : New::nothing(x);
-    Tensor mask = New::mask(x, Parts::whole(x), save_mask && saves_of(act) == Saves::mask);
+    Tensor mask = New::mask(x, Parts::whole(x), save_mask && needs_mask(act, residual));
 
     // Fill in and launch.
     if constexpr (executes) {

@@ -145,6 +145,8 @@ void check_training(const Tensor& x, const OptionalTensor& weight, const Optiona
                     std::optional<double> momentum, double eps) {
   check_input(x);
   check_eps(eps, /*training=*/true);
+  TORCH_CHECK_VALUE(acc_type_of(x) == at::kDouble || static_cast<float>(eps) > 0,
+                    "batch_norm eps must be positive in float32, in which input is accumulated, but got ", eps);
   check_parameters(x, weight, bias);
   check_running(x, running_mean, running_var);
   check_counter(x, num_batches_tracked);

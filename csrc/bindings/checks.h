@@ -30,6 +30,11 @@ inline at::ScalarType acc_type_of(const Tensor& x) { return acc_type_of(x.scalar
 constexpr bool is_widened(at::ScalarType t) { return acc_type_of(t) != t; }
 inline bool is_widened(const Tensor& x) { return is_widened(x.scalar_type()); }
 
+// Whether a backward takes bits that the forward kept: without a residual the activation's argument follows from x.
+inline bool needs_mask(Activation activation, const OptionalTensor& residual) {
+  return given(residual) && saves_of(activation) == Saves::mask;
+}
+
 // Only leaky_relu has a parameter.
 Activation parse_activation(std::string_view name, double param);
 

@@ -6,8 +6,8 @@
 //   saves                                                what the forward saves besides x, behind a residual
 // written for V a float or double (CUDA kernels), a vector of them (csrc/cpu/vec_math.h), or a tensor of torch
 // (csrc/bindings/tensor_math.h). V has + - * /, unary -, and constant_like, where_le, where_ge, exp, tanh.
-// Comparisons are false for NaN, and the derivatives there are torch's, but for leaky_relu's: torch takes the slope,
-// and the value is NaN either way.
+// Comparisons are false for NaN, and the derivatives there are torch's, but for leaky_relu's and hardswish's, where
+// torch has the slope and 1; the value is NaN either way.
 #pragma once
 
 #include <cmath>

@@ -50,7 +50,7 @@ struct BatchNormForwardParams {
 
   void* y;        // like x
   uint8_t* mask;  // [ceil(numel / 8)]; bit i % 8 of byte i / 8 says that the activation's derivative at element i, in
-                  // memory order, is 1; unused bits are 0. Only for activations that keep a bit. Written where not null
+                  // memory order, is 1; unused bits are 0. Only behind a residual, for activations that keep a bit
 };
 
 struct BatchNormBackwardParams {

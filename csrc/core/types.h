@@ -15,11 +15,7 @@
 #endif
 
 // What follows a switch that has a case for every value.
-#if defined(_MSC_VER) && !defined(__clang__)
-#define BNEXT_UNREACHABLE() __assume(false)
-#else
 #define BNEXT_UNREACHABLE() __builtin_unreachable()
-#endif
 
 namespace bnext {
 

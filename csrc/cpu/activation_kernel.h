@@ -28,10 +28,15 @@ template <class A>
   replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return decltype(type)::grad(v, p); });
 }
 
-// 1 where a mask has a bit, 0 elsewhere.
+// The bits of n numbers, from bit `first` on.
 template <class A>
-[[gnu::noinline, gnu::flatten]] void mask_bits(Activation activation, A* z, int64_t n) {
-  replace_each(activation, z, n, [&](auto type, const Vec<A>& v) { return mask_bit<decltype(type)>(v); });
+[[gnu::noinline, gnu::flatten]] void write_mask(Activation activation, const A* z, int64_t n, uint8_t* mask,
+                                                int64_t first) {
+  with_activation(activation, [&](auto type) {
+    for_each_vector<A>(n, Tail::partial, [&](int64_t j, auto part) {
+      put_bits(mask, first + j, lanes_of<A>(part), positive_bits(mask_bit<decltype(type)>(load(z + j, Full{}))));
+    });
+  });
 }
 
 }  // namespace

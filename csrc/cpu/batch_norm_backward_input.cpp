@@ -32,14 +32,14 @@ template <class A>
 void InputGradient<A>::set(int64_t first, int64_t end) {
   if (!params_.training || params_.dx == nullptr) return;
   // In double: invstd squared may be beyond float's range.
-  const double count = static_cast<double>(params_.count);
+  const double share = 1 / static_cast<double>(params_.count);
   A mean_dy[kChannelBatch], slope[kChannelBatch];
   for (int64_t channel = first; channel < end; channel++) {
     const double invstd = static_cast<const A*>(params_.invstd)[channel];
     const double sum_dy = static_cast<const A*>(params_.sum_dy)[channel];
     const double sum_dy_xmu = static_cast<const A*>(params_.sum_dy_xmu)[channel];
-    mean_dy[channel - first] = static_cast<A>(sum_dy / count);
-    slope[channel - first] = static_cast<A>(sum_dy_xmu * invstd * invstd / count);
+    mean_dy[channel - first] = static_cast<A>(sum_dy * share);
+    slope[channel - first] = static_cast<A>(sum_dy_xmu * invstd * invstd * share);
   }
   mean_dy_.set(first, end, mean_dy);
   slope_.set(first, end, slope);

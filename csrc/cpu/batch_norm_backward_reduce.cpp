@@ -142,10 +142,7 @@ void sums_of_group(BackwardOperands<A>& b, int64_t first, int64_t end, const Sum
 template <class A>
 void sums_of_all(BackwardOperands<A>& b, const ParallelFor& parallel, const SumsSink& sink) {
   const Plan& plan = b.plan;
-  if (plan.numel() == 0) {
-    const Sums nothing[kChannelBatch] = {};
-    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
-  } else if (plan.channels_per_task > 0) {
+  if (plan.channels_per_task > 0) {
     for_each_group(parallel, plan, plan.channels_per_task,
                    [&](int64_t first, int64_t end) { sums_of_group(b, first, end, sink); });
   } else {

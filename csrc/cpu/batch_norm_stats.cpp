@@ -90,6 +90,7 @@ class ColumnStats {
   // Merges the columns of each of channels [first, end), at most kChannelBatch, and passes the result on. Two passes
   // over them, as over the data: no division for each.
   void merge(int64_t first, int64_t end, const StatsSink& sink) const {
+    if (plan_.width == plan_.channels && entries_.splits() == 1) return pass_on(first, end, sink);
     double centre[kChannelBatch], mean[kChannelBatch], m2[kChannelBatch];
     for (int64_t channel = first; channel < end; channel++)
       centre[channel - first] = shift_[entries_.at(0, channel * plan_.inner)];
@@ -106,6 +107,15 @@ class ColumnStats {
   }
 
  private:
+  // Where each channel is one column.
+  void pass_on(int64_t first, int64_t end, const StatsSink& sink) const {
+    Welford<double> whole[kChannelBatch];
+    const double count = static_cast<double>(plan_.outer);
+    const int64_t at = entries_.at(0, first);
+    for (int64_t i = 0; i < end - first; i++) whole[i] = {count, shift_[at + i], offset_[at + i], var_[at + i]};
+    sink(first, end, whole);
+  }
+
   // Sums of term(channel - first, entry of a column of that channel), each as often as the column has rows.
   template <class F>
   void sum(int64_t first, int64_t end, double* totals, F term) const {
@@ -159,10 +169,7 @@ void stats_of_group(const BatchNormForwardParams& p, const Plan& plan, int64_t f
 template <class A>
 void stats_of_all(const BatchNormForwardParams& p, const Plan& plan, const ParallelFor& parallel,
                   const StatsSink& sink) {
-  if (plan.numel() == 0) {
-    const Welford<double> nothing[kChannelBatch] = {};
-    for_each_step(0, plan.channels, [&](int64_t first, int64_t end) { sink(first, end, nothing); });
-  } else if (plan.channels_per_task > 0) {
+  if (plan.channels_per_task > 0) {
     for_each_group(parallel, plan, plan.channels_per_task,
                    [&](int64_t first, int64_t end) { stats_of_group<A>(p, plan, first, end, sink); });
   } else if (plan.sums_by_column) {

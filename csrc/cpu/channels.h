@@ -63,9 +63,8 @@ void for_each_column(const Plan& plan, int64_t first, int64_t end, int64_t limit
 // Arrays with an entry for each column of each split of the rows: of all columns, or of a group's, in one split.
 class ColumnEntries {
  public:
-  explicit ColumnEntries(const Plan& plan) : ColumnEntries(plan, 0, plan.pitch, plan.splits()) {}
-  ColumnEntries(const Plan& plan, const SubMatrix& group)
-      : ColumnEntries(plan, group.param, group.width + kPadding, 1) {}
+  explicit ColumnEntries(const Plan& plan) : ColumnEntries(plan, 0, plan.width, plan.splits()) {}
+  ColumnEntries(const Plan& plan, const SubMatrix& group) : ColumnEntries(plan, group.param, group.width, 1) {}
 
   int64_t size() const { return splits_ * pitch_; }
   int64_t splits() const { return splits_; }
@@ -81,8 +80,8 @@ class ColumnEntries {
   }
 
  private:
-  ColumnEntries(const Plan& plan, int64_t column, int64_t pitch, int64_t splits)
-      : plan_(plan), column_(column), pitch_(pitch), splits_(splits) {}
+  ColumnEntries(const Plan& plan, int64_t column, int64_t width, int64_t splits)
+      : plan_(plan), column_(column), pitch_(width + kPadding), splits_(splits) {}
 
   const Plan& plan_;
   int64_t column_, pitch_, splits_;  // of the first column; entries of a split

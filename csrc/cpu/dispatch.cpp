@@ -5,33 +5,11 @@
 
 #include "isa.h"
 
-#if BNEXT_X86 && defined(_MSC_VER) && !defined(__clang__)
-#include <intrin.h>
-#endif
-
 namespace bnext::cpu {
 namespace {
 
 // The last that this processor runs.
-#if BNEXT_X86 && defined(_MSC_VER) && !defined(__clang__)
-// cpuid says what the processor has, xgetbv which registers the system saves.
-InstructionSet detect() {
-  int leaf1[4], leaf7[4];
-  __cpuidex(leaf1, 1, 0);
-  __cpuidex(leaf7, 7, 0);
-  const auto bit = [](int word, int i) { return (word >> i & 1) != 0; };
-  const bool fma = bit(leaf1[2], 12), osxsave = bit(leaf1[2], 27), f16c = bit(leaf1[2], 29);
-  if (!osxsave || !fma || !f16c || !bit(leaf7[1], 5)) return InstructionSet::portable;
-  const unsigned long long saved = _xgetbv(0);
-  if ((saved & 0x6) != 0x6) return InstructionSet::portable;
-  const bool avx512 = bit(leaf7[1], 16) && bit(leaf7[1], 17) && bit(leaf7[1], 30) && bit(leaf7[1], 31);
-  if (!avx512 || (saved & 0xe0) != 0xe0) return InstructionSet::avx2;
-  int leaf7_1[4];
-  __cpuidex(leaf7_1, 7, 1);
-  const bool bf16 = bit(leaf7_1[0], 5) && bit(leaf7[2], 1);
-  return bf16 ? InstructionSet::avx512_bf16 : InstructionSet::avx512;
-}
-#elif BNEXT_X86
+#if BNEXT_X86
 InstructionSet detect() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))

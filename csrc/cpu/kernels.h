@@ -122,8 +122,8 @@ struct KernelSet {
 #undef BNEXT_MEMBER
 };
 
-// The best that this machine can run, chosen once. BNEXT_CPU in the environment lowers the choice, to portable, avx2,
-// avx512 or neon. Throws std::invalid_argument where it names none, or one that this machine lacks.
+// The best that this machine can run, chosen once. BNEXT_CPU in the environment lowers the choice, to a name in
+// BNEXT_INSTRUCTION_SETS (isa.h). Throws std::invalid_argument where it names none, or one that this machine lacks.
 const KernelSet& kernel_set();
 
 // The kernels of a storage type that is accumulated in A.

@@ -21,6 +21,7 @@ template <class A> struct Parameter<A, true> {
   const A* p;
   explicit Parameter(const A* q) : p(q) {}
   template <class P> Vec<A> at(int64_t j, P) const { return load(p + j, Full{}); }
+  Vec<A> at(int64_t j, Partial part) const { return load(p + j, part); }  // what follows may be another task's to write
 };
 
 // f(j, part) into a buffer, to the end of the row's last vector.
@@ -119,20 +120,12 @@ void normalize(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
 template <class T, bool by_column>
 [[gnu::flatten]] void normalize_general(const NormalizeArgs<acc_t<T>>& args, const SubMatrix& block) {
   using A = acc_t<T>;
-  // 8 KB each of float: both stay in the first-level cache.
-  A z[kGeneralRow + kPadding], kept[kGeneralRow + kPadding];
+  A z[kGeneralRow + kPadding];  // 8 KB of float: stays in the first-level cache
   const Streaming streaming = streaming_of<T>(args.beyond_cache, block, /*seams=*/false, {}, {args.y});
   for (int64_t r = 0; r < block.rows; r++) {
     const int64_t first = block.first + r * block.stride;
     arguments_of_row<T, by_column>(args, first, block.param + r * block.param_step, block.width, z);
-    if (args.mask != nullptr) {
-      // A copy, since the values need z as well.
-      fill_row(kept, block.width, [&](int64_t j, auto) { return load(z + j, Full{}); });
-      mask_bits(args.activation, kept, block.width);
-      for_each_vector<A>(block.width, Tail::overlapping, [&](int64_t j, auto part) {
-        put_bits(args.mask, first + j, lanes_of<A>(part), positive_bits(load(kept + j, Full{})));
-      });
-    }
+    if (args.mask != nullptr) write_mask(args.activation, z, block.width, args.mask, first);
     values(args.activation, args.activation_param, z, block.width);
     T* y = static_cast<T*>(args.y) + first;
     with_rows<false>(streaming, [&](auto type) {

@@ -79,7 +79,6 @@ void plan_matrix(Plan& p, int64_t fold) {
   p.width = p.channels * p.inner * fold;
   p.rows = p.outer / fold;
   p.tail = p.outer % fold * p.channels * p.inner;
-  p.pitch = round_up(p.width, kPadding) + kPadding;
 
   const int64_t tasks = power_of_two_below(std::clamp<int64_t>(p.numel() / grain_of(p.numel()), 1, kTasks));
   const int64_t down = power_of_two_below(std::clamp<int64_t>(p.rows / kHeight, 1, tasks));

@@ -38,7 +38,6 @@ struct Plan {
   int64_t width, rows, tail;
   int64_t block_width, blocks_across;
   int64_t block_rows, blocks_down;
-  int64_t pitch;  // entries of an array with one for each column, with its padding
 
   // Elementwise passes cut memory every `grain` elements, which are whole bytes of a mask.
   int64_t grain, grains;

@@ -1,7 +1,8 @@
 // One vector type for all kernels: 64 bytes of the accumulation type on every machine, as one
 // AVX-512 register, two AVX2 registers or 16 numbers. The same lanes add up in the same order
-// everywhere, and every multiplication that feeds an addition is an explicit fma, so that AVX2 and
-// AVX-512 give the same bits, and the backward recomputes the forward's signs exactly.
+// everywhere, and a multiplication is fused into an addition where it says fma, and nowhere else (the flags of
+// bnext/_toolchain.py see to that), so that AVX2 and AVX-512 give the same bits, and the backward recomputes the
+// forward's signs exactly.
 //
 // Include after exactly one isa_*.h, which supplies these on a native register r:
 //   broadcast(a)                        every lane a
