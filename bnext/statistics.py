@@ -6,13 +6,15 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Sized
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnext import nn as layers
 from bnext.conversion import convert
+from bnext.sync import SyncBatchNorm
 
 __all__ = ["freeze", "unfreeze", "update_statistics"]
 
@@ -83,6 +85,10 @@ def update_statistics(
     Frozen ones keep their statistics and normalize by them, as in training too; one that the model does not call keeps
     its own.
 
+    `bnext.SyncBatchNorm` and `torch.nn.SyncBatchNorm` normalize by the batches of their process group meanwhile, and
+    get the statistics of what all of its processes have normalized, with the same bits in each: every process calls
+    this function, with a loader of its own part of the data.
+
     Args:
         model: restored to its modes afterwards, also after an error; then its statistics are the old ones, too.
         loader: batches: a tensor, or a tuple or list whose first element is the input.
@@ -92,6 +98,7 @@ def update_statistics(
 
     Raises:
         ValueError: `model` has no batch norm with running statistics that is not frozen, or `loader` is empty.
+        RuntimeError: a process of a group does not come to the end of its loader, or not before the group's timeout.
     """
     found = {
         name: layer
@@ -122,6 +129,8 @@ def update_statistics(
             model(input if device is None else input.to(device))
         if batches == 0:
             raise ValueError("update_statistics: loader is empty")
+        for name, layer in found.items():
+            merged[name] = _of_all_processes(merged[name], layer, name)
     except BaseException:
         for name, layer in found.items():
             _restore(layer, before[name])
@@ -155,10 +164,12 @@ class _Merged:
 
     def add(self, x: Tensor) -> None:
         count = x.numel() // x.shape[1] if x.shape[1] else 0
-        if count == 0:
-            return
-        mean, var = (t.double() for t in torch.ops.bnext.batch_norm_stats(x))
-        squares = var * count
+        if count > 0:
+            mean, var = (t.double() for t in torch.ops.bnext.batch_norm_stats(x))
+            self.merge(count, mean, var * count)
+
+    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Adds those of other values."""
         if self.mean is None or self.squares is None:
             self.count, self.mean, self.squares = count, mean, squares
             return
@@ -182,6 +193,38 @@ def _merge_into(merged: _Merged) -> Callable[[nn.Module, tuple[Any, ...], dict[s
         merged.add(input.detach())
 
     return hook
+
+
+def _of_all_processes(merged: _Merged, layer: nn.modules.batchnorm._BatchNorm, name: str) -> _Merged:
+    """The statistics of what the processes of its group have normalized together, of which `merged` has this process's
+    part. They are merged in the order of ranks, so that all processes get the same bits."""
+    # Torch's layer chooses the same processes by the same attribute.
+    group = SyncBatchNorm._group(cast(SyncBatchNorm, layer)) if isinstance(layer, nn.SyncBatchNorm) else None
+    if group is None or layer.running_mean is None:
+        return merged
+    mine = layer.running_mean.new_zeros((3, *layer.running_mean.shape), dtype=torch.float64)
+    if merged.mean is not None and merged.squares is not None:
+        mine[0], mine[1], mine[2] = merged.count, merged.mean, merged.squares
+    total = _Merged()
+    for counts, mean, squares in _gathered(mine, group, name):
+        count = int(counts[0])
+        if count > 0:
+            total.merge(count, mean, squares)
+    return total
+
+
+def _gathered(mine: Tensor, group: Any, name: str) -> list[Tensor]:
+    """Those of all processes of the group, in the order of their ranks."""
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    try:
+        dist.all_gather(rows, mine, group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"update_statistics: {name or 'the layer'}: gathering the statistics failed in process {dist.get_rank()}, "
+            f"over processes {dist.get_process_group_ranks(group)}; each of them has to come to the end of its loader, "
+            f"and in time: {error}"
+        ) from error
+    return rows
 
 
 def _batch_norms(model: nn.Module) -> list[layers._BatchNorm]:

@@ -426,6 +426,91 @@ def test_mistakes(processes):
     processes(check_mistakes)
 
 
+# ---- the statistics of a data set
+
+
+class TorchsOnCpu(nn.SyncBatchNorm):
+    """Torch's layer, whose own forward takes no CPU tensors where several processes take part."""
+
+    def forward(self, input):
+        return nn.functional.batch_norm(input, self.running_mean, self.running_var, training=True)
+
+
+#: N of each batch in each process.
+SHARES = {"even": [(2, 2, 2), (2, 2, 2)], "uneven": [(3, 0, 2), (1, 4, 0)], "empty but one": [(0, 3, 0), (0, 2, 0)]}
+
+
+def check_statistics_of_all(rank, kind, shares, ranks=(0, 1, 2)):
+    """Every process of the group ends with those of all values that it has normalized, to the bit."""
+    group = group_of(ranks)
+    sizes = [n if r in ranks else 2 for step in shares for r, n in enumerate(step)]
+    values = [torch.randn(n, CHANNELS, 4).double() + 10 * (i % 3) for i, n in enumerate(sizes)]
+    layer = kind(CHANNELS, process_group=group).double()
+    bnext.update_statistics(nn.Sequential(layer), values[rank::3], progress=False)
+    mine = torch.cat([layer.running_mean, layer.running_var])
+    if rank in ranks:
+        seen = torch.cat([x for i, x in enumerate(values) if i % 3 in ranks])
+        assert all(torch.equal(other, mine) for other in gathered({"mine": mine}, group)["mine"])
+    else:
+        seen = torch.cat(values[rank::3])
+    torch.testing.assert_close(layer.running_mean, seen.mean((0, 2)))
+    torch.testing.assert_close(layer.running_var, seen.var((0, 2)))
+    assert layer.num_batches_tracked == len(shares)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", [bnext.SyncBatchNorm, TorchsOnCpu])
+def test_statistics_of_a_data_set_are_those_of_all_processes(processes, kind, share):
+    processes(check_statistics_of_all, kind, SHARES[share])
+
+
+def test_statistics_of_a_data_set_in_a_part_of_the_processes(processes):
+    processes(check_statistics_of_all, bnext.SyncBatchNorm, SHARES["even"], (0, 2))
+
+
+def check_statistics_of_each(rank):
+    """Layers that normalize by their own process keep to it; several synchronised ones are gathered in their order; one
+    that nobody calls keeps its statistics."""
+    ours = nn.Sequential(bnext.BatchNorm1d(3), *(bnext.SyncBatchNorm(3) for _ in range(3))).double()
+    x = torch.randn(6, 3).double() + torch.tensor([0.0, 10, 20]).repeat(2)[:, None]
+    bnext.update_statistics(ours, [x[rank::3]], forward=lambda model, x: model[:3](x), progress=False)
+    torch.testing.assert_close(ours[0].running_mean, x[rank::3].mean(0))
+    first = [nn.functional.batch_norm(x[r::3], None, None, training=True) for r in range(3)]
+    torch.testing.assert_close(ours[1].running_var, torch.cat(first).var(0))
+    second = nn.functional.batch_norm(torch.cat(first), None, None, training=True)
+    torch.testing.assert_close(ours[2].running_var, second.var(0))
+    assert ours[3].num_batches_tracked == 0 and torch.equal(ours[3].running_var, torch.ones(3).double())
+
+
+def test_statistics_of_a_data_set_layer_by_layer(processes):
+    processes(check_statistics_of_each)
+
+
+def check_statistics_of_a_process_that_fails(rank):
+    """Behind its last batch, so that the others have seen theirs."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    layer = bnext.SyncBatchNorm(3, process_group=group)
+
+    def loader():
+        yield torch.randn(4, 3)
+        if rank == 1:
+            raise ValueError("the loader fails")
+
+    before = [t.clone() for t in layer.buffers()]
+    if rank < 2:
+        with pytest.raises(ValueError if rank else RuntimeError) as caught:
+            bnext.update_statistics(nn.Sequential(layer), loader(), progress=False)
+        assert rank == 1 or "update_statistics: 0: gathering" in str(caught.value), caught.value
+        assert rank == 1 or "processes [0, 1]" in str(caught.value)
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True))
+        assert layer.training and not layer._forward_pre_hooks
+    dist.barrier()
+
+
+def test_statistics_of_a_data_set_that_a_process_does_not_finish(processes):
+    processes(check_statistics_of_a_process_that_fails)
+
+
 # ---- in a model
 
 
