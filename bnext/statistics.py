@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnext import nn as layers
 from bnext.conversion import convert
@@ -90,7 +91,8 @@ def update_statistics(
     this function, with a loader of its own part of the data.
 
     Args:
-        model: restored to its modes afterwards, also after an error; then its statistics are the old ones, too.
+        model: restored to its modes afterwards, also after an error; then its statistics are the old ones, too. Lazy
+            layers take their shapes from the first batch, and keep these.
         loader: batches: a tensor, or a tuple or list whose first element is the input.
         device: where inputs are moved; None leaves them where they are.
         forward: runs the model on a batch, in place of `model(input)`.
@@ -111,7 +113,7 @@ def update_statistics(
         raise ValueError("update_statistics: model has no batch norm with running statistics that is not frozen")
     merged = {name: _Merged() for name in found}
     modes = {module: module.training for module in model.modules()}
-    before = {name: [t.clone() for t in layer.buffers()] for name, layer in found.items()}
+    before = {name: _copied(layer) for name, layer in found.items()}
     hooks = [
         layer.register_forward_pre_hook(_merge_into(merged[name]), with_kwargs=True) for name, layer in found.items()
     ]
@@ -149,9 +151,18 @@ def update_statistics(
             layer.num_batches_tracked.fill_(batches)
 
 
-def _restore(layer: nn.Module, before: list[Tensor]) -> None:
-    for t, old in zip(layer.buffers(), before, strict=True):
-        t.copy_(old)
+def _copied(layer: nn.Module) -> list[Tensor] | None:
+    """Its buffers; None where it is lazy and has none yet."""
+    buffers = list(layer.buffers())
+    return None if any(is_lazy(t) for t in buffers) else [t.clone() for t in buffers]
+
+
+def _restore(layer: nn.modules.batchnorm._BatchNorm, before: list[Tensor] | None) -> None:
+    if before is not None:
+        for t, old in zip(layer.buffers(), before, strict=True):
+            t.copy_(old)
+    elif _copied(layer) is not None:  # it was lazy, and has seen a batch meanwhile
+        layer.reset_running_stats()
 
 
 class _Merged:

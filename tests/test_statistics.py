@@ -51,6 +51,44 @@ def test_a_failure_changes_nothing():
         bnext.update_statistics(nn.Sequential(bnext.BatchNorm2d(3, track_running_stats=False)), data([4]))
 
 
+@pytest.mark.parametrize("library", [bnext, nn])
+def test_lazy_layers_begin_with_the_first_batch(library):
+    net = nn.Sequential(library.LazyBatchNorm2d(momentum=None), nn.LazyConv2d(4, 1), library.LazyBatchNorm2d())
+    net.eval()
+    batches = data([4, 6])
+    bnext.update_statistics(net, batches, progress=False)
+    assert [type(layer) for layer in net] == [library.BatchNorm2d, nn.Conv2d, library.BatchNorm2d]
+    torch.testing.assert_close(net[0].running_mean, torch.cat(batches).mean((0, 2, 3)))
+    torch.testing.assert_close(net[0].running_var, torch.cat(batches).var((0, 2, 3)))
+    assert net[0].num_batches_tracked == net[2].num_batches_tracked == 2 and net[2].running_var.shape == (4,)
+    assert not any(module.training for module in net.modules()) and not net[0]._forward_pre_hooks
+    assert net[0].weight.requires_grad and torch.equal(net[0].weight, torch.ones(3))
+
+
+def test_lazy_layers_that_see_nothing():
+    """They stay as they are; without a value, or after a failure, they have the statistics of a new layer."""
+    net = nn.Sequential(bnext.LazyBatchNorm2d(), bnext.LazyBatchNorm2d(), nn.LazyBatchNorm2d(affine=False))
+    new = list(bnext.BatchNorm2d(3).buffers())
+
+    def forward(model, x):
+        model[0](x), model[1](x[:0])
+
+    def update(loader):
+        bnext.update_statistics(net, loader, forward=forward, progress=False)
+
+    def as_new(layer):
+        return all(torch.equal(t, u) for t, u in zip(layer.buffers(), new, strict=True))
+
+    with pytest.raises(ValueError, match="loader is empty"):
+        update([])
+    assert all(layer.has_uninitialized_params() for layer in net)
+    with pytest.raises(RuntimeError):
+        update([*data([4]), torch.randn(2, 5, 4, 4)])
+    assert as_new(net[0]) and as_new(net[1])
+    update(data([4, 6]))
+    assert not as_new(net[0]) and as_new(net[1]) and net[2].has_uninitialized_params()
+
+
 def test_forward_and_progress(capsys):
     net = nn.Sequential(bnext.BatchNorm2d(3))
     batches = [{"image": x} for x in data([4, 4])]
