@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -68,6 +69,29 @@ _SYNCHRONISABLE = {*_OURS, *_OURS.values()} - {torch_layers.TorchBatchNormAct2d,
 
 #: What makes a batch norm compute what it does. A subclass, or a layer, with one of its own is not ours to replace.
 _BEHAVIOUR = ("forward", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
+#: What else a subclass may define and would lose: what the forward reads, and what makes, moves and saves that.
+_STATE = (
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "momentum",
+    "eps",
+    "training",
+    "track_running_stats",
+    "reset_parameters",
+    "reset_running_stats",
+    "eval",
+    "_apply",
+    "get_extra_state",
+    "set_extra_state",
+    "state_dict",
+    "load_state_dict",
+    "_save_to_state_dict",
+    "__getattr__",
+    "__setattr__",
+)
 
 
 def _class_for(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
@@ -93,8 +117,32 @@ def _own_behaviour(layer: nn.Module, base: type[nn.Module]) -> str:
     kind = type(layer)
     if any(c.__module__.startswith("torch.distributed.fsdp") for c in kind.__mro__):
         return "fully_shard has changed its class: convert the model before that"
-    changed = [name for name in _BEHAVIOUR if getattr(kind, name, None) is not getattr(base, name, None)]
-    return f"{spelled(kind)} has its own {', '.join(changed)}" if changed else _set_on_it(layer, "convert")
+    changed = [name for name in (*_BEHAVIOUR, *_STATE, *_settings(base)) if _redefines(layer, base, name)]
+    if changed:
+        return f"{spelled(kind)} has its own {', '.join(changed)}"
+    return _meant_otherwise(layer, base) or _set_on_it(layer, "convert")
+
+
+def _settings(base: type[nn.Module]) -> tuple[str, ...]:
+    """Those that bnext's layers have and torch's do not, if `base` is one of ours, or was."""
+    return tuple(torch_layers.OWN_ATTRIBUTES) if issubclass(base, torch_layers._TorchBatchNorm) else ()
+
+
+def _redefines(layer: nn.Module, base: type[nn.Module], name: str) -> bool:
+    """Whether the class of `layer` has another `name` than `base`, and the layer none of its own that comes before."""
+    absent = object()
+    own = getattr(type(layer), name, absent)
+    hidden = name in vars(layer) and not inspect.isdatadescriptor(own)
+    return own is not getattr(base, name, absent) and not hidden
+
+
+def _meant_otherwise(layer: nn.Module, base: type[nn.Module]) -> str:
+    """What attributes it has that would mean something to a class of ours, although it was never of one; or nothing."""
+    if _settings(base) or not issubclass(base, nn.modules.batchnorm._BatchNorm):
+        return ""
+    places = (vars(layer), layer._parameters, layer._buffers, layer._modules)
+    names = [name for name in torch_layers.OWN_ATTRIBUTES if any(name in place for place in places)]
+    return f"it has an attribute {', '.join(names)} of its own, which bnext's layers compute with" if names else ""
 
 
 def _set_on_it(layer: nn.Module, what: str) -> str:
@@ -119,9 +167,10 @@ def convert(model: Model, *, inplace: bool = True, strict: bool = False, report:
     <class 'bnext.nn.BatchNorm2d'>
 
     Converts `torch.nn`'s layers, lazy and synchronised ones among them, timm's `BatchNormAct2d` with its activation and
-    drop layer, and the frozen layers of timm, torchvision and detectron2; of subclasses, those that do not change what
-    a batch norm does. They stay the objects that they were: parameters, buffers, hooks, names, training mode, dtype,
-    device and `requires_grad` are kept, optimizers go on, and state dicts have the same keys.
+    drop layer, and the frozen layers of timm, torchvision and detectron2; of subclasses, those that change neither what
+    a batch norm does nor how its state is initialized, moved or saved. They stay the objects that they were:
+    parameters, buffers, hooks, names, training mode, dtype, device and `requires_grad` are kept, optimizers go on, and
+    state dicts have the same keys.
 
     Args:
         model: any module, a batch norm itself too.
@@ -166,9 +215,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any | None = None) 
         `module`; where it is itself a batch norm layer, the one that replaces it.
 
     Raises:
-        TypeError: a layer with a forward or another method of its own that decides what a batch norm does, be it of
-            its class or set on it, or a parametrization, which the new one would not have; nothing has been changed
-            then.
+        TypeError: a layer with a forward or another method or property of its own that decides what a batch norm does,
+            be it of its class or set on it, or a parametrization, which the new one would not have; or one of torch.nn
+            with an attribute that means something to bnext's layers alone. Nothing has been changed then.
         ValueError: a lazy layer before its first batch, or one with `ghost_batch_size`; likewise.
     """
     replaced: dict[nn.Module, nn.Module] = {}

@@ -96,6 +96,103 @@ def test_what_cannot_be_converted_is_named():
     assert type(fresh[0]) is nn.BatchNorm2d
 
 
+def redefining(name, value, base):
+    """A layer of a class derived from `base`, whose constructor not every such class lets through."""
+    kind = type("Redefining", (base,), {name: value})
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    vars(layer).update(momentum=0.1, eps=1e-5)  # behind a property of the same name
+    return layer
+
+
+#: What a subclass may redefine so that another class in its place would compute, or save, something else.
+REDEFINED = {
+    "weight": property(lambda self: torch.full((3,), 2.0)),
+    "bias": None,  # hides the parameter
+    "running_mean": property(lambda self: torch.ones(3)),
+    "running_var": property(lambda self: torch.ones(3)),
+    "num_batches_tracked": property(lambda self: None),
+    "momentum": property(lambda self: 0.5, lambda self, value: None),
+    "eps": property(lambda self: 0.5, lambda self, value: None),
+    "training": property(lambda self: True, lambda self, value: None),
+    "track_running_stats": property(lambda self: True, lambda self, value: None),
+    "reset_parameters": lambda self: None,
+    "reset_running_stats": lambda self: None,
+    "eval": lambda self: self,
+    "_apply": lambda self, fn, recurse=True: self,
+    "get_extra_state": lambda self: "kept",
+    "set_extra_state": lambda self, state: None,
+    "state_dict": lambda self, *args, **keywords: {},
+    "load_state_dict": lambda self, *args, **keywords: None,
+    "_save_to_state_dict": lambda self, destination, prefix, keep_vars: None,
+    "__getattr__": lambda self, name: nn.BatchNorm2d.__getattr__(self, name),
+    "__setattr__": lambda self, name, value: nn.BatchNorm2d.__setattr__(self, name, value),
+}
+
+
+@pytest.mark.parametrize("name", REDEFINED)
+def test_what_a_subclass_redefines_is_not_lost(name):
+    """Of torch's layers, of lazy and of frozen ones; and of bnext's, where they are synchronised."""
+    for base in (
+        nn.BatchNorm2d,
+        nn.LazyBatchNorm2d,
+        torch_layers.TorchBatchNorm2d,
+        torch_layers.TorchFrozenBatchNorm2d,
+    ):
+        layer, report = redefining(name, REDEFINED[name], base), Report()
+        bnext.convert(nn.Sequential(layer), report=report)
+        assert isinstance(layer, base) and report.unconverted["0"].endswith(f".Redefining has its own {name}")
+    for base in (nn.BatchNorm2d, bnext.BatchNorm2d):
+        layer = redefining(name, REDEFINED[name], base)
+        with pytest.raises(TypeError, match=f"0: .*Redefining has its own {name}"):
+            bnext.convert_sync_batchnorm(nn.Sequential(layer))
+
+
+def test_a_setting_of_a_subclass_of_ours_is_not_lost():
+    with pytest.raises(TypeError, match="0: .*Redefining has its own frozen"):
+        bnext.convert_sync_batchnorm(nn.Sequential(redefining("frozen", True, bnext.BatchNorm2d)))
+
+
+def test_what_a_subclass_redefines_without_effect_is_converted():
+    class Same(nn.BatchNorm2d):
+        momentum, eps, activation = 0.5, 0.5, "prelu"  # the layer's own come before these; the last one nobody reads
+        reset_parameters, forward = nn.BatchNorm2d.reset_parameters, nn.BatchNorm2d.forward
+
+        def __init__(self, features):
+            super().__init__(features, momentum=0.2)
+            self.register_state_dict_post_hook(lambda layer, state, prefix, _: state.update({prefix + "more": 1}))
+
+        def extra_repr(self):
+            return "same"
+
+        def helper(self):
+            return 1
+
+    layer = bnext.convert(nn.Sequential(Same(3)), strict=True)[0]
+    assert type(layer) is bnext.BatchNorm2d and layer.momentum == 0.2 and layer.eps == 1e-5
+    assert layer.activation is None and layer.state_dict()["more"] == 1
+
+
+@pytest.mark.parametrize(
+    "attribute", [{"frozen": True}, {"activation": "prelu"}, {"activation": nn.ReLU()}, {"unbiased": True}], ids=str
+)
+def test_attributes_that_mean_something_to_our_layers_alone(attribute):
+    """Of somebody else, on a layer that was never bnext's; those that a reverted layer has are ours."""
+    ((name, value),) = attribute.items()
+    foreign, report = nn.BatchNorm2d(3), Report()
+    setattr(foreign, name, value)
+    model = nn.Sequential(nn.BatchNorm2d(3), foreign)
+    bnext.convert(model, report=report)
+    assert type(foreign) is nn.BatchNorm2d and getattr(foreign, name) is value and list(report) == ["0"]
+    assert f"it has an attribute {name} of its own" in report.unconverted["1"]
+    with pytest.raises(TypeError, match=f"1: it has an attribute {name} of its own"):
+        bnext.convert_sync_batchnorm(model)
+    layer = bnext.BatchNorm2d(3)
+    layer.frozen = True
+    for reverted in (bnext.revert(layer), bnext.revert(bnext.BatchNorm2d(3))):
+        assert type(bnext.convert(nn.Sequential(reverted), strict=True)[0]) is bnext.BatchNorm2d
+
+
 @pytest.mark.parametrize("name", ["forward", "_check_input_dim", "train"])
 def test_a_method_set_on_the_layer_is_not_taken_to_another_class(name):
     """As accelerate sets them: they go on calling the old class."""
