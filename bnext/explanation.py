@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch import nn
 
 from bnext.conversion import spelled
 from bnext.nn import FrozenBatchNorm2d, _BatchNorm
 from bnext.routes import Route
-from bnext.switch import is_enabled
+from bnext.switch import is_enabled, kernels_run
 from bnext.torch_layers import TorchFrozenBatchNorm2d
 
 __all__ = ["Explanation", "explain"]
@@ -33,25 +35,49 @@ def explain(module: nn.Module, *inputs: object, **keywords: object) -> Explanati
     1  torch     it is a torch.nn.BatchNorm2d: bnext.convert(model) makes it one of bnext
 
     Runs a copy of `module`, so that no statistics change. A batch norm that is not called is left out; one that is
-    called again goes the way of its last call.
+    called again goes the way of its last call. No other thread should run batch norm meanwhile: `bnext.kernels_run`
+    tells what `bnext.enable` reaches.
     """
     found = Explanation()
     model = copy.deepcopy(module)
-
-    def note(name: str):
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            if isinstance(layer, (_BatchNorm, FrozenBatchNorm2d)):
-                found[name] = layer._route(*args, **kwargs)
-            elif is_enabled():
-                found[name] = Route("kernels", "bnext.enable() has put them behind torch's operators")
-            else:
-                kind = spelled(type(layer))
-                found[name] = Route("torch", f"it is a {kind}: bnext.convert(model) makes it one of bnext")
-
-        return hook
-
     for name, layer in model.named_modules():
-        if isinstance(layer, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, TorchFrozenBatchNorm2d)):
-            layer.register_forward_pre_hook(note(name), with_kwargs=True)
+        if isinstance(layer, (_BatchNorm, FrozenBatchNorm2d)):
+            _watch_ours(layer, name, found)
+        elif isinstance(layer, (nn.modules.batchnorm._BatchNorm, TorchFrozenBatchNorm2d)):
+            _watch(layer, name, found)
     model(*inputs, **keywords)
     return found
+
+
+def _watch_ours(layer: nn.Module, name: str, found: Explanation) -> None:
+    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[name] = layer._route(*args, **kwargs)
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def _watch(layer: nn.Module, name: str, found: Explanation) -> None:
+    """Whether the kernels take a call of torch's operators is decided behind these: it shows in how many they ran."""
+    before = 0
+
+    def begin(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal before
+        found[name] = _by_torch(layer)
+        if not torch.compiler.is_compiling():
+            before = kernels_run()
+
+    def end(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling() and kernels_run() > before:
+            enabled = "bnext.enable() has put them behind torch's operators"
+            found[name] = Route("kernels", enabled if is_enabled() else "its forward calls them")
+
+    layer.register_forward_pre_hook(begin)
+    layer.register_forward_hook(end)
+
+
+def _by_torch(layer: nn.Module) -> Route:
+    if not is_enabled():
+        return Route("torch", f"it is a {spelled(type(layer))}: bnext.convert(model) makes it one of bnext")
+    if torch.compiler.is_compiling():
+        return Route("torch", "torch.compile takes it apart, where its backend is none that bnext.enable() reaches")
+    return Route("torch", "bnext.enable() does not reach this call: docs/enable.md says what it reaches")

@@ -1,5 +1,6 @@
 """Which way a call goes, and that every way computes the same."""
 
+import contextlib
 import copy
 import io
 import os
@@ -97,6 +98,69 @@ def test_explain(device):
     ways = []
     torch.func.grad(lambda x: ways.append(bnext.routes.of_call(x, *[None] * 6).way) or x.sum())(x)
     assert ways == ["function"]
+
+
+class Elsewhere(nn.BatchNorm2d):
+    """By other operators, as nn.SyncBatchNorm where several processes take part."""
+
+    def forward(self, x):
+        return x - x.mean((0, 2, 3), keepdim=True)
+
+
+#: Layers of torch, what they are called with, and whether `bnext.enable` reaches that.
+REACHED = {
+    "training": (nn.BatchNorm2d(3), torch.ones(2, 3, 2, 2), True),
+    "evaluation": (nn.BatchNorm2d(3).eval(), torch.ones(2, 3, 2, 2), True),
+    "one process": (nn.SyncBatchNorm(3).eval(), torch.ones(2, 3, 2, 2), True),
+    "frozen": (bnext.revert(bnext.nn.FrozenBatchNorm2d(3)), torch.ones(2, 3, 2, 2), True),
+    "no values": (nn.BatchNorm2d(3), torch.ones(0, 3, 2, 2), False),
+    "meta": (nn.BatchNorm2d(3, device="meta"), torch.ones(2, 3, 2, 2, device="meta"), False),
+    "other operators": (Elsewhere(3), torch.ones(2, 3, 2, 2), False),
+}
+
+
+@pytest.mark.parametrize("case", REACHED)
+def test_explain_says_what_enable_reaches(case):
+    layer, x, reached = REACHED[case]
+    with bnext.enable():
+        before = bnext.kernels_run()
+        copy.deepcopy(layer)(x)
+        assert bnext.kernels_run() - before == reached
+        found = bnext.explain(layer, x)
+    assert found[""].way == ("kernels" if reached else "torch") and "bnext.enable()" in found[""].why
+    assert bnext.explain(layer, x)[""].way == "torch" and "bnext.convert" in bnext.explain(layer, x)[""].why
+
+
+def test_explain_knows_a_forward_that_calls_the_kernels():
+    class Ours(nn.BatchNorm2d):
+        def forward(self, x):
+            return batch_norm(x, None, None, training=True)
+
+    assert bnext.explain(Ours(3), torch.ones(2, 3, 2, 2))[""] == ("kernels", "its forward calls them")
+
+
+def test_explain_tells_of_the_last_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, *inputs):
+            return [self.norm(input) for input in inputs]
+
+    x = torch.ones(2, 3, 2, 2)
+    with bnext.enable():
+        assert bnext.explain(Twice(), x, x[:0])["norm"].way == "torch"
+        assert bnext.explain(Twice(), x[:0], x)["norm"].way == "kernels"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_explain_in_a_compiled_graph(enabled):
+    torch._dynamo.reset()
+    model = torch.compile(nn.Sequential(nn.BatchNorm2d(3)), backend="aot_eager", fullgraph=True)
+    with bnext.enable() if enabled else contextlib.nullcontext():
+        (route,) = bnext.explain(model, torch.randn(2, 3, 4, 4)).values()
+    assert route.way == "torch" and ("torch.compile" if enabled else "bnext.convert") in route.why
 
 
 def test_torch_fx_keeps_the_layers(device):
