@@ -56,6 +56,7 @@ def recompute(model: Any = None, on: bool = True) -> Any:
     """
     if model is None:
         return Recomputation()
+    _end_interrupted(model)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
             del hooks[key]
@@ -80,11 +81,18 @@ here = _Here()
 
 def _enter(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
+        _end_interrupted(module)
         here.entered.append((module, Recomputation().__enter__()))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling() and here.entered and here.entered[-1][0] is module:
+        here.entered.pop()[1].__exit__()
+
+
+def _end_interrupted(module: nn.Module) -> None:
+    """Ends what a call of the module left that was interrupted: torch runs no hook after a KeyboardInterrupt."""
+    while any(entered is module for entered, _ in here.entered):
         here.entered.pop()[1].__exit__()
 
 
@@ -96,9 +104,13 @@ class Recomputation:
         self._outputs: dict[int, _Output] = {}
         self._kept: weakref.WeakValueDictionary[int, _Kept] = weakref.WeakValueDictionary()
         self._saved: list[tuple[Tensor, _Value]] | None = None  # by the batch norm that runs
+        self._is_open = False
 
     def __enter__(self) -> Recomputation:
         if not torch.compiler.is_compiling():
+            if self._is_open:
+                raise RuntimeError("this block of bnext.recompute() is open: another one can be put inside it")
+            self._is_open = True
             self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
             torch._C._autograd._push_saved_tensors_default_hooks(self._pack, _unpack)
             self._before, here.block = here.block, self
@@ -107,8 +119,9 @@ class Recomputation:
     def __exit__(self, *error: object) -> None:
         if not torch.compiler.is_compiling():
             here.block = self._before
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            _remove_saved_tensors_hooks(self._pack)
             self._outputs.clear()
+            self._is_open = False
 
     def run(self, function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
         """Runs a batch norm, given as `torch.ops.bnext.batch_norm` takes it, and notes how its output can be computed
@@ -195,6 +208,18 @@ class Recomputation:
                 del outputs[address]
 
         outputs[address] = _Output(weakref.ref(y, forget), y, recipe)
+
+
+def _remove_saved_tensors_hooks(pack: Callable[[Tensor], Any]) -> None:
+    """Also from below those that others have set since a call was interrupted."""
+    autograd, others = torch._C._autograd, []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        autograd._pop_saved_tensors_default_hooks()
+        if top[0] == pack:
+            break
+        others.append(top)
+    for hooks in reversed(others):
+        autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -472,6 +472,56 @@ def test_an_error_halfway_ends_the_block():
     assert bnext.recomputation.here.block is None and not bnext.recomputation.here.entered
 
 
+class Interrupted(nn.Module):
+    """What Ctrl-C does to whatever calls it, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.error = KeyboardInterrupt
+
+    def forward(self, x):
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return x
+
+
+def nothing_is_open():
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return bnext.recomputation.here.block is None and not bnext.recomputation.here.entered and top is None
+
+
+@pytest.mark.parametrize("next", ["the next call", "recompute off"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_an_interrupt_left_ends_with_the_next_call(at, next):
+    """Torch runs no hook of the model after it. Hooks that others have set since stay."""
+    net, x = block(), torch.randn(2, 3, 8, 8)
+    net.insert(at, Interrupted())
+    bnext.recompute(net)
+    with pytest.raises(KeyboardInterrupt):
+        net(x)
+    packed = []
+    with saved_tensors_hooks(lambda t: packed.append(1) or t, lambda t: t):
+        net(x) if next == "the next call" else bnext.recompute(net, False)
+        before = len(packed)
+        x.clone().requires_grad_().exp()
+        assert len(packed) == before + 1
+    assert nothing_is_open()
+    shapes, _ = kept(lambda: bnext.recompute(net)(x), block=False)
+    assert shapes.count((2, 4, 6, 6)) == 1 and nothing_is_open()
+
+
+def test_a_block_is_entered_once_at_a_time():
+    again, x = bnext.recompute(), torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        with again, pytest.raises(RuntimeError, match="this block of bnext.recompute.. is open"), again:
+            pass
+        assert nothing_is_open()
+    with again:
+        loss = block()(x).sum()
+    loss.backward()
+
+
 def test_an_error_in_the_backward_leaves_the_next_one_right():
     net, x = Residual(2), torch.randn(2, 3, 6, 5)
     expected = gradients(net, x, block=False)
