@@ -22,6 +22,7 @@ inline Operand where_le(const Operand& z, double limit, const Operand& a, const 
 inline Operand where_ge(const Operand& z, double limit, const Operand& a, const Operand& b) {
   return at::where(z.ge(limit), a, b);
 }
+inline Operand fma(const Operand& a, const Operand& b, const Operand& c) { return a * b + c; }
 // Its own operator, whose derivatives do not pass through the infinite exp(-z) of a z far below 0.
 inline Operand sigmoid(const Operand& z) { return at::sigmoid(z); }
 

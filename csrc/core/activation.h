@@ -5,7 +5,7 @@
 //   value(z, param), grad(z, param), second(z, param)   the function and its first two derivatives
 //   saves                                                what the forward saves besides x, behind a residual
 // written for V a float or double (CUDA kernels), a vector of them (csrc/cpu/vec_math.h), or a tensor of torch
-// (csrc/bindings/tensor_math.h). V has + - * /, unary -, and constant_like, where_le, where_ge, exp, tanh.
+// (csrc/bindings/tensor_math.h). V has + - * /, unary -, and constant_like, where_le, where_ge, fma, exp, tanh.
 // Comparisons are false for NaN, and the derivatives there are torch's, but for leaky_relu's and hardswish's, where
 // torch has the slope and 1; the value is NaN either way.
 #pragma once
@@ -13,7 +13,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "types.h"
+#include "epilogue.h"
 
 namespace bnext {
 
@@ -115,11 +115,11 @@ struct Silu {
   }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) {
     const V one = constant_like(z, 1), s = sigmoid(z);
-    return s * (one + z * (one - s));
+    return s * fma(z, one - s, one);
   }
   template <class V> BNEXT_HD static V second(const V& z, const V&) {
     const V one = constant_like(z, 1), two = constant_like(z, 2), s = sigmoid(z);
-    return s * (one - s) * (two + z * (one - two * s));
+    return s * (one - s) * fma(z, fma(-two, s, one), two);
   }
 };
 
@@ -131,7 +131,7 @@ struct Hardswish {
     return where_le(z, -3, constant_like(z, 0), where_ge(z, 3, z, z * (z + three) * sixth));
   }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) {
-    const V inner = z * constant_like(z, 1.0 / 3) + constant_like(z, 0.5);
+    const V inner = fma(z, constant_like(z, 1.0 / 3), constant_like(z, 0.5));
     return where_le(z, -3, constant_like(z, 0), where_ge(z, 3, constant_like(z, 1), inner));
   }
   template <class V> BNEXT_HD static V second(const V& z, const V&) {
@@ -158,11 +158,11 @@ struct Tanh {
   template <class V> BNEXT_HD static V value(const V& z, const V&) { return tanh(z); }
   template <class V> BNEXT_HD static V grad(const V& z, const V&) {
     const V t = tanh(z);
-    return constant_like(z, 1) - t * t;
+    return fma(-t, t, constant_like(z, 1));
   }
   template <class V> BNEXT_HD static V second(const V& z, const V&) {
     const V t = tanh(z);
-    return constant_like(z, -2) * t * (constant_like(z, 1) - t * t);
+    return constant_like(z, -2) * t * fma(-t, t, constant_like(z, 1));
   }
 };
 
