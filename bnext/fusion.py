@@ -12,6 +12,7 @@ from torch import fx, nn
 from bnext import nn as layers
 from bnext.activation import ActivationName, fusible, fusible_call
 from bnext.conversion import convert, is_watched
+from bnext.torch_layers import TorchFrozenBatchNorm2d, _TorchBatchNorm
 
 __all__ = ["fuse"]
 
@@ -35,7 +36,8 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
 
     Args:
         model: any module that torch.fx can trace.
-        tracer: of your own, where some modules must be leaves.
+        tracer: of your own, where other modules must be leaves than the layers of torch.nn and bnext, which it should
+            take for leaves, too.
 
     Returns:
         A GraphModule in place of `model`.
@@ -43,7 +45,7 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     Raises:
         torch.fx.proxy.TraceError: and what else tracing raises.
     """
-    graph = (fx.Tracer() if tracer is None else tracer).trace(model)
+    graph = (_Tracer() if tracer is None else tracer).trace(model)
     convert(model)
     fuser = _Fuser(graph, model)
     for node in list(graph.nodes):
@@ -52,6 +54,14 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     for name, module in fused.named_modules():  # those that only hold others are new
         module.training = model.get_submodule(name).training
     return fused
+
+
+class _Tracer(fx.Tracer):
+    """Takes our layers for leaves, as it does torch.nn's: neither their hooks nor their children run on proxies."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = isinstance(m, (_TorchBatchNorm, layers.FrozenBatchNorm2d, TorchFrozenBatchNorm2d))
+        return ours or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Fuser:

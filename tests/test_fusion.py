@@ -115,6 +115,28 @@ def test_a_sum_of_two_batch_norms():
     assert_same_step(fused, twin, torch.randn(4, 3, 5, 5, dtype=torch.float64))
 
 
+def assert_same_result(fused, model, *args):
+    """Without a graph, since autograd refuses tensors that changed after it kept them."""
+    results = []
+    for m in (fused, model):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            y = m(*copy.deepcopy(args))
+        results.append([y, dict(m.named_buffers())])
+    torch.testing.assert_close(*results)
+
+
+def fused_of(model, *args, **options):
+    """What fuse makes of the model, which computes the same."""
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model, **options)
+    assert_same_result(fused, twin, *args)
+    return fused
+
+
+X = torch.linspace(-2, 3, 4 * 3 * 5 * 5).reshape(4, 3, 5, 5).sin()
+
+
 # activations that follow a batch norm; those that have a sum between; batch norms
 NETWORKS = {
     "resnet18": (17, 8, 20),
@@ -172,12 +194,15 @@ HOOKS = {
 }
 
 
+@pytest.mark.parametrize("converted", [False, True], ids=["", "converted"])
 @pytest.mark.parametrize("summed", [False, True], ids=["", "sum"])
 @pytest.mark.parametrize("of", ["bn", "act"])
 @pytest.mark.parametrize("register", HOOKS)
-def test_what_a_hook_sees_is_not_fused(register, of, summed):
+def test_what_a_hook_sees_is_not_fused(register, of, summed, converted):
     hook, options = HOOKS[register]
     model = Chain(lambda m, y, x: m.act(y + x if summed else y), nn.ReLU())
+    if converted:
+        bnext.convert(model)
     getattr(getattr(model, of), register)(hook, **options)
     # What comes into a batch norm stays the same, unless a residual joins it.
     fusible = (register, of, summed) == ("register_forward_pre_hook", "bn", False)
@@ -212,3 +237,37 @@ def test_a_hook_goes_on_seeing_the_normalized_values():
     assert fused.bn.activation is None
     fused(torch.randn(4, 3, 5, 5))
     assert seen[0] < 0
+
+
+def test_a_hook_of_our_layers_runs_once_a_call():
+    for layer in (
+        bnext.BatchNorm2d(3),
+        bnext.nn.FrozenBatchNorm2d(3),
+        bnext.revert(bnext.BatchNorm2d(3, activation="relu")),
+        bnext.revert(bnext.nn.FrozenBatchNorm2d(3)),
+    ):
+        model, calls = nn.Sequential(layer, nn.SiLU()), []
+        layer.register_forward_hook(lambda module, args, output, calls=calls: calls.append(type(output)) or output * 2)
+        fused = fused_of(model, X)
+        assert calls == [torch.Tensor] * 2  # of fused and of the model
+        assert [n.target for n in fused.graph.nodes][1:] == ["0", "1", "output"]
+
+
+class Doubled(bnext.BatchNorm2d):
+    def forward(self, input, residual=None):
+        return 2 * super().forward(input, residual)
+
+
+def test_what_our_layers_do_behind_the_kernels_is_done_once():
+    layers = bnext.nn
+    dropped = {"act": nn.SiLU(), "drop": nn.Dropout(0.5)}
+    for layer in (
+        layers.BatchNormAct2d(3, act=nn.GELU()),
+        layers.BatchNormAct2d(3, **dropped),
+        layers.FrozenBatchNorm2d(3, act=nn.GELU()),
+        bnext.revert(layers.BatchNormAct2d(3, **dropped)),
+        bnext.revert(layers.FrozenBatchNorm2d(3, **dropped)),
+        Doubled(3),
+    ):
+        for training in (True, False):
+            fused_of(nn.Sequential(copy.deepcopy(layer), nn.ReLU()).train(training), X)
