@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import fx, nn
 from bnext import nn as layers
 from bnext.activation import ActivationName, fusible, fusible_call
 from bnext.conversion import convert, is_watched
+from bnext.graph_values import Memory, may_be_number
 from bnext.torch_layers import TorchFrozenBatchNorm2d, _TorchBatchNorm
 
 __all__ = ["fuse"]
@@ -30,9 +33,13 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
 
     Traces `model` by torch.fx, which has to be possible: control flow must not depend on data. Finds activations that
     are modules, functions or methods, in place or not, and sums with either operand first; a result between that
-    something else uses too, or a hook sees, is left alone. Parameters, buffers and their names in state dicts stay
-    those of `model`, which is changed as well: its batch norms become bnext's, and those that are fused carry the
-    activation. Every module keeps its mode.
+    something else uses too, or a hook sees, is left alone. The fused call stands where the activation stood, so a batch
+    norm is left alone, too, where something between them may write into what the call reads, or where the graph uses
+    the layer's parameters or statistics elsewhere. A residual has to be a tensor for certain: an argument of `forward`
+    is one where it is annotated as such, or where a layer takes it.
+
+    Parameters, buffers and their names in state dicts stay those of `model`, which is changed as well: its batch norms
+    become bnext's, and those that are fused carry the activation. Every module keeps its mode.
 
     Args:
         model: any module that torch.fx can trace.
@@ -53,6 +60,7 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     fused = fx.GraphModule(model, graph, type(model).__name__)
     for name, module in fused.named_modules():  # those that only hold others are new
         module.training = model.get_submodule(name).training
+    fuser.set_activations()
     return fused
 
 
@@ -69,8 +77,15 @@ class _Fuser:
 
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph = graph
-        self.modules: dict[Any, Any] = dict(model.named_modules())
-        self.calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        self.modules: dict[Any, Any] = dict(model.named_modules(remove_duplicate=False))
+        self.memory = Memory(graph, self.modules)
+        self.uses = Counter(id(part) for node in graph.nodes for part in self._parts_used_by(node, model))
+        self.activations: dict[Any, tuple[ActivationName, float | None]] = {}
+
+    def set_activations(self) -> None:
+        """Changes the layers. This comes last, so that the model computes the same if something else fails."""
+        for layer, found in self.activations.items():
+            layer._set_activation(*found)
 
     def fuse_before(self, node: fx.Node) -> None:
         """Fuses what comes before `node`, if that is an activation, where it can be."""
@@ -80,18 +95,23 @@ class _Fuser:
             return
         pairs = _operands_of_sum(before) or [(before, None)]
         # Where two batch norms meet, either may take the sum in: it runs where the activation was.
-        free = [(norm, residual) for norm, residual in pairs if self._is_free_batch_norm(norm, residual)]
+        free = [
+            (norm, residual)
+            for norm, residual in pairs
+            if self._is_free_batch_norm(norm, residual) and self._can_be_read_at(node, norm, before, residual)
+        ]
         if not free:
             return
         norm, residual = free[-1]
-        self.modules[norm.target]._set_activation(*found)
         with self.graph.inserting_before(node):
             args = norm.args if residual is None else (*norm.args, residual)
             fused = self.graph.call_module(str(norm.target), args)
         fused.meta = dict(node.meta)
+        self.memory.replace(node, fused)
         node.replace_all_uses_with(fused)
         for old in dict.fromkeys((node, before, norm)):
             self.graph.erase_node(old)
+        self.activations[self.modules[norm.target]] = found
 
     def _activation_of(self, node: fx.Node) -> tuple[ActivationName, float | None] | None:
         if node.op == "call_module":
@@ -104,24 +124,55 @@ class _Fuser:
         return None if found is None or found[0] is None else (found[0], found[1])
 
     def _is_free_batch_norm(self, node: fx.Node, residual: fx.Node | None) -> bool:
-        """A call of one of our layers that has no activation yet, runs once, and whose result nothing else sees: no
-        other node, and no hook. With a residual, no hook that sees the arguments either."""
+        """A call of one of our layers that has no activation yet, and whose result nothing else sees: no other node,
+        and no hook. With a residual, no hook that sees the arguments either. Nothing else uses the layer, its
+        parameters or its statistics."""
         if node.op != "call_module" or len(node.users) > 1 or len(node.args) != 1 or node.kwargs:
             return False
         layer: Any = self.modules.get(node.target)
         plain = type(layer) in (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
-        if not plain or self.calls[node.target] != 1 or layer.activation is not None or "forward" in vars(layer):
+        if not plain or "forward" in vars(layer) or layer.activation is not None or layer in self.activations:
             return False
-        return not is_watched(layer, arguments=residual is not None)
+        if is_watched(layer, arguments=residual is not None):
+            return False
+        return all(self.uses[id(part)] == 1 for part in (layer, *layer.parameters(), *layer.buffers()))
+
+    def _can_be_read_at(self, node: fx.Node, norm: fx.Node, before: fx.Node, residual: fx.Node | None) -> bool:
+        """Whether the input of `norm`, and the residual that `before` adds, are still the same where `node` stands."""
+        reads = [(norm, norm.args[0]), (before, residual)]
+        return not any(
+            self.memory.may_write(other, value)
+            for start, value in reads
+            if isinstance(value, fx.Node)
+            for other in _between(start, node)
+            if other is not before
+        )
+
+    def _parts_used_by(self, node: fx.Node, model: nn.Module) -> list[object]:
+        """Modules, parameters and buffers."""
+        if node.op == "get_attr":
+            return [reduce(getattr, str(node.target).split("."), model)]
+        if node.op != "call_module":
+            return []
+        module = self.modules[node.target]
+        return [*module.modules(), *module.parameters(), *module.buffers()]
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
 
 
 def _operands_of_sum(node: fx.Node) -> list[tuple[fx.Node, fx.Node | None]]:
-    """What a batch norm's result may be in a sum, and what is added to it; nothing where it is no sum of two tensors.
-    One in place changes its first operand, which somebody else may see, unless that is the batch norm's result."""
+    """What a batch norm's result may be in a sum, and what is added to it: another tensor for certain. A sum in place
+    changes its first operand, which somebody else may see, unless that is the batch norm's result."""
     if node.op not in ("call_function", "call_method") or node.target not in _SUMS or node.kwargs:
         return []
     operands = [a for a in node.args if isinstance(a, fx.Node)]
-    if len(node.args) != 2 or len(operands) != 2:
+    if len(node.args) != 2 or len(set(operands)) != 2:
         return []
     first, second = operands
-    return [(first, second)] if node.target in _SUMS_IN_PLACE else [(first, second), (second, first)]
+    pairs = [(first, second)] if node.target in _SUMS_IN_PLACE else [(first, second), (second, first)]
+    return [(norm, residual) for norm, residual in pairs if not may_be_number(residual)]

@@ -1,13 +1,16 @@
 """bnext.fuse: what it finds, what it leaves, and that results and gradients agree."""
 
 import copy
+import operator
+import types
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import bnext
+from bnext.graph_values import _FRESH
 
 
 class Chain(nn.Module):
@@ -115,6 +118,20 @@ def test_a_sum_of_two_batch_norms():
     assert_same_step(fused, twin, torch.randn(4, 3, 5, 5, dtype=torch.float64))
 
 
+class Block(nn.Module):
+    """f of the model and its arguments."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+        self.act, self.in_place = nn.SiLU(), nn.ReLU(inplace=True)
+        self.f = f
+
+    def forward(self, x):
+        return self.f(self, x)
+
+
 def assert_same_result(fused, model, *args):
     """Without a graph, since autograd refuses tensors that changed after it kept them."""
     results = []
@@ -135,6 +152,339 @@ def fused_of(model, *args, **options):
 
 
 X = torch.linspace(-2, 3, 4 * 3 * 5 * 5).reshape(4, 3, 5, 5).sin()
+
+
+@fx.wrap
+def unknown_function(x):
+    return x.mul_(2)
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+class UnknownAreLeaves(fx.Tracer):
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, Unknown) or super().is_leaf_module(m, module_qualified_name)
+
+
+def doubled(module, args):
+    args[0].mul_(2)
+
+
+def block_with_writers(f):
+    model = Block(f)
+    model.identity, model.unknown, model.hooked = nn.Identity(), Unknown(), nn.Conv2d(3, 3, 1)
+    model.hooked.register_forward_pre_hook(doubled)
+    model.replaced = nn.Conv2d(3, 3, 1)
+    model.replaced.forward = model.unknown.forward
+    return model
+
+
+# what changes t; x is no part of it
+WRITES = {
+    "layer": lambda m, t, x: m.in_place(t),
+    "method": lambda m, t, x: t.mul_(2),
+    "function": lambda m, t, x: torch.relu_(t),
+    "keyword": lambda m, t, x: F.elu(t, inplace=True),
+    "position": lambda m, t, x: F.elu(t, 1.0, True),
+    "out": lambda m, t, x: torch.mul(x, 2, out=t),
+    "operator of torch": lambda m, t, x: torch.ops.aten.relu_(t),
+    "view": lambda m, t, x: t.flatten(2).mul_(2),
+    "element of a tuple": lambda m, t, x: t.chunk(2)[1].mul_(2),
+    "element of a sum of tuples": lambda m, t, x: (t.chunk(2) + x.chunk(2))[1].mul_(2),
+    "identity": lambda m, t, x: m.identity(t).mul_(2),
+    "unknown function": lambda m, t, x: unknown_function(t),
+    "unknown layer": lambda m, t, x: m.unknown(t),
+    "layer with a hook": lambda m, t, x: m.hooked(t),
+    "layer with a forward set on it": lambda m, t, x: m.replaced(t),
+}
+
+
+def input_changes(write):
+    def f(m, x):
+        t = m.conv(x)
+        y = m.bn(t)
+        write(m, t, x)
+        return m.act(y) + t
+
+    return f
+
+
+def input_changes_before_a_sum(write):
+    def f(m, x):
+        t = m.conv(x)
+        y = m.bn(t)
+        write(m, t, x)
+        return m.act(y + m.other(x)) + t
+
+    return f
+
+
+def residual_changes(write):
+    def f(m, x):
+        t = m.conv(x)
+        y = m.bn(m.other(x)) + t
+        write(m, t, x)
+        return m.act(y) + t
+
+    return f
+
+
+@pytest.mark.parametrize("what", [input_changes, input_changes_before_a_sum, residual_changes])
+@pytest.mark.parametrize("write", WRITES)
+def test_no_call_moves_past_a_write_into_what_it_reads(write, what):
+    model = block_with_writers(what(WRITES[write]))
+    assert fused_of(model, X, tracer=UnknownAreLeaves()).bn.activation is None
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_call_moves_past_a_write_into_another_tensor(write):
+    def f(m, x):
+        t = m.conv(x)
+        y = m.bn(m.other(x)) + F.relu(t)
+        WRITES[write](m, t, F.relu(t))
+        return m.act(y) + t
+
+    assert fused_of(block_with_writers(f), X, tracer=UnknownAreLeaves()).bn.activation == "silu"
+
+
+def test_no_call_moves_past_a_write_by_another_name():
+    def result_of_a_write(m, x):
+        t = m.conv(x)
+        same = F.relu(t, inplace=True)
+        y = m.bn(t)
+        same.mul_(2)
+        return m.act(y) + t
+
+    def view_of_what_is_fused(m, x):
+        t = m.act(m.first(x))
+        view = t.flatten(2)
+        y = m.bn(t)
+        view.relu_()
+        return m.act(y) + t
+
+    assert fused_of(Block(result_of_a_write), X).bn.activation is None
+    model = Block(view_of_what_is_fused)
+    model.first = nn.BatchNorm2d(3)
+    fused = fused_of(model, X)
+    assert (fused.first.activation, fused.bn.activation) == ("silu", None)
+
+
+def test_operators_in_place_write():
+    """A graph may have them, though the tracer of torch 2.13 and 2.14 records `t += 2` as `t + 2`."""
+
+    class InPlace(fx.Tracer):
+        def trace(self, root, concrete_args=None):
+            graph = super().trace(root, concrete_args)
+            for node in graph.nodes:
+                if node.op == "call_function" and node.args[1:] == (2,):
+                    node.target = operator.iadd
+            return graph
+
+    assert bnext.fuse(Block(input_changes(lambda m, t, x: t + 2)), tracer=InPlace()).bn.activation is None
+    assert bnext.fuse(Block(input_changes(lambda m, t, x: t + 3)), tracer=InPlace()).bn.activation == "silu"
+
+
+def test_a_sum_in_place_with_the_input():
+    assert fused_of(Block(lambda m, x: m.act(m.bn(x).add_(x))), X).bn.activation == "silu"
+
+
+def test_the_second_of_two_activations_stays():
+    fused = fused_of(Block(lambda m, x: m.act(m.act(m.bn(x)))), X)
+    assert fused.bn.activation == "silu" and [n.target for n in fused.graph.nodes] == ["x", "bn", "act", "output"]
+
+
+def test_a_layer_with_two_names():
+    class LastName(fx.Tracer):
+        def path_of_module(self, mod):
+            return [name for name, m in self.root.named_modules(remove_duplicate=False) if m is mod][-1]
+
+    model = Block(lambda m, x: m.act(m.bn(x)))
+    model.same = model.bn
+    expected = model(X)
+    fused = bnext.fuse(model, tracer=LastName())
+    assert fused.same.activation == "silu"
+    torch.testing.assert_close(fused(X), expected)
+
+
+def test_a_residual_may_change_before_the_sum():
+    """As in a branch that ends in an activation in place, beside the batch norm."""
+
+    def f(m, x):
+        y = m.bn(m.conv(x))
+        return m.act(y + F.elu(m.other(x), inplace=True))
+
+    assert fused_of(Block(f), X).bn.activation == "silu"
+
+
+def test_arguments_may_be_the_same_tensor():
+    class Two(Block):
+        def forward(self, x, z):
+            y = self.bn(x)
+            z.relu_()
+            return self.act(y)
+
+    model = Two(None)
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    x, z = X.clone(), X.clone()
+    torch.testing.assert_close(fused(x, x), twin(z, z))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked", "weight", "bias"])
+def test_a_layer_whose_tensors_the_graph_reads_is_left(name):
+    def f(m, x):
+        y = m.bn(x)
+        read = torch.add(getattr(m.bn, name), x.mean())
+        return m.act(y) + read.sum()
+
+    assert fused_of(Block(f), X).bn.activation is None
+
+
+def test_a_layer_that_something_else_runs_is_left():
+    class Holder(Unknown):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    for options in ({}, {"affine": False, "track_running_stats": False}):
+        model = Block(lambda m, x: m.act(m.bn(m.conv(x))) + m.holder(x))
+        model.bn = nn.BatchNorm2d(3, **options)
+        model.holder = Holder(model.bn)
+        assert fused_of(model, X, tracer=UnknownAreLeaves()).bn.activation is None
+    model = Block(lambda m, x: m.act(m.bn(m.conv(x)) + m.twin(x)))  # which updates the same statistics
+    model.twin = nn.BatchNorm2d(3)
+    model.twin.running_mean = model.bn.running_mean
+    fused = fused_of(model, X)
+    assert fused.bn.activation is None and fused.twin.activation is None
+
+
+def test_what_returns_new_memory():
+    x, one = torch.ones(1, 2, 1, 1), torch.ones(1)
+    calls = [
+        *((f, (x, x)) for f in (torch.add, torch.sub, torch.mul, torch.div, torch.matmul)),
+        *((f, (x,)) for f in (torch.neg, torch.clone, torch.mean, torch.sum, torch.relu, torch.sigmoid, torch.tanh)),
+        *((f, (x,)) for f in (F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.elu, F.hardswish, F.hardsigmoid)),
+        *((f, ([x],)) for f in (torch.cat, torch.stack)),
+        *((f, (x, 1)) for f in (F.softmax, torch.mean, torch.sum, F.max_pool2d, F.avg_pool2d)),
+        *((f, (x, 1)) for f in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)),
+        (F.linear, (one, torch.ones(1, 1))),
+        *((f, (x, torch.ones(2, 2, 1, 1))) for f in (F.conv2d, F.conv_transpose2d)),
+        (F.batch_norm, (x, torch.zeros(2), torch.ones(2))),
+        (F.layer_norm, (x, (1,))),
+        (F.group_norm, (x.expand(2, 2, 1, 1), 1)),
+    ]
+    for f, args in calls:
+        assert _FRESH.fullmatch(f.__name__), f
+        given = args[0][0] if isinstance(args[0], list) else args[0]
+        assert f(*args).untyped_storage().data_ptr() != given.untyped_storage().data_ptr(), f
+
+
+def test_a_failure_leaves_the_model_as_it_computes(monkeypatch):
+    model = Block(lambda m, x: m.act(m.bn(m.conv(x))))
+    twin = copy.deepcopy(model)
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(fx, "GraphModule", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        bnext.fuse(model)
+    assert_same_result(model, twin, X)
+
+
+@fx.wrap
+def scale_of(x):
+    return 0.5
+
+
+class Residual(Block):
+    """act(bn(conv(x)) + f(x, a))"""
+
+    def forward(self, x, a):
+        return self.act(self.bn(self.conv(x)) + self.f(x, a))
+
+
+class Annotated(Residual):
+    def forward(self, x, a: float):
+        return super().forward(x, a)
+
+
+class MaybeNumber(Residual):
+    def forward(self, x, a: torch.Tensor | float):
+        return super().forward(x, a)
+
+
+class Defaulted(Residual):
+    def forward(self, x, a: torch.Tensor = 0.5):
+        return super().forward(x, a)
+
+
+class Tensors(Residual):
+    def forward(self, x, a: torch.Tensor):
+        return super().forward(x, a)
+
+
+class NamedTensors(Residual):
+    def forward(self, x, a: "torch.Tensor | None" = None):
+        return super().forward(x, a)
+
+
+SCALE = types.SimpleNamespace(scale=0.5, image=X)
+NUMBERS = {
+    "argument": (Residual, lambda x, a: a, 0.5),
+    "annotated": (Annotated, lambda x, a: a, 0.5),
+    "annotated as both": (MaybeNumber, lambda x, a: a, 0.5),
+    "default": (Defaulted, lambda x, a: a, 0.5),
+    "of arithmetic": (Residual, lambda x, a: 2 * a + 1, 0.5),
+    "element": (Residual, lambda x, a: a[1], (X, 0.5)),
+    "value": (Residual, lambda x, a: a.get("scale"), {"scale": 0.5}),
+    "value of what has methods": (Residual, lambda x, a: (a.keys(), a["scale"])[1], {"scale": 0.5}),
+    "factor": (Residual, lambda x, a: (x.mul(a), a)[1], 0.5),
+    "attribute": (Residual, lambda x, a: a.scale, SCALE),
+    "size": (Residual, lambda x, a: x.size(0), None),
+    "shape": (Residual, lambda x, a: x.shape[2] // 2 + 1, None),
+    "ndim": (Residual, lambda x, a: x.ndim, None),
+    "item": (Residual, lambda x, a: x.mean().item(), None),
+    "numel": (Residual, lambda x, a: torch.numel(x), None),
+    "function": (Residual, lambda x, a: scale_of(x), None),
+}
+TENSORS = {
+    "annotated": (Tensors, lambda x, a: a, X),
+    "annotated by a string": (NamedTensors, lambda x, a: a, X),
+    "of arithmetic": (Tensors, lambda x, a: 2 * a + 1, X),
+    "given to a layer": (Residual, lambda x, a: x, None),
+    "given to a function": (Residual, lambda x, a: (F.relu(a), a)[1], X),
+    "given to a method": (Residual, lambda x, a: (a.relu(), a)[1], X),
+    "of a size": (Residual, lambda x, a: x * x.size(0), None),
+    "transposed": (Residual, lambda x, a: x.mT, None),
+    "chunk": (Residual, lambda x, a: x.chunk(1)[0], None),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_a_number_is_no_residual(case):
+    kind, f, a = NUMBERS[case]
+    assert fused_of(kind(f), X, a).bn.activation is None
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_a_tensor_is_a_residual(case):
+    kind, f, a = TENSORS[case]
+    assert fused_of(kind(f), X, a).bn.activation == "silu"
+
+
+def test_a_sum_with_itself_is_left():
+    def f(m, x):
+        y = m.bn(x)
+        return m.act(y + y)
+
+    assert fused_of(Block(f), X).bn.activation is None
 
 
 # activations that follow a batch norm; those that have a sum between; batch norms
