@@ -149,12 +149,15 @@ def main(argv: Sequence[str]) -> int:
     cells, low = {identity(row) for row in rows}, below(rows, args.limit)
     print(f"{len(cells)} cells, {len(low)} below {args.limit}, the worst:")
     print("\n".join(map(show, worst(rows)[: args.worst])))
-    if args.again:
+    if args.again and low:
         merged = again(argv, args.again)
-        append(args.file.with_name(args.file.stem + "-again.jsonl"), merged)
+        result = args.file.with_name(args.file.stem + "-again.jsonl")
+        result.unlink(missing_ok=True)
+        append(result, merged)
         low = below(merged, args.limit)
         print(f"measured {args.again} times more, {len(low)} of these are below {args.limit} in the median:")
         print("\n".join(map(show, low)))
+        rows += merged
     print("\n".join(dict.fromkeys(f"{row.provider}: {row.error}" for row in rows if row.error)))
     return 1 if any(row.is_wrong for row in rows) else 0
 

@@ -157,16 +157,11 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
         if residual.is_complex():  # which not every activation takes
             apply(activation, activation_param, residual.new_empty(0))
-    if route.way == "sum" or (route.way == "function" and _broadcasts(input, residual)):
+    if route.way == "sum":
         how = training, momentum, eps
         y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, unbiased, ghost_batch_size)
         return apply(activation, activation_param, y + residual)
     return (transforms if route.way == "function" else aten).batch_norm(*args)
-
-
-def _broadcasts(input: Tensor, residual: Tensor | None) -> bool:
-    """Whether `y + residual` has to broadcast or to promote."""
-    return residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype)
 
 
 implement_batch_norm(call_kernels_or_torch, aten.batch_norm)

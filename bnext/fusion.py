@@ -35,8 +35,8 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     are modules, functions or methods, in place or not, and sums with either operand first; a result between that
     something else uses too, or a hook sees, is left alone. The fused call stands where the activation stood, so a batch
     norm is left alone, too, where something between them may write into what the call reads, or where the graph uses
-    the layer's parameters or statistics elsewhere. A residual has to be a tensor for certain: an argument of `forward`
-    is one where it is annotated as such, or where a layer takes it.
+    the layer's parameters or statistics elsewhere. A residual has to be a tensor, as far as the graph tells: an
+    argument of `forward` is one where it is annotated as such, or where a layer takes it.
 
     Parameters, buffers and their names in state dicts stay those of `model`, which is changed as well: its batch norms
     become bnext's, and those that are fused carry the activation. Every module keeps its mode.
@@ -166,7 +166,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def _operands_of_sum(node: fx.Node) -> list[tuple[fx.Node, fx.Node | None]]:
-    """What a batch norm's result may be in a sum, and what is added to it: another tensor for certain. A sum in place
+    """What a batch norm's result may be in a sum, and what is added to it: another tensor. A sum in place
     changes its first operand, which somebody else may see, unless that is the batch norm's result."""
     if node.op not in ("call_function", "call_method") or node.target not in _SUMS or node.kwargs:
         return []

@@ -38,7 +38,11 @@ _FRESH_LAYERS = {
 _OUTSIDE = object()
 
 #: Methods, attributes and functions of tensors that give no tensor.
-_NUMBERS = {"size", "shape", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "item", "tolist"}
+_NUMBERS = {
+    *("size", "shape", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "storage_offset", "item", "tolist"),
+    *("element_size", "itemsize", "nbytes", "get_device", "data_ptr", "requires_grad", "dtype", "device", "layout"),
+    *(name for library in (torch, torch.Tensor) for name in dir(library) if name.startswith("is_")),
+}
 _NUMBER_TYPE = re.compile(r"\b(bool|int|float|complex|Number)\b")
 
 

@@ -7,9 +7,11 @@ autograd, and the backward computes y again, to the bit, when it is asked for.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -56,7 +58,7 @@ def recompute(model: Any = None, on: bool = True) -> Any:
     """
     if model is None:
         return Recomputation()
-    _end_interrupted(model)
+    _end_interrupted()
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
             del hooks[key]
@@ -68,12 +70,12 @@ def recompute(model: Any = None, on: bool = True) -> Any:
 
 
 class _Here(threading.local):
-    """The thread's innermost block, and those that hooks of modules have entered."""
+    """The thread's innermost block, and those that modules' hooks have entered, with the frame that ran the hook."""
 
     block: Recomputation | None = None
 
     def __init__(self) -> None:
-        self.entered: list[tuple[nn.Module, Recomputation]] = []
+        self.entered: list[tuple[nn.Module, FrameType, Recomputation]] = []
 
 
 here = _Here()
@@ -81,19 +83,26 @@ here = _Here()
 
 def _enter(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        _end_interrupted(module)
-        here.entered.append((module, Recomputation().__enter__()))
+        _end_interrupted()
+        here.entered.append((module, sys._getframe(1), Recomputation().__enter__()))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling() and here.entered and here.entered[-1][0] is module:
-        here.entered.pop()[1].__exit__()
+        here.entered.pop()[2].__exit__()
 
 
-def _end_interrupted(module: nn.Module) -> None:
-    """Ends what a call of the module left that was interrupted: torch runs no hook after a KeyboardInterrupt."""
-    while any(entered is module for entered, _ in here.entered):
-        here.entered.pop()[1].__exit__()
+def _end_interrupted() -> None:
+    """Ends what calls left that were interrupted: torch runs no hook after a KeyboardInterrupt."""
+    while here.entered and not _is_running(here.entered[-1][1]):
+        here.entered.pop()[2].__exit__()
+
+
+def _is_running(frame: FrameType) -> bool:
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
 
 
 class Recomputation:

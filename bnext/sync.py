@@ -166,7 +166,7 @@ class _Forward(torch.autograd.Function):
         keeps = residual is not None and activation != "none" and any(ctx.needs_input_grad)
         y, mask = ops.batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, param, keeps)
         uses_mask = mask.numel() > 0
-        needs_bias = activation != "none" and not uses_mask
+        needs_bias = activation != "none"
         ctx.save_for_backward(
             x,
             weight,

@@ -34,7 +34,8 @@ OWN_ATTRIBUTES = {
     "ghost_batch_size": None,
 }
 
-_MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+#: What a subclass may define to have its own parameters and buffers.
+_MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "__getattr__", "__getattribute__")
 
 #: The modules of functions that make another layer of a batch norm's attributes, or fold it into a convolution. They
 #: know none of OWN_ATTRIBUTES, and all of them read `eps`.
@@ -67,7 +68,7 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     ghost_batch_size: int | None = None
     __constants__ = ["activation", "activation_param", "frozen", "unbiased", "ghost_batch_size"]  # for TorchScript
     __jit_unused_properties__ = ["eps"]  # TorchScript would compile it
-    _has_own_members = False  # whether a subclass defines one of _MEMBERS, as a property perhaps
+    _has_own_members = False  # whether a subclass has a property, say, in place of a parameter or buffer
 
     # `__dict__` by another name: Dynamo of torch 2.11 takes `self.__dict__["eps"]` for the property again, without end.
     # All reads and writes go by it, since Dynamo sees two dictionaries.
@@ -84,7 +85,8 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        cls._has_own_members = any(name in vars(base) for base in cls.__mro__ for name in _MEMBERS)
+        own = [vars(base) for base in cls.__mro__ if not issubclass(nn.Module, base)]
+        cls._has_own_members = any(name in members for members in own for name in _MEMBERS)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "eps":  # stays where torch.nn has it, and so do pickles
@@ -108,15 +110,16 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
         """The buffers that the forward takes, and whether it normalizes by the batch."""
-        if torch.jit.is_scripting():
-            running_mean, running_var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        else:
-            running_mean, running_var, tracked = buffers_of(self)
         training = self.training and not self.frozen
-        track = self.track_running_stats or not training
+        track, counts = self.track_running_stats or not training, self.track_running_stats and training
+        if torch.jit.is_scripting():
+            running_mean, running_var = self.running_mean, self.running_var
+            counter = self.num_batches_tracked if counts else None
+        else:
+            running_mean, running_var = statistics_of(self)
+            counter = counter_of(self) if counts else None
         mean = running_mean if track else None
         var = running_var if track else None
-        counter = tracked if training and self.track_running_stats else None
         return mean, var, counter, training or (mean is None and var is None)
 
     def _batch_norm(
@@ -199,17 +202,25 @@ def parameters_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None]
     return layer.weight, layer.bias
 
 
-def buffers_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`running_mean`, `running_var` and `num_batches_tracked`."""
+def statistics_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """`running_mean` and `running_var`."""
     own, others = layer._buffers, layer._instance_dict
-    if not (
-        layer._has_own_members or "running_mean" in others or "running_var" in others or "num_batches_tracked" in others
-    ):
+    if not (layer._has_own_members or "running_mean" in others or "running_var" in others):
         try:
-            return own["running_mean"], own["running_var"], own["num_batches_tracked"]
+            return own["running_mean"], own["running_var"]
         except KeyError:
             pass
-    return layer.running_mean, layer.running_var, layer.num_batches_tracked
+    return layer.running_mean, layer.running_var
+
+
+def counter_of(layer: _TorchBatchNorm) -> Tensor | None:
+    """`num_batches_tracked`."""
+    if not (layer._has_own_members or "num_batches_tracked" in layer._instance_dict):
+        try:
+            return layer._buffers["num_batches_tracked"]
+        except KeyError:
+            pass
+    return layer.num_batches_tracked
 
 
 def _unusual(layer: nn.Module, usual: Mapping[str, object]) -> list[str]:

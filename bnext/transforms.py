@@ -62,7 +62,8 @@ def batch_norm(
     if training and values == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if training:
-        statistics = running_mean, running_var, num_batches_tracked
+        counter = None if num_batches_tracked is None else num_batches_tracked.long()  # of any dtype, as in torch
+        statistics = running_mean, running_var, counter
         extension().check_training(input, weight, bias, *statistics, residual, momentum, eps)
     given = (None, None) if training else (running_mean, running_var)
     settings = _Settings(training, eps, activation, activation_param)

@@ -93,7 +93,7 @@ WRONG = [
     (ValueError, r"activation should be None, 'relu', .* not 'swish'", ("activation",), "swish"),
     (ValueError, r"activation should be None, 'relu', .* not GELU", ("activation",), nn.GELU()),
     (ValueError, r"eps must be positive during training", ("eps",), 0.0),
-    (ValueError, r"eps must be positive in float32, in which input is accumulated, but got 1e-46", ("eps",), 1e-46),
+    (ValueError, r"eps must be positive in float32 during training, but got 1e-46", ("eps",), 1e-46),
     (IndexError, r"at least 2 dimensions.*got 1D", ("input",), torch.ones(3)),
     (IndexError, r"at least 2 dimensions.*got 0D", ("input",), torch.ones(())),
     (TypeError, r"argument '{}' must be Tensor or None, not list", ("weight", "bias", "running_mean", "residual", "num_batches_tracked"), [1, 2, 3]),

@@ -450,6 +450,8 @@ NUMBERS = {
     "size": (Residual, lambda x, a: x.size(0), None),
     "shape": (Residual, lambda x, a: x.shape[2] // 2 + 1, None),
     "ndim": (Residual, lambda x, a: x.ndim, None),
+    "element size": (Residual, lambda x, a: x.element_size(), None),
+    "question": (Residual, lambda x, a: torch.is_floating_point(x), None),
     "item": (Residual, lambda x, a: x.mean().item(), None),
     "numel": (Residual, lambda x, a: torch.numel(x), None),
     "function": (Residual, lambda x, a: scale_of(x), None),

@@ -207,6 +207,18 @@ def test_checkpointing_recomputes(device):
     assert torch.equal(dx, expected)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()])
+def test_a_gradient_penalty_behind_a_residual(activation):
+    """Reaches the residual where that is kept, and not a bit of each element."""
+    layer = bnext.BatchNorm2d(3, activation=activation, dtype=torch.float64)
+    x, residual = (torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    (dx,) = torch.autograd.grad(layer(x, residual).sum(), x, create_graph=True)
+    wanted = [x, *layer.parameters(), residual]
+    *found, of_residual = torch.autograd.grad(dx.square().sum(), wanted, allow_unused=True)
+    assert all(g is not None for g in found)
+    assert (of_residual is None) == isinstance(activation, nn.ReLU)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.SiLU()])
 def test_a_gradient_penalty_reaches_all_parameters(activation, training):

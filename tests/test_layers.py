@@ -218,6 +218,13 @@ def test_parameters_and_buffers_of_another_kind(change, training):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
 
 
+def test_evaluation_takes_no_counter():
+    layer = bnext.BatchNorm2d(3).eval()
+    del layer.num_batches_tracked
+    x = batch(bnext.BatchNorm2d)
+    torch.testing.assert_close(layer(x), nn.BatchNorm2d(3).eval()(x))
+
+
 def test_a_subclass_may_compute_what_the_forward_reads():
     def subclass(base):
         class Positive(base):
@@ -231,6 +238,14 @@ def test_a_subclass_may_compute_what_the_forward_reads():
 
         return Positive
 
+    def doubled(base):
+        class Doubled(base):
+            def __getattr__(self, name):
+                found = super().__getattr__(name)
+                return 2 * found if name == "weight" else found
+
+        return Doubled
+
     class Shifted(bnext.BatchNorm2d):
         @property
         def running_mean(self):
@@ -238,6 +253,7 @@ def test_a_subclass_may_compute_what_the_forward_reads():
 
     x = batch(bnext.BatchNorm2d)
     torch.testing.assert_close(subclass(bnext.BatchNorm2d)(3)(x), subclass(nn.BatchNorm2d)(3)(x))
+    torch.testing.assert_close(doubled(bnext.BatchNorm2d)(3)(x), doubled(nn.BatchNorm2d)(3)(x))
     shifted = bnext.BatchNorm2d(3).eval()
     shifted.__class__ = Shifted
     torch.testing.assert_close(shifted(x), nn.BatchNorm2d(3).eval()(x - 7))

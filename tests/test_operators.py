@@ -227,6 +227,7 @@ def test_merge_errors(device):
         ("num_batches_tracked should be int64", RuntimeError, (stats, mean, var, counter.int(), 0.1, 1e-5)),
         ("momentum=None averages over all batches", ValueError, (stats, mean, var, None, None, 1e-5)),
         ("eps must be positive", ValueError, (stats, mean, var, counter, 0.1, 0.0)),
+        ("eps must be positive in float32", ValueError, (stats, mean, var, counter, 0.1, 1e-46)),
     ]:  # fmt: skip
         with pytest.raises(kind, match=words):
             OPS.batch_norm_merge(*arguments)

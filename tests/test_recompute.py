@@ -511,6 +511,22 @@ def test_what_an_interrupt_left_ends_with_the_next_call(at, next):
     assert shapes.count((2, 4, 6, 6)) == 1 and nothing_is_open()
 
 
+def test_a_model_that_calls_itself():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = block()
+
+        def forward(self, x, again=True):
+            if again:
+                self(x, again=False)
+            return self.net(x)
+
+    net, x = bnext.recompute(Twice()), torch.randn(2, 3, 8, 8)
+    shapes, _ = kept(lambda: net(x), block=False)
+    assert shapes.count((2, 4, 6, 6)) == 2 and nothing_is_open(), "one in each call"
+
+
 def test_a_block_is_entered_once_at_a_time():
     again, x = bnext.recompute(), torch.randn(2, 3, 8, 8)
     for _ in range(2):

@@ -311,3 +311,11 @@ def test_mistakes_are_found_and_change_nothing():
         vmap(layer)(x.expand(2, 4, 3, 5, 5))
     for name, value in layer.state_dict().items():
         torch.testing.assert_close(value, before[name], msg=name)
+
+
+def test_the_counter_may_be_of_any_dtype():
+    layer, x = bnext.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    layer.num_batches_tracked = torch.zeros(())
+    with torch.autograd.forward_ad.dual_level():
+        layer(torch.autograd.forward_ad.make_dual(x, x))
+    assert layer.num_batches_tracked == 1

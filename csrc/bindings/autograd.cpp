@@ -143,8 +143,8 @@ struct BnextBatchNormBackwardBackward : torch::autograd::Function<BnextBatchNorm
         double_backward(saved, dy, grads[0], grads[1], grads[2], grads[3], wanted);
     variable_list result = {ddy, dx, dweight, dbias, dresidual, Tensor(), Tensor()};
     if (saved.activation != Activation::none) {
-      // All that the activation's argument depends on has a gradient, as in torch, be it 0: autograd.grad() raises
-      // where there is none.
+      // All that was saved of what the activation's argument depends on has a gradient, be it 0: autograd.grad() raises
+      // where there is none. Behind a mask the residual was not saved.
       const OptionalTensor* const arguments[4] = {&saved.x, &saved.weight, &saved.bias, &saved.residual};
       for (size_t i = 0; i < wanted.size(); ++i) {
         if (wanted[i] && !result[1 + i].defined()) result[1 + i] = at::zeros_like(**arguments[i]);

@@ -61,7 +61,8 @@ void check_batch(const Tensor& x, const c10::SymInt& examples);
 
 void check_ghost_batch_size(std::optional<int64_t> size);
 
-void check_eps(double eps, bool training);
+// `type`: what it is added in.
+void check_eps(double eps, bool training, at::ScalarType type);
 
 // weight, bias: one value a channel, both of one dtype: x's, or float32 beside 16-bit x.
 void check_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias);

@@ -21,7 +21,7 @@ template <class A> struct Parameter<A, true> {
   const A* p;
   explicit Parameter(const A* q) : p(q) {}
   template <class P> Vec<A> at(int64_t j, P) const { return load(p + j, Full{}); }
-  Vec<A> at(int64_t j, Partial part) const { return load(p + j, part); }  // what follows may be another task's to write
+  Vec<A> at(int64_t j, Partial part) const { return load(p + j, part); }  // another task may be writing what follows
 };
 
 // f(j, part) into a buffer, to the end of the row's last vector.

@@ -8,8 +8,8 @@ namespace {
 
 // A run that fills at least one vector of floats is worth a strip.
 constexpr int64_t kShortestRun = 16;
-// Elements that are not worth a second thread: some microseconds of work. Where another process keeps one of the
-// processors busy, two threads that share a call wait for each other for as long as that may run, milliseconds.
+// Elements that are not worth a second thread: some microseconds of work. Where another process keeps a processor busy,
+// a call on two threads waits until that process is descheduled: a time slice, some milliseconds.
 constexpr int64_t kOneThread = 32768;
 // Elements of a task, where there is work for several threads: so few that tasks share out evenly.
 constexpr int64_t kGrain = 8192;

@@ -16,9 +16,9 @@ constexpr int64_t kMaxMergedSplits = 256;
 // So many bytes of partial results take another block to merge them: one for each thread of a block, where they are
 // largest.
 constexpr int64_t kMergeWorkerBytes = 4 * 1024;
-// Blocks of a launch that wait for others, of all its tiles together. Those others may have no room before some block
-// leaves, so that these must be fewer than the blocks that any GPU runs at a time, or any part of one that a driver
-// gives out (from 8 multiprocessors on).
+// Blocks of a launch that wait for others, of all its tiles together. The others may find no room before a block
+// leaves: a device, or the part of it that a launch may use, has to run more blocks at a time than wait. With 8
+// multiprocessors it does, also for kernels of which a multiprocessor holds one block.
 constexpr int64_t kMaxWaiting = 7;
 
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
