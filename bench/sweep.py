@@ -117,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=checked(numbers), default="all")
     add("--most", type=int, default=1 << 26, help="elements of a shape")
+    add("--cases", type=int, help="only so many, drawn at random, each in all phases")
     add("--seconds", type=float, default=0.03, help="for which each provider is sampled in each case")
     add("--worst", type=int, default=10, help="how many cells to show")
     add("--again", type=int, default=0, metavar="NUMBER", help="measure what is below --limit so many times more")
@@ -129,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
     where = devices(args.device, args.threads)
     todo = list(cases(workloads, args.dtype, LAYOUTS, args.epilogue, "float32", phases, where))
     random.Random(0).shuffle(todo)
+    todo = todo[: args.cases]
 
     rows = read(args.file)
     if args.child:

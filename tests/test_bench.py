@@ -847,6 +847,10 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert sweep.main(argv) == 0
     whole = file.read_text()
     assert len(whole.splitlines()) == 6, "(8, 4) has one layout, the other two"
+    assert sweep.main([str(tmp_path / "part.jsonl"), *options.split(), "--cases", "2"]) == 0
+    part = sweep.read(tmp_path / "part.jsonl")
+    assert list(map(sweep.identity, part)) == list(map(sweep.identity, sweep.read(file)[: len(part)]))
+    assert len(part) == 8, "2 cases, in 2 phases, by 2 providers"
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:3]) + lines[3][:40])  # stopped in the middle of a line
