@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bnext.activation import apply
 
-__all__ = ["batch_norm", "check_average", "ghost_batches"]
+__all__ = ["batch_norm", "ghost_batches"]
 
 
 def batch_norm(
@@ -56,7 +56,7 @@ def ghost_batches(input: Tensor, size: int) -> list[Tensor]:
     return parts
 
 
-def check_average(running_mean: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None) -> None:
+def _check_average(running_mean: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None) -> None:
     """As csrc/bindings/checks.cpp does."""
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum=None averages over all batches, and needs num_batches_tracked to count them")
@@ -75,7 +75,7 @@ def _normalized(
     running_mean, running_var, num_batches_tracked = statistics
     # Everything that can fail comes before the first update.
     if training:
-        check_average(running_mean, num_batches_tracked, momentum)
+        _check_average(running_mean, num_batches_tracked, momentum)
     unlike_torch = momentum is None or not unbiased
     if training and unlike_torch and running_mean is not None and running_var is not None:
         mean, var = torch.zeros_like(running_mean), torch.ones_like(running_var)

@@ -68,14 +68,10 @@ _REVERTED = {ours: theirs for theirs, ours in _OURS.items() if theirs.__module__
 _SYNCHRONISABLE = {*_OURS, *_OURS.values()} - {torch_layers.TorchBatchNormAct2d, layers.BatchNormAct2d}
 
 #: What makes a batch norm compute what it does. A subclass, or a layer, with one of its own is not ours to replace.
-_BEHAVIOUR = ("forward", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
+_BEHAVIOUR = ("forward", "_batch_norm", "__call__", "_check_input_dim", "_load_from_state_dict", "train")
 #: What else a subclass may define and would lose: what the forward reads, and what makes, moves and saves that.
 _STATE = (
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
+    *torch_layers.MEMBERS,
     "momentum",
     "eps",
     "training",
@@ -89,7 +85,6 @@ _STATE = (
     "state_dict",
     "load_state_dict",
     "_save_to_state_dict",
-    "__getattr__",
     "__setattr__",
 )
 

@@ -31,14 +31,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from bnext import routes
 from bnext._extension import extension
 from bnext.activation import Activation, fusible, has_parameter, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
-from bnext.torch_layers import _TorchBatchNorm, lost_with_children, parameters_of
+from bnext.torch_layers import _TorchBatchNorm, lost_with_children, member_of
 
 __all__ = [
     "BatchNorm1d",
@@ -99,13 +98,12 @@ class _BatchNorm(_TorchBatchNorm):
         else:
             if by_batch and held.depth > 0 and not torch.compiler.is_compiling():
                 mean = var = counter = None
-            weight, bias = parameters_of(self)
             return batch_norm(
                 input,
                 mean,
                 var,
-                weight,
-                bias,
+                member_of(self, self._parameters, "weight"),
+                member_of(self, self._parameters, "bias"),
                 by_batch,
                 self.momentum,
                 self._instance_dict["eps"],
@@ -200,7 +198,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 
 class BatchNormAct2d(BatchNorm2d):
-    """act(drop(bn(input))), as `timm.layers.BatchNormAct2d`, of which `bnext.convert` makes it.
+    """act(drop(bn(input) + residual)), as `timm.layers.BatchNormAct2d`, of which `bnext.convert` makes it.
 
     Keeps its children `act` and `drop`, which may be replaced later. `act` is fused where it is one of
     `bnext.activation` and `drop` does nothing.
@@ -219,11 +217,18 @@ class BatchNormAct2d(BatchNorm2d):
         self.act = torch.nn.Identity() if act is None else act
         self._find_activation()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(drop(bn(input) + residual))."""
+    def _batch_norm(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counter: Tensor | None,
+        residual: Tensor | None,
+        by_batch: bool,
+    ) -> Tensor:
         self._find_activation()  # the children may have been replaced, or have got hooks
-        y = super().forward(input, residual)
-        return y if self.activation is not None or isinstance(y, Proxy) else self.act(self.drop(y))
+        y = super()._batch_norm(input, mean, var, counter, residual, by_batch)
+        return y if self.activation is not None else self.act(self.drop(y))
 
     def _find_activation(self) -> None:
         """Sets `activation` to what the children do, if that can be fused."""

@@ -67,13 +67,7 @@ def of_call(
         return _KERNELS
     if found == "transform" and _functionalizes():
         return Route("torch", "torch.func.functionalize takes no Function")
-    if found in ("transform", "forward_ad") and _broadcasts(input, residual):
-        return _OBSTACLES["residual"]
     return _OBSTACLES[found]
-
-
-def _broadcasts(input: Tensor, residual: Tensor | None) -> bool:
-    return residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype)
 
 
 def _functionalizes() -> bool:

@@ -35,7 +35,7 @@ OWN_ATTRIBUTES = {
 }
 
 #: What a subclass may define to have its own parameters and buffers.
-_MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "__getattr__", "__getattribute__")
+MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "__getattr__", "__getattribute__")
 
 #: The modules of functions that make another layer of a batch norm's attributes, or fold it into a convolution. They
 #: know none of OWN_ATTRIBUTES, and all of them read `eps`.
@@ -86,7 +86,7 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         own = [vars(base) for base in cls.__mro__ if not issubclass(nn.Module, base)]
-        cls._has_own_members = any(name in members for members in own for name in _MEMBERS)
+        cls._has_own_members = any(name in members for members in own for name in MEMBERS)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "eps":  # stays where torch.nn has it, and so do pickles
@@ -113,13 +113,13 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         training = self.training and not self.frozen
         track, counts = self.track_running_stats or not training, self.track_running_stats and training
         if torch.jit.is_scripting():
-            running_mean, running_var = self.running_mean, self.running_var
+            mean = self.running_mean if track else None
+            var = self.running_var if track else None
             counter = self.num_batches_tracked if counts else None
         else:
-            running_mean, running_var = statistics_of(self)
-            counter = counter_of(self) if counts else None
-        mean = running_mean if track else None
-        var = running_var if track else None
+            mean = member_of(self, self._buffers, "running_mean") if track else None
+            var = member_of(self, self._buffers, "running_var") if track else None
+            counter = member_of(self, self._buffers, "num_batches_tracked") if counts else None
         return mean, var, counter, training or (mean is None and var is None)
 
     def _batch_norm(
@@ -186,41 +186,13 @@ class _TorchBatchNorm(nn.modules.batchnorm._BatchNorm):
         return _unusual(self, {"activation": None} if evaluates else OWN_ATTRIBUTES)
 
 
-# What every call asks a layer for, past `nn.Module.__getattr__`, in which the five of them took a quarter of the time
-# for a tiny tensor. They are attributes of another kind where something took their place: a parametrization, a property
-# of a subclass, an entry of the object's dictionary.
-
-
-def parameters_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None]:
-    """`weight` and `bias`."""
-    own, others = layer._parameters, layer._instance_dict
-    if not (layer._has_own_members or "weight" in others or "bias" in others):
-        try:
-            return own["weight"], own["bias"]
-        except KeyError:
-            pass
-    return layer.weight, layer.bias
-
-
-def statistics_of(layer: _TorchBatchNorm) -> tuple[Tensor | None, Tensor | None]:
-    """`running_mean` and `running_var`."""
-    own, others = layer._buffers, layer._instance_dict
-    if not (layer._has_own_members or "running_mean" in others or "running_var" in others):
-        try:
-            return own["running_mean"], own["running_var"]
-        except KeyError:
-            pass
-    return layer.running_mean, layer.running_var
-
-
-def counter_of(layer: _TorchBatchNorm) -> Tensor | None:
-    """`num_batches_tracked`."""
-    if not (layer._has_own_members or "num_batches_tracked" in layer._instance_dict):
-        try:
-            return layer._buffers["num_batches_tracked"]
-        except KeyError:
-            pass
-    return layer.num_batches_tracked
+def member_of(layer: _TorchBatchNorm, own: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """`layer.name`, from `own`, its parameters or its buffers, past `nn.Module.__getattr__`, where the five that a call
+    asks for took a quarter of its time, for a tiny tensor. It is an attribute of another kind where something took its
+    place: a parametrization, a property of a subclass, an entry of the object's dictionary."""
+    if layer._has_own_members or name in layer._instance_dict or name not in own:
+        return getattr(layer, name)
+    return own[name]
 
 
 def _unusual(layer: nn.Module, usual: Mapping[str, object]) -> list[str]:
@@ -292,12 +264,15 @@ class TorchBatchNormAct2d(_TorchBatchNorm, nn.BatchNorm2d):
         act: nn.Module
         drop: nn.Module
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if type(input) is not Tensor and isinstance(input, Proxy):
-                return _leaf(self, input, residual)
-        self._check_input_dim(input)
-        mean, var, counter, by_batch = self._statistics()
+    def _batch_norm(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counter: Tensor | None,
+        residual: Tensor | None,
+        by_batch: bool,
+    ) -> Tensor:
         return self.act(self.drop(self._by_torch(input, mean, var, counter, residual, by_batch)))
 
     def _lost_by(self, evaluates: bool) -> list[str]:

@@ -204,7 +204,7 @@ def test_a_definition_is_told_from_a_mention(text, defined):
 def test_methods_are_told_apart():
     """A layer inherits its forward, which tables of hops once looked for where others have theirs."""
     text = (ROOT / "bnext" / "nn.py").read_text()
-    assert python_defines(text, "_BatchNorm._batch_norm") and python_defines(text, "BatchNormAct2d.forward")
+    assert python_defines(text, "_BatchNorm._batch_norm") and python_defines(text, "FrozenBatchNorm2d.forward")
     assert not python_defines(text, "forward") and not python_defines(text, "_BatchNorm.forward")
 
 

@@ -253,7 +253,11 @@ def test_a_subclass_may_compute_what_the_forward_reads():
 
     x = batch(bnext.BatchNorm2d)
     torch.testing.assert_close(subclass(bnext.BatchNorm2d)(3)(x), subclass(nn.BatchNorm2d)(3)(x))
-    torch.testing.assert_close(doubled(bnext.BatchNorm2d)(3)(x), doubled(nn.BatchNorm2d)(3)(x))
+    layers = doubled(bnext.BatchNorm2d)(3), doubled(nn.BatchNorm2d)(3)
+    for layer in layers:
+        nn.init.ones_(layer._parameters["weight"])
+    torch.testing.assert_close(layers[0](x), layers[1](x))
+    torch.testing.assert_close(layers[0](x), 2 * nn.BatchNorm2d(3)(x))
     shifted = bnext.BatchNorm2d(3).eval()
     shifted.__class__ = Shifted
     torch.testing.assert_close(shifted(x), nn.BatchNorm2d(3).eval()(x - 7))

@@ -162,23 +162,21 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     ctx->set_materialize_grads(false);
     const Activation activation = parse_activation(settings.activation, settings.activation_param);
     const bool active = activation != Activation::none;
-    // Without a residual the activation's argument follows from x.
     const bool use_mask = needs_mask(activation, residual);
     const bool use_residual = given(residual) && saves_of(activation) == Saves::residual;
     // With frozen statistics and parameters, dx is dy times a constant.
     const bool need_x = settings.training || active || (given(weight) && weight->requires_grad()) ||
                         (given(bias) && bias->requires_grad());
-    const bool need_bias = active;
     if (need_x) check_can_be_saved("input", x);
     check_can_be_saved("weight", weight);
-    if (need_bias) check_can_be_saved("bias", bias);
+    if (active) check_can_be_saved("bias", bias);
     if (use_residual) check_can_be_saved("residual", residual);
     auto [y, mean, invstd, mask] = run_forward(x, weight, bias, residual, settings, /*save=*/true, use_mask);
 
     const OptionalTensor none;
     const int64_t arguments = given(weight) + 2 * given(bias) + 4 * given(residual);
     save(ctx,
-         {need_x ? OptionalTensor(x) : none, weight, need_bias ? bias : none, mean, invstd,
+         {need_x ? OptionalTensor(x) : none, weight, active ? bias : none, mean, invstd,
           use_mask ? OptionalTensor(mask) : none, use_residual ? residual : none, activation, settings.activation_param,
           settings.training, settings.eps},
          arguments);

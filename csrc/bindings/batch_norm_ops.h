@@ -261,7 +261,7 @@ struct BatchNormOps {
     // Validate.
     const Activation act = parse_activation(activation, param);
     check_input(x);
-    check_eps(eps, /*training=*/false, acc_type_of(x));
+    check_eps(eps);
     check_parameters(x, weight, bias);
     check_running(x, running_mean, running_var);
     if (given(residual)) check_like("residual", *residual, x);

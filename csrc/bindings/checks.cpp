@@ -98,11 +98,12 @@ void check_ghost_batch_size(std::optional<int64_t> size) {
   TORCH_CHECK_VALUE(!size || *size >= 1, "ghost_batch_size should be None or a positive integer, not ", *size);
 }
 
-void check_eps(double eps, bool training, at::ScalarType type) {
-  TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ", eps);
-  TORCH_CHECK_VALUE(!training || type == at::kDouble || static_cast<float>(eps) > 0,
+void check_eps(double eps) { TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", eps); }
+
+void check_training_eps(double eps, at::ScalarType type) {
+  TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", eps);
+  TORCH_CHECK_VALUE(type == at::kDouble || static_cast<float>(eps) > 0,
                     "batch_norm eps must be positive in float32 during training, but got ", eps);
-  TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", eps);
 }
 
 void check_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
@@ -146,7 +147,7 @@ void check_training(const Tensor& x, const OptionalTensor& weight, const Optiona
                     const OptionalTensor& num_batches_tracked, const OptionalTensor& residual,
                     std::optional<double> momentum, double eps) {
   check_input(x);
-  check_eps(eps, /*training=*/true, acc_type_of(x));
+  check_training_eps(eps, acc_type_of(x));
   check_parameters(x, weight, bias);
   check_running(x, running_mean, running_var);
   check_counter(x, num_batches_tracked);
@@ -163,7 +164,7 @@ void check_merge(const Tensor& stats, const OptionalTensor& running_mean, const 
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "stats should be float32 or float64, not ", name_of(dtype));
   TORCH_CHECK(stats.dim() == 2 && stats.sym_size(1) % 3 == 2,
               "stats should be of shape (ranks, 3 * channels + 2), not ", stats.sym_sizes());
-  check_eps(eps, /*training=*/true, dtype);
+  check_training_eps(eps, dtype);
   TORCH_CHECK_VALUE(given(running_mean) == given(running_var),
                     "running_mean and running_var must either both be None or neither be None");
   const c10::SymInt channels = (stats.sym_size(1) - 2) / 3;

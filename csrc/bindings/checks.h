@@ -61,8 +61,9 @@ void check_batch(const Tensor& x, const c10::SymInt& examples);
 
 void check_ghost_batch_size(std::optional<int64_t> size);
 
-// `type`: what it is added in.
-void check_eps(double eps, bool training, at::ScalarType type);
+void check_eps(double eps);
+// In training, where it is added to variances of that type.
+void check_training_eps(double eps, at::ScalarType type);
 
 // weight, bias: one value a channel, both of one dtype: x's, or float32 beside 16-bit x.
 void check_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias);

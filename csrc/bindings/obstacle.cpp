@@ -16,7 +16,9 @@ bool has_kernels(at::DeviceType device) { return device == at::kCPU || device ==
 const char* obstacle(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& num_batches_tracked, const OptionalTensor& residual) {
-  if (in_transform()) return "transform";
+  const bool sums = given(residual) && residual->layout() == at::kStrided &&
+                    (residual->scalar_type() != input.scalar_type() || residual->sym_sizes() != input.sym_sizes());
+  if (in_transform()) return sums ? "residual" : "transform";
   bool mkldnn = false, tangent = false, subclass = false;
   const auto look_at = [&](const Tensor& t) {
     mkldnn |= t.layout() == at::kMkldnn;  // other layouts are refused, with a message that helps
@@ -31,12 +33,9 @@ const char* obstacle(const Tensor& input, const OptionalTensor& weight, const Op
   if (!has_kernels(input.device().type())) return "device";
   // torch returns these as they are; of other vectors the kernels' checks say what is wrong.
   if (input.dim() == 1 && input.sym_numel() == 0) return "empty";
-  if (tangent) return "forward_ad";
+  if (tangent && !sums) return "forward_ad";
   if (given(num_batches_tracked) && num_batches_tracked->scalar_type() != at::kLong) return "counter";
-  if (given(residual) && residual->layout() == at::kStrided &&
-      (residual->scalar_type() != input.scalar_type() || residual->sym_sizes() != input.sym_sizes())) {
-    return "residual";
-  }
+  if (sums) return "residual";
   // Last: fake tensors and their like are subclasses, to which all of the above applies.
   return subclass ? "subclass" : nullptr;
 }
