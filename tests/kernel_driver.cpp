@@ -643,8 +643,8 @@ class Run {
 };
 
 std::string describe(const cuda::Plan& plan, bool whole) {
-  const int shares = plan.reduce.merge_workers;
-  const std::string two_pass = shares > 1 ? say("two_pass/%d", shares) : "two_pass";
+  const int section = plan.reduce.merge_section;
+  const std::string two_pass = section > 1 ? say("two_pass/%d", section) : "two_pass";
   if (!whole) return two_pass;
   switch (plan.kind) {
     case cuda::PlanKind::resident: {

@@ -26,7 +26,7 @@ void print(const char* name, const Partition& p) {
             << ",\"exchange_bytes\":" << p.exchange_bytes << ",\"plane_vecs\":" << p.planar.plane_vecs
             << ",\"stride_planes\":" << p.planar.stride_planes << ",\"stride_vecs\":" << p.planar.stride_vecs
             << ",\"cols\":" << p.columns.cols << ",\"tile_vecs\":" << p.columns.tile_vecs
-            << ",\"row_threads\":" << p.columns.row_threads << ",\"merge_workers\":" << p.merge_workers
+            << ",\"row_threads\":" << p.columns.row_threads << ",\"merge_section\":" << p.merge_section
             << ",\"thread_rows\":" << p.columns.thread_rows << ",\"repeat\":" << p.repeat << ",\"fits\":" << p.fits()
             << "}";
 }

@@ -154,15 +154,16 @@ def check_pass(p: dict, shape: tuple[int, int, int], gpu: str, merges: bool = Tr
 
 def check_scratch(plan: dict, p: dict, numbers: int, accumulator: int) -> None:
     """A partial result of so many numbers for each block and column, where blocks exchange any, with a counter for each
-    tile; or with a flag to each 8 bytes, and so two numbers for each column of a group, behind a number for each of 256
-    groups."""
+    tile and each section of its splits; or with a flag to each 8 bytes, and so two numbers for each column of a group,
+    behind a number for each of 256 groups."""
     width = p["tile_vecs"] * p["vec"] if p["columns"] else 1
     exchanges = (p["splits"] > 1 or p["repeat"] > 1) and not p["clustered"]
     states = p["groups"] * p["splits"] * width * numbers
     flagged = 256 * 8 + 2 * (states + p["groups"] * width * 2) * accumulator
     if exchanges and plan["kind"] != "resident":
         assert plan["partial_bytes"] == p["tiles"] * p["splits"] * width * numbers * accumulator
-        assert plan["counters"] >= (p["tiles"] if p["repeat"] == 1 else 1)
+        sections = -(-p["splits"] // p["merge_section"]) if p["merge_section"] > 1 else 0
+        assert plan["counters"] == p["tiles"] * (1 + sections) + (plan["kind"] == "cooperative")
         assert plan["flagged_bytes"] == 0
     else:
         assert plan["partial_bytes"] == 0 and plan["counters"] == (plan["kind"] == "cooperative"), (
@@ -171,15 +172,18 @@ def check_scratch(plan: dict, p: dict, numbers: int, accumulator: int) -> None:
         assert plan["flagged_bytes"] == (flagged if exchanges else 0)
 
 
-def check_shares(plan: dict, p: dict, multiprocessors: int) -> None:
-    """Blocks that wait leave room for those that they wait for, although the launch does not see to it: in all of the
-    device's tiles together they are fewer than the multiprocessors of the smallest part of a GPU."""
-    if plan["kind"] == "resident":
+def check_sections(p: dict, numbers: int, accumulator: int) -> None:
+    """What one block merges, of a section or of all sections, its threads load in one go, or two; unless a channel's
+    columns lie in so many tiles that even one partial result of each is more."""
+    width = p["tile_vecs"] * p["vec"] if p["columns"] else 1
+    together = p["splits"] * (1 if p["repeat"] == 1 else p["tiles"])
+    at_once, section = 32 * 1024 // (numbers * accumulator), p["merge_section"]
+    if together * width <= 2 * at_once:
+        assert section == 1
         return
-    by_tile = p["repeat"] == 1
-    blocks = p["splits"] if by_tile else p["groups"] * p["splits"]
-    assert p["merge_workers"] == 1 or p["merge_workers"] <= blocks
-    assert (p["merge_workers"] - 1) * (p["groups"] if by_tile else 1) < min(8, multiprocessors)
+    sections = together // p["splits"] * -(-p["splits"] // section)
+    assert 1 < section <= p["splits"] and section * width <= 2 * at_once
+    assert sections * width <= 2 * at_once or sections == p["tiles"]
 
 
 def check_resident(p: dict, gpu: str, dtype: str, tensors: int, margin: int, asked: bool = False) -> None:
@@ -260,7 +264,8 @@ def test_every_plan_covers_its_tensor(program):
                 check_passes(plan, *fact[:6])
             merging = plan["resident" if plan["kind"] == "resident" else "reduce"]
             check_scratch(plan, merging, 4 if direction == "forward" else 2, 8 if dtype == "f64" else 4)
-            check_shares(plan, merging, int(gpu.split()[1]))
+            if plan["kind"] != "resident":
+                check_sections(merging, 4 if direction == "forward" else 2, 8 if dtype == "f64" else 4)
             assert kind in ("automatic", plan["kind"]) or plan["kind"] == "two_pass"
             assert bool(plan["refusal"]) == (kind not in ("automatic", plan["kind"])), "silence or a reason"
             assert plan["cluster"] == (merging["splits"] if merging["clustered"] else 1)

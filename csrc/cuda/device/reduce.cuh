@@ -44,11 +44,23 @@ __device__ __forceinline__ State shuffle_xor(const State& mine, int lane_mask) {
   return other;
 }
 
-// Merges what a block's threads hold, which are in rows of `row_threads`, a power of two, with N columns each. store()
-// leaves it in shared memory. merge(e, lane) reads column e of all threads whose number is `lane` modulo kWarp, and
-// merges it, in that order; they are of the same column of the tile. Then each(column, state) is called, in one thread
-// for each of the row_threads * N columns. All threads must call. The order of the merge depends on `row_threads` and
-// the number of threads.
+// What the lanes of a warp hold, merged of those whose numbers are the same modulo `row_threads`, a power of two. It is
+// as it should be in the lower row_threads; all lanes must call.
+template <class State>
+__device__ __forceinline__ State merge_lanes(State state, int row_threads) {
+#pragma unroll 1
+  for (int lane_mask = kWarp / 2; lane_mask >= row_threads; lane_mask /= 2) {
+    const State both[2] = {state, shuffle_xor(state, lane_mask)};
+    state = merge_all(both);
+  }
+  return state;
+}
+
+// Merges what a block's threads hold, which are in rows of `row_threads`, a power of two up to a warp, with N columns
+// each. store() leaves it in shared memory. merge(e, lane) reads column e of all threads whose number is `lane` modulo
+// kWarp, and merges it, in that order; they are of the same column of the tile. Then each(column, state) is called, in
+// one thread for each of the row_threads * N columns. All threads must call. The order of the merge depends on
+// `row_threads` and the number of threads.
 template <int N, class Store, class Merge, class Each>
 __device__ __forceinline__ void merge_rows(int row_threads, const Store& store, const Merge& merge, const Each& each) {
   __syncthreads();  // nobody reads what was there before
@@ -57,38 +69,35 @@ __device__ __forceinline__ void merge_rows(int row_threads, const Store& store, 
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int e = threadIdx.x / kWarp; e < N; e += blockDim.x / kWarp) {
-    auto state = merge(e, lane);
-#pragma unroll 1
-    for (int lane_mask = kWarp / 2; lane_mask >= row_threads; lane_mask /= 2) {
-      const decltype(state) both[2] = {state,
-                                       shuffle_xor(state, lane_mask)};  // as it should be in the lower row_threads
-      state = merge_all(both);
-    }
+    const auto state = merge_lanes(merge(e, lane), row_threads);
     if (lane < row_threads) each(lane * N + e, state);
   }
 }
 
-// The same for threads with one state each, in `memory` of kMaxThreads of them.
+// The same for threads with one state each, in `memory` of kMaxThreads of them. A row may be longer than a warp, if the
+// block has a whole number of rows.
 template <class State, class Each>
 __device__ __forceinline__ void merge_states(const State& mine, int row_threads, void* memory, const Each& each) {
   State* slots = static_cast<State*>(memory);
-  merge_rows<1>(
-      row_threads, [&] { slots[threadIdx.x] = mine; },
-      [&](int, int lane) {
-        return merge_strided<merge_batch(sizeof(State), false)>(slots + lane, 0, static_cast<int>(blockDim.x) / kWarp,
-                                                                1, kWarp);
-      },
-      each);
+  __syncthreads();  // nobody reads what was there before
+  slots[threadIdx.x] = mine;
+  __syncthreads();
+  const int thread = static_cast<int>(threadIdx.x), threads = max(row_threads, kWarp);
+  if (thread >= threads) return;
+  const State state = merge_lanes(merge_strided<merge_batch(sizeof(State), false)>(
+                                      slots + thread, 0, static_cast<int>(blockDim.x) / threads, 1, threads),
+                                  row_threads);
+  if (thread < row_threads) each(thread, state);
 }
 
-// Merges channels [first, past), as many at a time as a warp has lanes, each one's states shared out among the rows of
-// threads: gather(channel, row, rows) merges those of one row of so many. Then finish(channel, state, operands) is
-// called in one thread for each, for which finish.operands(channel) is loaded meanwhile.
+// Merges channels [first, past), as many at a time as the block has threads, each one's states shared out among the
+// rows of threads: gather(channel, row, rows) merges those of one row of so many. Then finish(channel, state, operands)
+// is called in one thread for each, for which finish.operands(channel) is loaded meanwhile.
 template <class Gather, class Finish>
 __device__ __forceinline__ void merge_channels(int64_t first, int64_t past, void* memory, const Gather& gather,
                                                const Finish& finish) {
-  int shift = 0;  // of threads to a row
-  while ((1 << shift) < past - first && (1 << shift) < kWarp) ++shift;
+  int shift = 0;  // of threads to a row, of which the block has a whole number
+  while ((1 << shift) < past - first && blockDim.x % (2u << shift) == 0) ++shift;
   const int row_threads = 1 << shift, lane = static_cast<int>(threadIdx.x) & (row_threads - 1);
   const int rows = static_cast<int>(blockDim.x) >> shift, row = static_cast<int>(threadIdx.x) >> shift;
 #pragma unroll 1
@@ -106,6 +115,9 @@ __device__ __forceinline__ void merge_channels(int64_t first, int64_t past, void
   }
 }
 
+// Splits `begin`, begin + step, ... below `end` of a tile.
+struct Splits { int begin, end, step; };
+
 // Partial results of a pass in memory: [tile][split][column of the tile]. WIDTH divides the columns of a tile.
 template <int WIDTH, class State>
 struct Partials {
@@ -117,13 +129,16 @@ struct Partials {
         width(static_cast<int>(partition.tile_width())),
         splits(static_cast<int>(partition.splits)) {}
 
-  // Those of a tile's first split; the next has its own `width` behind.
-  __device__ __forceinline__ State* of_tile(int64_t tile) const { return data + tile * splits * width; }
+  // Those of a split, of the columns of a tile.
+  __device__ __forceinline__ State* of(int64_t tile, int64_t split) const {
+    return data + (tile * splits + split) * width;
+  }
 
-  // Merges channels [first, past): see merge_channels(). Channel c has columns c, c + channels, ..., `repeat` of them.
+  // Merges channels [first, past) of some splits: see merge_channels(). Channel c has columns c, c + channels, ...,
+  // `repeat` of them.
   template <class Finish>
-  __device__ __forceinline__ void merge(int64_t first, int64_t past, int64_t channels, int repeat, void* memory,
-                                        const Finish& finish) const {
+  __device__ __forceinline__ void merge(const Splits& some, int64_t first, int64_t past, int64_t channels, int repeat,
+                                        void* memory, const Finish& finish) const {
     const auto gather = [&](int64_t channel, int row, int rows) {
       State total = {};
 #pragma unroll 1
@@ -132,7 +147,8 @@ struct Partials {
         const int64_t column = channel + r * channels;
         const uint32_t tile = static_cast<uint32_t>(column / WIDTH) / static_cast<uint32_t>(width / WIDTH);
         const State merged = merge_strided<merge_batch(sizeof(State), WIDTH > 1)>(
-            of_tile(tile) + (column - int64_t{tile} * width), row, splits, rows, width);
+            of(tile, 0) + (column - int64_t{tile} * width), some.begin + row * some.step, some.end, rows * some.step,
+            width);
         if (r == 0) total = merged;
         else total.merge(merged);
       }
@@ -142,34 +158,61 @@ struct Partials {
   }
 };
 
+// What is done with a merge of the splits of a section, which is left in place of the first split, where it was read by
+// then; or of all of them, which finishes a channel.
+template <class State, class Finish>
+struct FinishMerge {
+  const Finish& finish;
+  State* section;  // of the first split; null for all of them
+  int64_t begin;   // the first column there
+
+  using Operands = decltype(finish.operands(0));
+  __device__ __forceinline__ Operands operands(int64_t channel) const {
+    return section ? Operands{} : finish.operands(channel);
+  }
+  __device__ __forceinline__ void operator()(int64_t channel, const State& merged, const Operands& operands) const {
+    if (section) section[channel - begin] = merged;
+    else finish(channel, merged, operands);
+  }
+};
+
 // Merges what the blocks of a tile hold. merge_block(each) merges what the block's threads do, WIDTH columns of the
-// tile each, and calls each(column, state) in one thread for each column. The last blocks to arrive share the merge of
-// all of them, and there finish(channel, state, finish.operands(channel)) is called exactly once for each channel.
-// Control flow is uniform within a block.
+// tile each, and calls each(column, state) in one thread for each column. The last block to arrive merges those of all,
+// and there finish(channel, state, finish.operands(channel)) is called exactly once for each channel. Where they are
+// too many for one block to read at once, the last of each section of neighbouring splits merges its section before, so
+// that sections are merged side by side, most of them while other blocks still reduce. What merges with what depends on
+// the partition alone. Control flow is uniform within a block.
 template <int WIDTH, class State, class MergeBlock, class Finish>
 __device__ __forceinline__ void merge_blocks(int64_t channels, const Partition& partition, const Scratch& scratch,
                                              const WorkTile& work, void* memory, MergeBlock&& merge_block,
                                              const Finish& finish) {
   const bool by_tile = partition.repeat == 1;
-  const auto blocks = static_cast<uint32_t>(by_tile ? partition.splits : partition.blocks());
   const Partials<WIDTH, State> partials(partition, scratch);
-  const int width = partials.width, workers = partition.merge_workers;
+  const int width = partials.width, splits = partials.splits;
   const int64_t begin = work.tile * width;
-  State* const mine = partials.of_tile(work.tile) + work.split * width;
-  const bool alone = partition.splits == 1 && by_tile;
+  State* const mine = partials.of(work.tile, work.split);
+  const bool alone = splits == 1 && by_tile;
   merge_block([&](int column, const State& merged) {
     if (column >= width) return;
     if (!alone) mine[column] = merged;
     else if (begin + column < channels) finish(begin + column, merged, finish.operands(begin + column));
   });
   if (alone) return;
-  const int worker = arrive_among_last(&scratch.counters[by_tile ? work.tile : 0], blocks, workers);
-  if (worker < 0) return;
-  // The channels of the tile, or all of them where a channel's columns lie in several tiles.
-  const int64_t first = by_tile ? begin : 0, past = by_tile ? min(channels, begin + width) : channels;
-  const int64_t part = static_cast<uint32_t>(past - first + workers - 1) / static_cast<uint32_t>(workers);
-  partials.merge(min(past, first + worker * part), min(past, first + (worker + 1) * part), channels, partition.repeat,
-                 memory, finish);
+  const int size = partition.merge_section, sections = partition.merge_sections();
+  // The same code merges a section and all sections: in a section, columns are what channels are in the tile.
+  for (bool whole = size == 1;; whole = true) {
+    const int section = static_cast<int>(work.split) / size;
+    const Splits some = whole ? Splits{0, splits, size} : Splits{section * size, min(splits, (section + 1) * size), 1};
+    const int64_t counter = !whole ? partition.tiles + work.tile * sections + section : by_tile ? work.tile : 0;
+    const int64_t blocks = !whole ? some.end - some.begin : by_tile ? sections : partition.tiles * sections;
+    if (!arrive_last(&scratch.counters[counter], static_cast<uint32_t>(blocks))) return;
+    // The columns of the tile, its channels, or all channels where the columns of one lie in several tiles.
+    const int64_t first = whole && !by_tile ? 0 : begin;
+    const int64_t past = !whole ? begin + width : by_tile ? min(channels, begin + width) : channels;
+    partials.merge(some, first, past, channels, whole ? partition.repeat : 1, memory,
+                   FinishMerge<State, Finish>{finish, whole ? nullptr : partials.of(work.tile, some.begin), begin});
+    if (whole) return;
+  }
 }
 
 }  // namespace bnext::cuda

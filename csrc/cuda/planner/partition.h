@@ -103,7 +103,7 @@ struct Partition {
   int64_t tiles;
   int64_t groups;           // tiles that there are blocks for; all of them, except in an interleaved resident pass
   int64_t splits;           // blocks that share a tile
-  int32_t merge_workers;    // blocks that share the merge of their partial results: see arrive_among_last()
+  int32_t merge_section;    // splits whose partial results are merged before those of the tile are: merge_blocks()
   int64_t steps;            // planar: vectors of a channel; columns: rows
   int64_t steps_per_split;  // a multiple of what a block takes in one stride
   int64_t shared_bytes;     // that the threads of a block merge their states in, or share coefficients of columns
@@ -140,6 +140,10 @@ struct Partition {
   } columns;
 
   constexpr int64_t blocks() const { return groups * splits; }
+  // Sections of a tile's splits; where none are merged before, each split is one.
+  constexpr int32_t merge_sections() const {
+    return static_cast<int32_t>((splits + merge_section - 1) / merge_section);
+  }
   // Blocks of a cluster of the launch, and whether all of its blocks have to be there together.
   constexpr uint32_t cluster() const { return clustered ? static_cast<uint32_t>(splits) : 1; }
   constexpr bool cooperative() const { return resident_bytes > 0 && splits > 1 && !clustered; }

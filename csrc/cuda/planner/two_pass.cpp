@@ -13,14 +13,6 @@ namespace {
 // Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
 constexpr int64_t kMaxMergedSplits = 256;
 
-// So many bytes of partial results take another block to merge them: one for each thread of a block, where they are
-// largest.
-constexpr int64_t kMergeWorkerBytes = 4 * 1024;
-// Blocks of a launch that wait for others, of all its tiles together. The others may find no room before a block
-// leaves: a device, or the part of it that a launch may use, has to run more blocks at a time than wait. With 8
-// multiprocessors it does, also for kernels of which a multiprocessor holds one block.
-constexpr int64_t kMaxWaiting = 7;
-
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
 // one set in planar form and one for each element of its vector in columns.
 constexpr int64_t kPlanarApplyStrides = 8;
@@ -72,25 +64,28 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
   return partition;
 }
 
-// What the blocks of a tile need to merge their partial results: shared memory, scratch, and a counter for each tile.
+// How many splits of a tile are merged before all are: as many as there will be sections, so that both take about as
+// long; or 1 (none are), where the threads of one block load the partial results of all in one go, or two: as long as
+// it takes to count blocks once more.
+int32_t merge_section(const Problem& problem, const Partition& merging) {
+  // Where a channel's columns lie in several tiles, one block merges all of these.
+  const int64_t together = merging.splits * (merging.repeat == 1 ? 1 : merging.tiles);
+  const int64_t at_once = kMaxThreads * merge_batch(problem.state_bytes, merging.by_columns);
+  if (together * merging.tile_width() <= 2 * at_once) return 1;
+  int64_t section = 1;
+  while (section * section < together) ++section;
+  return static_cast<int32_t>(std::min(section, merging.splits));
+}
+
+// What the blocks of a tile need to merge their partial results: shared memory, scratch, and a counter for each tile
+// and each section of its splits.
 void set_partial_results(const Problem& problem, Plan* plan) {
   Partition& merging = plan->reduce;
   merging.shared_bytes = problem.merge_bytes(merging);
-  merging.merge_workers = 1;
+  merging.merge_section = merge_section(problem, merging);
   if (merging.splits == 1 && merging.repeat == 1) return;
   plan->partial_bytes = merging.tiles * merging.splits * merging.tile_width() * problem.state_bytes;
-  plan->counters = merging.tiles;
-}
-
-// Blocks that share a merge: of a tile or, where a channel's columns lie in several, of all tiles. All but the last of
-// them wait; many tiles are merged side by side anyway.
-int32_t merge_workers(const Problem& problem, const DeviceProperties& device, const Partition& merging) {
-  const bool by_tile = merging.repeat == 1;
-  const int64_t blocks = by_tile ? merging.splits : merging.blocks(), merges = by_tile ? merging.tiles : 1;
-  const int64_t bytes = blocks * merging.tile_width() * problem.state_bytes;
-  const int64_t waiting = std::min<int64_t>(kMaxWaiting, device.multiprocessors - 1);
-  const int64_t most = std::min(blocks, 1 + waiting / std::max<int64_t>(1, merges));
-  return static_cast<int32_t>(std::clamp<int64_t>(bytes / kMergeWorkerBytes, 1, std::max<int64_t>(1, most)));
+  plan->counters = merging.tiles * (merging.merge_section > 1 ? 1 + merging.merge_sections() : 1);
 }
 
 }  // namespace
@@ -116,15 +111,14 @@ bool plan_two_pass(const Problem& problem, const DeviceProperties& device, const
   plan->kind = PlanKind::two_pass;
   make_passes(problem, device, plan);
   finish_passes(problem, device, plan);
-  plan->reduce.merge_workers = merge_workers(problem, device, plan->reduce);
   plan->us() = two_pass_time(problem, device);
   return true;
 }
 
 std::string describe_two_pass(const Plan& plan) {
-  const int32_t workers = plan.reduce.merge_workers;
+  const int32_t section = plan.reduce.merge_section;
   return "2 launches, of " + describe(plan.reduce) +
-         (workers > 1 ? ", the last " + std::to_string(workers) + " merging" : "") + ", and of " +
+         (section > 1 ? ", merged " + std::to_string(section) + " at a time" : "") + ", and of " +
          describe(plan.apply) + (plan.apply.pdl ? "; the second overlaps the first" : "");
 }
 
