@@ -155,8 +155,11 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         _check_broadcast(input, residual)
         if residual.device != input.device:
             raise RuntimeError(f"residual is on {residual.device}, but input is on {input.device}")
+        torch.promote_types(input.dtype, residual.dtype)  # raises where the sum would
         if residual.is_complex():  # which not every activation takes
             apply(activation, activation_param, residual.new_empty(0))
+    if route.way == "torch" and training and args[5] is not None:
+        args[5].add_(0)  # raises where the counter cannot be written
     if route.way == "sum":
         how = training, momentum, eps
         y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, unbiased, ghost_batch_size)

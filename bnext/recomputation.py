@@ -194,7 +194,9 @@ class Recomputation:
         if x is None or len(statistics) != 2:
             return None
         operands: list[_Value | None] = [x, *statistics]
-        operands += [None if t is None else _Kept(t.detach(), None) for t in (weight, bias)]  # as the layer does
+        # Copies: FSDP frees parameters after the layer's forward, and gathers them for its backward, which comes later
+        # than that of those who take its output.
+        operands += [None if t is None else _Kept(t.detach().clone(), None) for t in (weight, bias)]
         if residual is None:
             operands.append(None)
         else:

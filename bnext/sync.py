@@ -154,6 +154,15 @@ class _Saved(NamedTuple):
     invstd: Tensor
     total: Tensor  # how many values a channel all processes have
 
+    def in_format(self, format: torch.memory_format) -> _Saved:
+        """With x as the mask's bits are ordered by: a hook of saved tensors may have returned other strides."""
+        return self if self.mask is None else self._replace(x=self.x.contiguous(memory_format=format))
+
+
+def _format_of(dense: Tensor) -> torch.memory_format:
+    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+    return next(f for f in formats if dense.is_contiguous(memory_format=f))
+
 
 class _Forward(torch.autograd.Function):
     @staticmethod
@@ -167,6 +176,7 @@ class _Forward(torch.autograd.Function):
         y, mask = ops.batch_norm_normalize(x, mean, invstd, weight, bias, residual, activation, param, keeps)
         uses_mask = mask.numel() > 0
         needs_bias = activation != "none"
+        ctx.format = _format_of(y)
         ctx.save_for_backward(
             x,
             weight,
@@ -182,7 +192,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        saved, settings = _Saved(*ctx.saved_tensors), ctx.settings
+        saved, settings = _Saved(*ctx.saved_tensors).in_format(ctx.format), ctx.settings
         wanted = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph
             gradients = _Backward.apply(dy, *saved, settings, wanted)
@@ -224,8 +234,9 @@ class _Backward(torch.autograd.Function):
     def forward(ctx, dy, *rest):
         *saved, settings, wanted = rest
         ctx.save_for_backward(dy, *saved)
-        ctx.settings = settings
-        gradients = _gradients(dy, _Saved(*saved), settings, wanted)
+        saved = _Saved(*saved)
+        ctx.settings, ctx.format = settings, torch.contiguous_format if saved.mask is None else _format_of(saved.x)
+        gradients = _gradients(dy, saved, settings, wanted)
         # What torch gets back as it came, it takes for an output that is an input.
         return tuple(g.view_as(g) if g is dy else g for g in gradients)
 
@@ -239,7 +250,8 @@ class _Backward(torch.autograd.Function):
             if not again:
                 each = zip(operands, needs, strict=True)
                 operands = [None if t is None else t.detach().requires_grad_(need) for t, need in each]
-            first = _differentiable_gradients(operands[0], _Saved(*operands[1:], *saved[4:]), ctx.settings)
+            restored = _Saved(*operands[1:], *saved[4:]).in_format(ctx.format)
+            first = _differentiable_gradients(operands[0], restored, ctx.settings)
             both = zip(first, gradients, strict=True)
             pairs = [(f, g.view_as(f).to(f.dtype)) for f, g in both if g is not None and f.requires_grad]
             inputs = [t for t, n in zip(operands, needs, strict=True) if n]

@@ -92,8 +92,14 @@ def _step(
         weight = 1.0 / (num_batches_tracked + 1).to(mean.dtype)
     else:
         weight = torch.full((), momentum, dtype=mean.dtype, device=mean.device)
-    for running, batch in ((running_mean, mean), (running_var, var)):
-        running.copy_(torch.lerp(running.to(mean.dtype), batch, weight))
+    stepped = [torch.lerp(t.to(mean.dtype), batch, weight) for t, batch in ((running_mean, mean), (running_var, var))]
+    before = running_mean.clone()
+    running_mean.copy_(stepped[0])
+    try:
+        running_var.copy_(stepped[1])
+    except RuntimeError:  # of vmap, where only running_mean is batched: a call that fails changes nothing
+        running_mean.copy_(before)
+        raise
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -141,8 +147,12 @@ class _BatchNorm(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         *tensors, settings = inputs
         (x, weight, bias, residual, mean, var), wide = _fold(info.batch_size, in_dims, tensors, (0, 3))
-        y, *statistics = _BatchNorm.apply(x, weight, bias, residual, mean, var, settings)
-        return _unfold(info.batch_size, (y, *statistics), wide), (1, 0, 0)
+        y, *statistics = _unfold(
+            info.batch_size, _BatchNorm.apply(x, weight, bias, residual, mean, var, settings), wide
+        )
+        if settings.training and in_dims[0] is None:  # all examples have the same
+            return (y, *(None if t is None else t[0] for t in statistics)), (1, None, None)
+        return (y, *statistics), (1, 0, 0)
 
 
 class _Backward(torch.autograd.Function):

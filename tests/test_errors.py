@@ -257,6 +257,33 @@ def test_a_residual_that_the_activation_does_not_take_changes_nothing(device):
     assert_refused(m, (NotImplementedError, RuntimeError), "complex", torch.randn(4, 3, 5, 5, device=device), residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.quint8], ids=str)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_residual_that_does_not_promote_changes_nothing(dtype):
+    residual = torch.ones(4, 3, 5, 5)
+    is_quantized = dtype == torch.quint8
+    residual = torch.quantize_per_tensor(residual, 0.1, 0, dtype) if is_quantized else residual.to(dtype)
+    assert_refused(bnext.BatchNorm2d(3), RuntimeError, None, torch.randn(4, 3, 5, 5), residual)
+
+
+def counters_that_cannot_be_written():
+    with torch.inference_mode():
+        inference = torch.tensor(0, dtype=torch.int32)
+    yield "bool", torch.tensor(False)
+    yield "inference", inference
+    yield "expanded", torch.zeros(1).expand(2)
+    yield "requires grad", torch.tensor(0.0, requires_grad=True)
+
+
+@pytest.mark.parametrize("counter", [pytest.param(t, id=name) for name, t in counters_that_cannot_be_written()])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_counter_that_cannot_be_written_is_found_before_the_statistics_move(counter, momentum):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError):
+        batch_norm(torch.randn(4, 3), mean, var, training=True, momentum=momentum, num_batches_tracked=counter)
+    assert not mean.any() and (var == 1).all()
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_a_call_that_torch_refuses_changes_nothing(device, momentum, unbiased):

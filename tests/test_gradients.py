@@ -207,6 +207,50 @@ def test_checkpointing_recomputes(device):
     assert torch.equal(dx, expected)
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_of_saved_tensors_may_return_other_strides(device, activation, create_graph):
+    """torch asks for the same values, shape and dtype. The bits of a mask are in the order of x as it was."""
+    layer = bnext.BatchNorm2d(3, activation=activation, device=device, dtype=F64)
+    whole = channels_last(torch.randn(2, 3, 4, 5, dtype=F64, device=device))
+    for x in (whole, whole[:1].expand(6, -1, -1, -1)):  # of which even a clone has other strides
+        x, residual = x.detach().requires_grad_(), torch.randn(x.shape, dtype=F64, device=device, requires_grad=True)
+        wanted = [x, residual, layer.weight]
+        results = []
+        for unpack in (lambda t: t, lambda t: t.contiguous()):
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, unpack):
+                y = layer(x, residual)
+                gradients = torch.autograd.grad(y.square().sum(), wanted, create_graph=create_graph)
+                if create_graph:
+                    gradients = torch.autograd.grad(sum(g.square().sum() for g in gradients), wanted)
+            results.append(gradients)
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_gradients_can_be_differentiated(device, training, activation, with_residual):
+    """By `autograd.grad(is_grads_batched=True)`, whose vmap is another than torch.func's; as one by one."""
+    f = function(training, activation, device)
+    args = arguments(device, "weight and bias", with_residual)
+    given = [t for t in args if t is not None]
+    dy = torch.randn(2, *args[0].shape, dtype=F64, device=device, requires_grad=True)
+    y = f(*args)
+    options = {"create_graph": True, "materialize_grads": True}
+    batched = torch.autograd.grad(y, given, dy, is_grads_batched=True, **options)
+    single = [torch.stack(g) for g in zip(*(torch.autograd.grad(y, given, d, **options) for d in dy), strict=True)]
+    for first in zip(batched, single, strict=True):
+        torch.testing.assert_close(*first, rtol=1e-12, atol=1e-12)
+    both = [
+        torch.autograd.grad(sum(g.square().sum() for g in gs), [dy, *given], materialize_grads=True)
+        for gs in (batched, single)
+    ]
+    for second in zip(*both, strict=True):
+        torch.testing.assert_close(*second, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()])
 def test_a_gradient_penalty_behind_a_residual(activation):
     """Reaches the residual where that is kept, and not a bit of each element."""

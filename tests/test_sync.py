@@ -263,6 +263,23 @@ def test_second_order(processes, activation, with_residual):
     processes(check_second_order, activation, with_residual)
 
 
+def check_saved_tensors_with_other_strides(rank):
+    case = Case(layouts=(channels_last,) * 3, activation="relu", residual=True)
+    x, residual = (case.part(case.tensor(seed), rank).requires_grad_() for seed in (0, 1))
+    results = []
+    for unpack in (lambda t: t, lambda t: t.contiguous()):
+        layer = case.layer(bnext.SyncBatchNorm)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, unpack):
+            first = torch.autograd.grad(layer(x, residual).square().sum(), (x, residual), create_graph=True)
+            results.append((*first, *torch.autograd.grad(first[0].square().sum(), (x, residual))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_saved_tensors_with_other_strides(processes):
+    processes(check_saved_tensors_with_other_strides)
+
+
 # ---- collectives
 
 
@@ -610,6 +627,36 @@ def check_recomputation(rank):
 
 def test_recomputation(processes):
     processes(check_recomputation)
+
+
+def check_recomputation_of_sharded_layers(rank):
+    """FSDP frees a layer's parameters between its forward and its backward, in which time it is recomputed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (3,))
+    torch.manual_seed(rank)
+    x = torch.randn(2, CHANNELS, 4, 4)
+    results = []
+    for block in (contextlib.nullcontext(), bnext.recompute()):
+        torch.manual_seed(3)
+        layers = [nn.Conv2d(CHANNELS, 4, 1)]
+        for activation in ("relu", "silu", "relu"):
+            layers += [bnext.BatchNorm2d(4, activation=activation), nn.Conv2d(4, 4, 1)]
+            nn.init.uniform_(layers[-2].weight, 0.5, 1.5)
+        model = nn.Sequential(*layers)
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        with block:
+            loss = model(x).square().sum()
+        loss.backward()
+        results.append([p.grad.full_tensor() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recomputation_of_sharded_layers(processes):
+    processes(check_recomputation_of_sharded_layers)
 
 
 def check_autocast(rank):

@@ -179,6 +179,31 @@ def test_unbatched_statistics_cannot_take_a_batch_of_steps(device):
         vmap(m)(torch.randn(2, 4, 3, device=device))
 
 
+def test_statistics_of_which_one_is_batched_stay_as_they_were(device):
+    x, batched, single = torch.randn(4, 2, 3, 5, device=device), torch.zeros(4, 3), torch.zeros(3)
+    for mean, var in ((batched, single), (single, batched)):
+        mean, var = mean.clone().to(device), var.clone().to(device)
+        in_dims = 0, *(0 if t.dim() > 1 else None for t in (mean, var))
+        with pytest.raises(RuntimeError, match="vmap|in-place|inplace"):
+            vmap(lambda x, m, v: batch_norm(x, m, v, training=True), in_dims)(x, mean, var)
+        assert not mean.any() and not var.any()
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_an_ensemble_on_one_batch_steps_its_statistics_once(device, momentum):
+    """Parameters or a residual are batched, x is not: all examples have the same statistics."""
+    layer, theirs = (kind(3, momentum=momentum, device=device) for kind in (bnext.BatchNorm1d, nn.BatchNorm1d))
+    x, weights = torch.randn(4, 3, 5, device=device), torch.rand(2, 3, device=device)
+    results = [vmap(lambda w, m=m: functional_call(m, {"weight": w}, (x,)))(weights) for m in (layer, theirs)]
+    torch.testing.assert_close(*results)
+    for (name, ours), expected in zip(layer.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, msg=name)
+    residuals = torch.randn(2, 4, 3, 5, device=device)
+    results = [vmap(lambda r, m=m: m(x, r))(residuals) for m in (layer, lambda x, r: theirs(x) + r)]
+    torch.testing.assert_close(*results)
+    assert layer.num_batches_tracked == theirs.num_batches_tracked == 2
+
+
 def test_functionalize(device):
     m = bnext.BatchNorm1d(3, activation="relu", track_running_stats=False, device=device)
     x = torch.randn(4, 3, device=device)

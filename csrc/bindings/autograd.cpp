@@ -74,8 +74,11 @@ void save(AutogradContext* ctx, const Saved& saved, int64_t arguments, const Ten
                            saved.invstd,    tensor(saved.mask),   tensor(saved.residual)};
   if (dy.defined()) tensors.push_back(dy);
   ctx->save_for_backward(std::move(tensors));
+  // The mask's bits are in the order of the elements of x.
+  const at::MemoryFormat format = given(saved.mask) ? format_of(*saved.x) : at::MemoryFormat::Contiguous;
   // One entry, of as many elements as a tuple holds without an allocation of its own.
-  const int64_t numbers = arguments + 8 * saved.training + 16 * static_cast<int64_t>(saved.activation);
+  const int64_t numbers =
+      arguments + 8 * saved.training + 16 * static_cast<int64_t>(format) + 64 * static_cast<int64_t>(saved.activation);
   ctx->saved_data["settings"] = std::make_tuple(numbers, saved.activation_param, saved.eps);
 }
 
@@ -92,14 +95,22 @@ Restored restore(AutogradContext* ctx) {
   };
   const auto& settings = ctx->saved_data["settings"].toTupleRef().elements();
   const int64_t numbers = settings[0].toInt();
-  return {
+  Restored restored = {
       {optional(0), optional(1), optional(2), std::move(tensors[3]), std::move(tensors[4]), optional(5), optional(6),
-       static_cast<Activation>(numbers / 16), settings[1].toDouble(), numbers / 8 % 2 != 0, settings[2].toDouble()},
+       static_cast<Activation>(numbers / 64), settings[1].toDouble(), numbers / 8 % 2 != 0, settings[2].toDouble()},
       numbers % 8,
       tensors.size() > 7 ? std::move(tensors[7]) : Tensor()};
+  // A hook of saved tensors may return other strides.
+  Saved& saved = restored.saved;
+  if (given(saved.mask)) saved.x = saved.x->contiguous(static_cast<at::MemoryFormat>(numbers / 16 % 4));
+  return restored;
 }
 
 bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+
+// Of autograd.grad(is_grads_batched=True), whose vmap is older than torch.func's. What a Function returns of such
+// tensors has lost its graph.
+bool is_batched(const Tensor& t) { return t.key_set().has(c10::DispatchKey::Batched); }
 
 // torch would find out when the statistics have been updated.
 void check_can_be_saved(const char* name, const OptionalTensor& t) {
@@ -198,10 +209,12 @@ struct BnextBatchNormBackward : torch::autograd::Function<BnextBatchNormBackward
     const auto keep = [&](size_t i, Tensor& gradient) {
       if (needs[i]) result[i] = std::move(gradient);
     };
-    if (in_transform() || has_tangent(dy)) {  // of a graph whose forward saw neither
+    const bool differentiable = at::GradMode::is_enabled();  // create_graph
+    // The first two are of a graph whose forward saw neither.
+    if (in_transform() || has_tangent(dy) || (differentiable && is_batched(dy))) {
       Gradients all = gradients(saved, dy, needs);
       for (size_t i = 0; i < all.size(); ++i) keep(i, all[i]);
-    } else if (at::GradMode::is_enabled()) {  // create_graph
+    } else if (differentiable) {
       variable_list all =
           BnextBatchNormBackwardBackward::apply(dy, saved.x, saved.weight, saved.bias, saved.residual, saved, needs);
       for (size_t i = 0; i < all.size(); ++i) keep(i, all[i]);

@@ -126,8 +126,8 @@ inline Gradients gradients_of_batch(const Saved& saved, const Tensor& dy, std::a
   const auto type = dy.scalar_type();
   Gradients result;
   if (needs[0]) result[0] = (t.w * t.s * t.P(t.g)).to(type);
-  if (needs[1]) result[1] = t.sum(t.g * t.xhat).flatten();
-  if (needs[2]) result[2] = t.sum(t.g).flatten();
+  if (needs[1]) result[1] = t.sum(t.g * t.xhat).reshape({-1});
+  if (needs[2]) result[2] = t.sum(t.g).reshape({-1});
   if (needs[3]) result[3] = t.g.to(type);
   return result;
 }

@@ -34,6 +34,9 @@ class Merger {
   Welford<double> levels_[64];
 };
 
+// Of so few numbers, the mean of a fourth may well be off by half their deviation; and a lane of a vector sums up few.
+constexpr double kFew = 256;
+
 template <class A>
 Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan, int64_t channel, int64_t piece) {
   const Kernels<A>& k = kernels<A>(p.dtype);
@@ -44,7 +47,10 @@ Welford<double> stats_of_piece(const BatchNormForwardParams& p, const Plan& plan
     const double count = static_cast<double>(block.rows * block.width);
     // The mean of what came before, if that is enough: else it may be far from theirs.
     const A centre = count <= kPerCentre * seen ? static_cast<A>(mean) : k.centre(p.x, block);
-    const Welford<double> part = k.moments(p.x, block, centre, next);
+    Welford<double> part = k.moments(p.x, block, centre, next);
+    // Where the block is to one side of the centre, its squares cancel: again, about its own mean, from the cache.
+    if (4 * part.offset * part.offset > part.var && count > kFew)
+      part = k.moments(p.x, block, static_cast<A>(part.mean()), next);
     seen += count;
     mean += (part.mean() - mean) * (count / seen);
     merger.add(part);

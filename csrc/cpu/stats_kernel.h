@@ -117,10 +117,8 @@ template <class T>
     store(var + j, Full{}, D(0.0));
   });
 
-  // Rows [begin, end) share a centre.
   double sums_of_all[kColumns + kPadding], squares_of_all[kColumns + kPadding];
-  for (int64_t begin = 0, end = some; begin < block.rows;
-       begin = end, end = std::min((1 + kPerCentre) * end, block.rows)) {
+  const auto sum_range = [&](int64_t begin, int64_t end) {
     each_double([&](int64_t j) {
       store(sums_of_all + j, Full{}, D(0.0));
       store(squares_of_all + j, Full{}, D(0.0));
@@ -132,6 +130,26 @@ template <class T>
         store(squares_of_all + j, Full{}, load_as_double(squares_of_all + j) + load_as_double(squares + j));
       });
     }
+  };
+  // Where all of a column's rows are to one side of their centre, its squares cancel: moves it to their mean. Returns
+  // whether there was any such column. The mean of the rows before stays where it is.
+  const auto move_far_centres = [&](double rows) {
+    bool any = false;
+    for (int64_t j = 0; j < width; j++) {
+      const double k = shift[j], mean = sums_of_all[j] / rows;
+      if (!(2 * mean * mean * rows > squares_of_all[j])) continue;
+      shift[j] = static_cast<A>(k + mean);
+      offset[j] += k - shift[j];
+      any = true;
+    }
+    return any;
+  };
+
+  // Rows [begin, end) share a centre.
+  for (int64_t begin = 0, end = some; begin < block.rows;
+       begin = end, end = std::min((1 + kPerCentre) * end, block.rows)) {
+    sum_range(begin, end);
+    if (begin > 0 && move_far_centres(static_cast<double>(end - begin))) sum_range(begin, end);
     // Chan's update, and the mean, as far as it can be represented, as the next centre. All columns share their counts,
     // so that it takes no division.
     const double seen = static_cast<double>(begin), rows = static_cast<double>(end - begin), total = seen + rows;
