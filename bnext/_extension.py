@@ -224,7 +224,7 @@ def _compile(build: Build) -> None:
 
     toolkit, architectures = _cuda_target()
     _toolchain.put_ninja_on_path()
-    for tool in ("ninja", os.environ.get("CXX", "c++").split()[0]):
+    for tool in ("ninja", _toolchain.cxx()):
         if shutil.which(tool) is None:
             raise ImportError(f"bnext: {build.why}, and to compile one now {tool} is missing{HINT}")
     what, how_long = ("C++ and CUDA sources", "some minutes") if toolkit else ("C++ sources", "two or three minutes")

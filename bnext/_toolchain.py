@@ -254,6 +254,11 @@ def read_info(path: Path) -> dict[str, str]:
     return dict(item.split(":", 1) for item in found[1].decode().split(",")) if found else {}
 
 
+def cxx() -> str:
+    """The command of the C++ compiler that torch runs, without its arguments."""
+    return (os.environ.get("CXX", "c++").split() or ["''"])[0]
+
+
 def put_ninja_on_path() -> None:
     """A virtual environment that is used without being activated has ninja, but not on PATH."""
     scripts = sysconfig.get_path("scripts")

@@ -20,9 +20,10 @@ held = _Held()
 
 @contextlib.contextmanager
 def hold_statistics() -> Iterator[None]:
-    """Inside, batch norms of bnext in training mode normalize by the batch and leave their running statistics alone.
+    """Inside, layers of bnext in training mode normalize by the batch and leave their running statistics alone.
 
-    It holds for the thread. Graphs that torch.compile has made do not ask for it.
+    It holds for the thread, and not for `bnext.functional.batch_norm`, which updates the tensors that it is given.
+    Graphs that torch.compile has made do not ask for it.
     """
     held.depth += 1
     try:

@@ -230,12 +230,15 @@ def _gpus(torch: Any) -> str:
 
 
 def _cxx(problems: list[str]) -> str:
-    command = os.environ.get("CXX", "c++").split()[0]
+    command = _toolchain.cxx()
     if shutil.which(command) is None:
         problems.append("install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set CXX")
         return f"{command} is not on PATH"
-    answer = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
-    return f"{command}: {answer.splitlines()[0]}" if answer else command
+    done = subprocess.run([command, "--version"], capture_output=True, text=True)
+    if done.returncode != 0:
+        problems.append("set CXX to a C++ compiler that works")
+        return f"`{command} --version` fails: {(done.stderr or done.stdout).strip() or done.returncode}"
+    return f"{command}: {done.stdout.splitlines()[0]}" if done.stdout else command
 
 
 def _ninja(problems: list[str]) -> str:

@@ -82,7 +82,7 @@ here = _Here()
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         _end_interrupted()
         here.entered.append((module, sys._getframe(1), Recomputation().__enter__()))
 

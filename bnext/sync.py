@@ -234,9 +234,9 @@ class _Backward(torch.autograd.Function):
     def forward(ctx, dy, *rest):
         *saved, settings, wanted = rest
         ctx.save_for_backward(dy, *saved)
-        saved = _Saved(*saved)
-        ctx.settings, ctx.format = settings, torch.contiguous_format if saved.mask is None else _format_of(saved.x)
-        gradients = _gradients(dy, saved, settings, wanted)
+        first = _Saved(*saved)
+        ctx.settings, ctx.format = settings, torch.contiguous_format if first.mask is None else _format_of(first.x)
+        gradients = _gradients(dy, first, settings, wanted)
         # What torch gets back as it came, it takes for an output that is an input.
         return tuple(g.view_as(g) if g is dy else g for g in gradients)
 

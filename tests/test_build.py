@@ -462,6 +462,14 @@ def test_a_missing_compiler_is_named(package):
     assert "install a C++ compiler" in verdict.stdout
 
 
+@pytest.mark.parametrize("command, said", [("", "'' is not on PATH"), ("false", "`false --version` fails")])
+def test_the_doctor_tries_the_compiler(monkeypatch, command, said):
+    monkeypatch.setenv("CXX", command)
+    problems = []
+    assert doctor._cxx(problems).startswith(said)
+    assert len(problems) == 1 and "CXX" in problems[0]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 @pytest.mark.skipif(_toolchain.find_toolkit(torch.version.cuda)[0] is None, reason="no CUDA compiler")
@@ -628,6 +636,7 @@ def test_the_doctor_misses_what_a_compilation_needs(monkeypatch, missing, remedy
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(_toolchain, "put_ninja_on_path", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda command: None if command == missing else sys.executable)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **how: subprocess.CompletedProcess(args, 0, "", ""))
     problems = []
     lines = [doctor._cxx(problems), doctor._ninja(problems)]
     assert [line for line in lines if "not on PATH" in line] == lines[:1] * (missing == "c++") + lines[1:] * (

@@ -763,3 +763,10 @@ def test_anything(device, around):
         found, expected = (gradients(net, x, block=False, run=way) for way in (inside, run))
         for a, b in zip(found, expected, strict=True):
             assert (a is None and b is None) or torch.equal(a, b), seed
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_effect_in_a_traced_program():
+    model = bnext.recompute(nn.Sequential(nn.Conv2d(3, 4, 1), bnext.BatchNorm2d(4, activation="relu"))).eval()
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
