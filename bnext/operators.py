@@ -74,6 +74,8 @@ def _load(name: str) -> Callable[..., Any]:
 
     def load(*args: Any, **kwargs: Any) -> Any:
         extension()
+        operator = getattr(torch.ops.bnext, name).default
+        operator._dispatch_cache.clear()  # of the Python dispatcher, by which torch.compile would come here for ever
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         device = tensors[0].device.type
         key = _KEYS.get(device)
@@ -83,7 +85,7 @@ def _load(name: str) -> Callable[..., Any]:
             if t.layout != torch.strided or t.is_quantized:
                 kind = "quantized" if t.is_quantized else str(t.layout).removeprefix("torch.")
                 raise NotImplementedError(f"bnext::{name} has kernels for dense tensors, not for {kind} ones")
-        return getattr(torch.ops.bnext, name).default(*args, **kwargs)
+        return operator(*args, **kwargs)
 
     return load
 

@@ -1,5 +1,8 @@
 """torch.ops.bnext: what torch expects of an operator, and what the stages compose to."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -283,3 +286,20 @@ def test_gpu_tensor_in_a_cpu_build_says_how_to_rebuild():
         RuntimeError, match=r"bnext::batch_norm_stats: got a CUDA tensor.*pip install --no-build-isolation"
     ):
         OPS.batch_norm_stats.default.redispatch(cuda, torch.randn(2, 3))
+
+
+# ---- the first call
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_first_call_is_compiled(dynamic):
+    """The Python dispatcher, which torch.compile asks, may have met the operator before the extension had registered
+    kernels, and remembers what it has met."""
+    code = f"""
+import torch, bnext
+f = torch.compile(lambda x: torch.ops.bnext.batch_norm_stats(x), backend="aot_eager", fullgraph=True, dynamic={dynamic})
+x = torch.randn(4, 3, 5)
+torch.testing.assert_close(f(x)[0], x.mean((0, 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
