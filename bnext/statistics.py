@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from bnext import nn as layers
 from bnext.conversion import convert
+from bnext.inspection import uncompiled
 from bnext.sync import SyncBatchNorm
 
 __all__ = ["freeze", "unfreeze", "update_statistics"]
@@ -90,6 +91,9 @@ def update_statistics(
     get the statistics of what all of its processes have normalized, with the same bits in each: every process calls
     this function, with a loader of its own part of the data.
 
+    What `torch.compile` has made of the model, or of anything else, runs without being compiled meanwhile, in all
+    threads.
+
     Args:
         model: restored to its modes afterwards, also after an error; then its statistics are the old ones, too. Lazy
             layers take their shapes from the first batch, and keep these.
@@ -99,7 +103,8 @@ def update_statistics(
         progress: shows a line on stderr; None does so where stderr is a terminal.
 
     Raises:
-        ValueError: `model` has no batch norm with running statistics that is not frozen, or `loader` is empty.
+        ValueError: `model` has no batch norm with running statistics that is not frozen, or `loader` is empty, or no
+            batch comes to any of these layers.
         RuntimeError: a process of a group does not come to the end of its loader, or not before the group's timeout.
     """
     found = {
@@ -122,17 +127,23 @@ def update_statistics(
         model.eval()
         for layer in found.values():
             layer.train()
-        for batch in _shown(loader, progress):
-            batches += 1
-            if forward is not None:
-                forward(model, batch)
-                continue
-            input = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(input if device is None else input.to(device))
+        with uncompiled():
+            for batch in _shown(loader, progress):
+                batches += 1
+                if forward is not None:
+                    forward(model, batch)
+                    continue
+                input = batch[0] if isinstance(batch, (tuple, list)) else batch
+                model(input if device is None else input.to(device))
         if batches == 0:
             raise ValueError("update_statistics: loader is empty")
         for name, layer in found.items():
             merged[name] = _of_all_processes(merged[name], layer, name)
+        if all(statistics.count == 0 for statistics in merged.values()):
+            raise ValueError(
+                f"update_statistics: model should call one of its batch norms ({', '.join(map(repr, found))}) with "
+                f"values, but none of {batches} batches came to any of them"
+            )
     except BaseException:
         for name, layer in found.items():
             _restore(layer, before[name])

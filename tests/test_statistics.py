@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnext
+from bnext.inspection import uncompiled
 
 
 def data(batches, seed=0):
@@ -198,6 +199,68 @@ def test_a_layer_that_is_not_called_keeps_its_statistics():
     assert net[0].num_batches_tracked == 2
     for i in (1, 2):  # the last one has seen nothing either
         assert all(torch.equal(t, before[i][name]) for name, t in net[i].state_dict().items())
+
+
+def test_batches_that_come_to_no_layer():
+    net = nn.ModuleDict({"norm": bnext.BatchNorm2d(3), "other": nn.BatchNorm2d(3)})
+    net["norm"](data([4])[0])
+    before = copy.deepcopy(net.state_dict())
+    for forward in (lambda model, x: x, lambda model, x: model["norm"](x[:0])):
+        with pytest.raises(ValueError, match="batch norms \\('norm', 'other'\\) with values, but none of 2 batches"):
+            bnext.update_statistics(net, data([4, 6]), forward=forward, progress=False)
+        assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items()) and net.training
+
+
+#: What torch.compile makes of a model, given the model and how to compile.
+COMPILED = {
+    "torch.compile": torch.compile,
+    "Module.compile": lambda net, **how: net.compile(**how) or net,
+    "a part": lambda net, **how: nn.Sequential(net[0], torch.compile(net[1], **how)),
+}
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("kind", [bnext.BatchNorm2d, nn.BatchNorm2d])
+def test_graphs_from_before(compiled, kind):
+    """Dynamo does not look whether a layer has got a hook since."""
+    torch._dynamo.reset()
+    net, batches = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4)), data([4, 6])
+    twin = copy.deepcopy(net)
+    bnext.update_statistics(twin, batches, progress=False)
+    model = COMPILED[compiled](net, backend="aot_eager")
+    for train in (False, True):
+        with torch.no_grad():
+            model.train(train)(batches[0])
+    bnext.update_statistics(model, batches, progress=False)
+    for ours, theirs in zip(net.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert net[1].num_batches_tracked == 2
+
+
+def test_compiling_begins_again_when_the_last_thread_is_through():
+    """The stance is one for all threads: the second to come ends after the first, and neither leaves it behind."""
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(nn.ReLU(), backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with uncompiled():
+            inside.set(), leave.wait(60)
+
+    with uncompiled():
+        thread = threading.Thread(target=stay)
+        thread.start(), inside.wait(60)
+    compiled(torch.ones(2))
+    assert not graphs
+    leave.set(), thread.join()
+    compiled(torch.ones(2))
+    assert len(graphs) == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with pytest.raises(ValueError, match="loader is empty"):
+            bnext.update_statistics(bnext.BatchNorm2d(3), [])
+        with pytest.raises(RuntimeError, match="fail_on_recompile"):  # what was there is there again
+            compiled(torch.ones(2, dtype=torch.float64))
 
 
 def test_unfreeze_leaves_what_did_not_train_before():
