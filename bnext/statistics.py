@@ -36,11 +36,19 @@ def freeze(model: Model, *, parameters: bool = True) -> Model:
         parameters: `weight` and `bias` of these layers do not change either: `requires_grad` is False.
 
     Raises:
-        ValueError: a batch norm has no running statistics, or cannot be converted. Nothing has changed then.
+        ValueError: a batch norm has no running statistics, or is lazy and has not seen a batch, or cannot be converted.
+            Nothing has changed then.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            continue
+        if layer.running_mean is None:
             raise ValueError(f"bnext.freeze: {name or 'the layer'} has no running statistics to go by")
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise ValueError(
+                f"bnext.freeze: {name or 'the layer'} should have seen a batch before it is frozen: {layer!r} is lazy, "
+                "and has no running statistics to go by yet"
+            )
     convert(model, strict=True)
     for layer in _batch_norms(model):
         layer.frozen = True

@@ -137,6 +137,18 @@ def test_freezing_what_has_no_statistics():
     assert type(net[0]) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("lazy", [bnext.LazyBatchNorm2d, nn.LazyBatchNorm2d])
+def test_freezing_what_has_seen_no_batch(lazy, parameters):
+    net = nn.Sequential(nn.BatchNorm2d(3), lazy(affine=False), bnext.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="freeze: 1 should have seen a batch before it is frozen: Lazy.* is lazy"):
+        bnext.freeze(net, parameters=parameters)
+    assert [type(layer) for layer in net] == [nn.BatchNorm2d, lazy, bnext.BatchNorm2d]
+    assert all(p.requires_grad for p in net.parameters()) and not net[2].frozen
+    net(torch.ones(2, 3, 4, 4))
+    assert bnext.freeze(net)[1].frozen
+
+
 @pytest.mark.parametrize("as_is", [lambda model: model, bnext.revert], ids=["ours", "reverted"])
 @pytest.mark.parametrize("update", ["bnext", "torch"])
 def test_frozen_statistics_are_not_updated(update, as_is):
