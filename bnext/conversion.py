@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -15,6 +14,7 @@ from bnext import nn as layers
 from bnext import torch_layers
 from bnext._extension import extension
 from bnext.activation import module_of
+from bnext.inspection import copied
 from bnext.sync import SyncBatchNorm
 
 __all__ = ["Report", "convert", "convert_sync_batchnorm", "revert"]
@@ -381,8 +381,7 @@ def _share_with(new: nn.Module, layer: nn.Module) -> None:
 
 
 def _sharing_copy(model: Model) -> Model:
-    tensors: Iterator[Tensor] = (t for module in model.modules() for t in _own_tensors(module))
-    return copy.deepcopy(model, {id(t): t for t in tensors})
+    return copied(model, (t for module in model.modules() for t in _own_tensors(module)))
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:

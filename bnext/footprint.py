@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bnext.inspection import copied, uncompiled
 from bnext.recomputation import recompute
 
 __all__ = ["Kept", "Memory", "memory"]
@@ -52,14 +52,15 @@ def memory(model: nn.Module, *inputs: Any, **keywords: Any) -> Memory:
     total      1.0 MB    559.2 kB
 
     Counts each tensor once, where it is kept first; parameters and buffers are there anyway, and left out. Runs copies
-    of `model` in its own mode, so that no statistics change.
+    of `model` in its own mode, so that no statistics change. Of a model that `torch.compile` has made it tells what the
+    layers keep without it: what a graph keeps is no layer's.
     """
     before, after = (_kept(model, on, inputs, keywords) for on in (False, True))
     return Memory({name: Kept(before.get(name, 0), after.get(name, 0)) for name in {**before, **after}})
 
 
 def _kept(model: nn.Module, recomputes: bool, inputs: tuple, keywords: dict[str, Any]) -> dict[str, int]:
-    model = recompute(copy.deepcopy(model), recomputes)
+    model = recompute(copied(model), recomputes)
     seen = {_address(t) for t in (*model.parameters(), *model.buffers())}
     alive: list[Tensor] = []  # so that no address comes twice
     found: dict[str, int] = {}
@@ -81,7 +82,7 @@ def _kept(model: nn.Module, recomputes: bool, inputs: tuple, keywords: dict[str,
     for name, module in model.named_modules():
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(leave)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with uncompiled(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = model(*inputs, **keywords)
         del output
     return found

@@ -1,14 +1,30 @@
-"""Running a model to look at it: as it is without torch.compile."""
+"""Looking at a model: a copy of it, and a run without torch.compile."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-__all__ = ["uncompiled"]
+__all__ = ["copied", "uncompiled"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
+    """A copy of `model` that has `shared` in common with it, and its process groups, of which there are no copies."""
+    kept = [*shared, *(value for module in model.modules() for value in vars(module).values() if _is_group(value))]
+    return copy.deepcopy(model, {id(value): value for value in kept})
+
+
+def _is_group(value: object) -> bool:
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
 class _Blocks:

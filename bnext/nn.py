@@ -145,11 +145,11 @@ class _BatchNorm(_TorchBatchNorm):
         self.unbiased = decay is None if unbiased is None else unbiased
         self.ghost_batch_size = ghost_batch_size
 
-    def _route(self, input: Tensor, residual: Tensor | None = None) -> routes.Route:
-        """Which way `forward` goes, for `bnext.explain`."""
+    def _route(self, input: Tensor, residual: Tensor | None = None, *, compiled: bool) -> routes.Route:
+        """Which way `forward` goes, for `bnext.explain`; `compiled` where torch.compile makes a graph of it."""
         mean, var, counter, by_batch = self._statistics()
         operands = (input, self.weight, self.bias, mean, var, counter, residual)
-        return routes.while_traced(by_batch) or routes.of_call(*operands)
+        return routes.while_traced(by_batch, compiled) or routes.of_call(*operands)
 
 
 def _check_keywords(
@@ -284,10 +284,10 @@ class FrozenBatchNorm2d(torch.nn.Module):
         )
         return y if found or act is None or drop is None else act(drop(y))
 
-    def _route(self, input: Tensor) -> routes.Route:
-        """Which way `forward` goes, for `bnext.explain`."""
-        statistics = (self.running_mean, self.running_var)
-        return routes.while_traced(False) or routes.of_call(input, self.weight, self.bias, *statistics, None, None)
+    def _route(self, input: Tensor, *, compiled: bool) -> routes.Route:
+        """Which way `forward` goes, for `bnext.explain`; `compiled` where torch.compile makes a graph of it."""
+        operands = (input, self.weight, self.bias, self.running_mean, self.running_var, None, None)
+        return routes.while_traced(False, compiled) or routes.of_call(*operands)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)  # of a checkpoint from before it was frozen

@@ -38,11 +38,12 @@ _OBSTACLES = {
 }
 
 
-def while_traced(training: bool) -> Route | None:
-    """The way of a call that becomes part of a graph; None where nothing is traced."""
+def while_traced(training: bool, compiled: bool = False) -> Route | None:
+    """The way of a call that becomes part of a graph, as all do where `compiled` says so; None where nothing is
+    traced."""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
         return Route("torch", "a program that is exported runs, and is quantized or folded, without bnext")
-    if not torch.compiler.is_compiling():
+    if not (compiled or torch.compiler.is_compiling()):
         return None
     if training:
         return Route("kernels", "torch.compile keeps the operator of a training step")

@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnext
-from bnext.inspection import uncompiled
 
 
 def data(batches, seed=0):
@@ -247,32 +246,6 @@ def test_graphs_from_before(compiled, kind):
     for ours, theirs in zip(net.buffers(), twin.buffers(), strict=True):
         assert torch.equal(ours, theirs)
     assert net[1].num_batches_tracked == 2
-
-
-def test_compiling_begins_again_when_the_last_thread_is_through():
-    """The stance is one for all threads: the second to come ends after the first, and neither leaves it behind."""
-    torch._dynamo.reset()
-    graphs = []
-    compiled = torch.compile(nn.ReLU(), backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    inside, leave = threading.Event(), threading.Event()
-
-    def stay():
-        with uncompiled():
-            inside.set(), leave.wait(60)
-
-    with uncompiled():
-        thread = threading.Thread(target=stay)
-        thread.start(), inside.wait(60)
-    compiled(torch.ones(2))
-    assert not graphs
-    leave.set(), thread.join()
-    compiled(torch.ones(2))
-    assert len(graphs) == 1
-    with torch.compiler.set_stance("fail_on_recompile"):
-        with pytest.raises(ValueError, match="loader is empty"):
-            bnext.update_statistics(bnext.BatchNorm2d(3), [])
-        with pytest.raises(RuntimeError, match="fail_on_recompile"):  # what was there is there again
-            compiled(torch.ones(2, dtype=torch.float64))
 
 
 def test_unfreeze_leaves_what_did_not_train_before():
