@@ -37,7 +37,7 @@ from bnext._extension import extension
 from bnext.activation import Activation, fusible, has_parameter, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
-from bnext.torch_layers import _TorchBatchNorm, lost_with_children, member_of
+from bnext.torch_layers import _FrozenBatchNorm2d, _TorchBatchNorm, lost_with_children, member_of
 
 __all__ = [
     "BatchNorm1d",
@@ -241,15 +241,9 @@ class BatchNormAct2d(BatchNorm2d):
         return lost_with_children(self, evaluates)
 
 
-class FrozenBatchNorm2d(torch.nn.Module):
+class FrozenBatchNorm2d(_FrozenBatchNorm2d):
     """act(drop(bn(input))) by statistics and parameters that are buffers, and never change: what `bnext.convert` makes
     of `torchvision.ops.FrozenBatchNorm2d`, and of timm's and detectron2's."""
-
-    if TYPE_CHECKING:
-        weight: Tensor
-        bias: Tensor
-        running_mean: Tensor
-        running_var: Tensor
 
     def __init__(
         self,
@@ -288,10 +282,6 @@ class FrozenBatchNorm2d(torch.nn.Module):
         """Which way `forward` goes, for `bnext.explain`; `compiled` where torch.compile makes a graph of it."""
         operands = (input, self.weight, self.bias, self.running_mean, self.running_var, None, None)
         return routes.while_traced(False, compiled) or routes.of_call(*operands)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + "num_batches_tracked", None)  # of a checkpoint from before it was frozen
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Lazy(_BatchNorm):

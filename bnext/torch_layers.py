@@ -279,8 +279,8 @@ class TorchBatchNormAct2d(_TorchBatchNorm, nn.BatchNorm2d):
         return lost_with_children(self, evaluates)
 
 
-class TorchFrozenBatchNorm2d(nn.Module):
-    """A reverted `bnext.nn.FrozenBatchNorm2d`."""
+class _FrozenBatchNorm2d(nn.Module):
+    """The state of a batch norm whose statistics and parameters are buffers, and never change."""
 
     if TYPE_CHECKING:
         running_mean: Tensor
@@ -288,6 +288,16 @@ class TorchFrozenBatchNorm2d(nn.Module):
         weight: Tensor
         bias: Tensor
         eps: float
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # of a checkpoint from before it was frozen
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TorchFrozenBatchNorm2d(_FrozenBatchNorm2d):
+    """A reverted `bnext.nn.FrozenBatchNorm2d`."""
+
+    if TYPE_CHECKING:
         act: nn.Module
         drop: nn.Module
 

@@ -644,3 +644,15 @@ def test_frozen_layers(source, library):
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, expected)))
     torch.testing.assert_close(bnext.revert(layer)(x), expected)
+
+
+@pytest.mark.parametrize("as_is", [lambda layer: layer, bnext.revert], ids=["ours", "reverted"])
+def test_frozen_layers_load_what_was_saved_before_they_were(as_is):
+    """A checkpoint of a `nn.BatchNorm2d`, whose counter a frozen layer has no use for."""
+    layer = nn.BatchNorm2d(3)
+    layer(torch.randn(2, 3, 4, 4))
+    model, checkpoint = nn.Sequential(as_is(bnext.nn.FrozenBatchNorm2d(3))), nn.Sequential(layer).state_dict()
+    model.load_state_dict(checkpoint)
+    assert len(checkpoint) == 5 and list(model.state_dict()) == [name for name in checkpoint if "batches" not in name]
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(model(x), layer.eval()(x))
