@@ -32,6 +32,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "SyncBatchNorm",
     "activation",
+    "conversion",
     "convert",
     "convert_sync_batchnorm",
     "cuda",
@@ -64,7 +65,7 @@ __all__ = [
 # with one entry for the program. "-m" may be a part of the same argument, as in -umbnext.doctor.
 _program = sys.orig_argv[-len(sys.argv) :][:1]
 if not any(re.fullmatch(r"(-\w*m)?bnext\.doctor", argument) for argument in _program):
-    from bnext import activation, cuda, functional, keras, nn, ops, reference, switch, sync
+    from bnext import activation, conversion, cuda, functional, keras, nn, ops, reference, switch, sync
     from bnext.activation import Activation
     from bnext.checkpointing import hold_statistics, update_once
     from bnext.conversion import convert, convert_sync_batchnorm, revert

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bnext import routes
 from bnext._extension import extension
-from bnext.activation import Activation, fusible, has_parameter, resolve
+from bnext.activation import Activation, ActivationName, fusible, has_parameter, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
 from bnext.torch_layers import _FrozenBatchNorm2d, _TorchBatchNorm, lost_with_children, member_of
@@ -80,9 +80,15 @@ class _BatchNorm(_TorchBatchNorm):
         self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)
         extension()  # builds or loads now, so that a missing compiler fails here and not in mid-training
 
-    if TYPE_CHECKING:  # torch types the call of every module as Any
-
+    if TYPE_CHECKING:
+        # Torch types the call of every module as Any.
         def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+        @property
+        def activation(self) -> ActivationName | None: ...
+
+        @activation.setter
+        def activation(self, activation: Activation) -> None: ...
 
     def _batch_norm(
         self,

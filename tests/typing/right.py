@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import bnext
+from bnext.activation import ActivationName
 from bnext.functional import batch_norm
 
 x = torch.randn(2, 3, 4, 4)
@@ -17,6 +18,10 @@ without_bias = bnext.BatchNorm2d(3, bias=False)
 activation: bnext.Activation = "relu"
 fused = bnext.BatchNorm2d(3, activation=activation)
 none = bnext.BatchNorm1d(3, activation=None)
+none.activation = nn.SiLU()
+none.activation = torch.relu
+name: ActivationName | None = none.activation
+none.activation = None
 volume: nn.BatchNorm3d = bnext.BatchNorm3d(3, activation="relu")
 
 y: Tensor = fused(x)
@@ -35,6 +40,9 @@ class Wide(bnext.BatchNorm2d):
 synchronised: nn.SyncBatchNorm = bnext.SyncBatchNorm(3, process_group=None, activation="relu")
 y = bnext.SyncBatchNorm(3, activation=nn.SiLU())(x, x)
 model: nn.Module = bnext.convert_sync_batchnorm(nn.Sequential(fused))
+
+report = bnext.conversion.Report()
+unconverted: dict[str, str] = report.unconverted
 
 
 def block(layer: bnext.BatchNorm2d, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ layer = bnext.BatchNorm2d(3)
 bnext.BatchNorm2d(3, activation="rleu")  # wrong: no such activation
 bnext.BatchNorm2d(3, momentun=0.2)  # wrong: no such argument
 bnext.BatchNorm2d(3, 1e-5, 0.1, True, True, None, None, "relu")  # wrong: activation is a keyword
+layer.activation = "rleu"  # wrong: no such activation
 layer(x, residual=True)  # wrong: the residual is a tensor
 bnext.SyncBatchNorm(3, activation="rleu")  # wrong: no such activation
 batch_norm(x, None, None, activation=True)  # wrong: an activation is a name
