@@ -10,6 +10,7 @@ Adding one takes a row and a line of `apply` here, and an entry, with its deriva
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
@@ -66,13 +67,18 @@ def resolve(activation: Activation, param: float | None = None) -> tuple[str, fl
     name, default = _find(activation)
     if param is None:
         return name, default
-    if isinstance(param, bool) or not isinstance(param, (int, float)):
+    if not is_number(param):
         raise TypeError(f"activation_param should be a number, not {param!r}")
     if not has_parameter(name):
         raise ValueError(f"activation_param should be None for {activation!r}, which has no parameter, not {param!r}")
     if isinstance(activation, nn.Module) and param != default:
         raise ValueError(f"activation_param should be None or {default!r} for {activation!r}, not {param!r}")
     return name, float(param)
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument that takes a number takes `value`: Python's numbers and numpy's, but not True."""
+    return isinstance(value, (float, Real)) and not isinstance(value, bool)  # float first: it is soon found
 
 
 def apply(name: str, param: float, y: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ Attributes, buffers, state dicts and pickles are those of `torch.nn`, in both di
 from __future__ import annotations
 
 from decimal import Decimal
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from bnext import routes
 from bnext._extension import extension
-from bnext.activation import Activation, ActivationName, fusible, has_parameter, resolve
+from bnext.activation import Activation, ActivationName, fusible, has_parameter, is_number, resolve
 from bnext.checkpointing import held
 from bnext.functional import batch_norm
 from bnext.torch_layers import _FrozenBatchNorm2d, _TorchBatchNorm, lost_with_children, member_of
@@ -74,7 +75,8 @@ class _BatchNorm(_TorchBatchNorm):
         unbiased: bool | None = None,
         ghost_batch_size: int | None = None,
     ) -> None:
-        _check_keywords(momentum, activation, activation_param, decay, ghost_batch_size)  # before anything is made
+        # Before anything is made.
+        _check_keywords(weight, bias, momentum, activation, activation_param, decay, unbiased, ghost_batch_size)
         # Only the first five have the same positions in nn.SyncBatchNorm.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)
@@ -149,7 +151,7 @@ class _BatchNorm(_TorchBatchNorm):
         if decay is not None:
             self.momentum = float(1 - Decimal(repr(float(decay))))  # 0.1 of 0.9, where floats give 0.09999999999999998
         self.unbiased = decay is None if unbiased is None else unbiased
-        self.ghost_batch_size = ghost_batch_size
+        self.ghost_batch_size = None if ghost_batch_size is None else int(ghost_batch_size)  # of numpy, say
 
     def _route(self, input: Tensor, residual: Tensor | None = None, *, compiled: bool) -> routes.Route:
         """Which way `forward` goes, for `bnext.explain`; `compiled` where torch.compile makes a graph of it."""
@@ -159,20 +161,30 @@ class _BatchNorm(_TorchBatchNorm):
 
 
 def _check_keywords(
+    weight: bool,
+    bias: bool,
     momentum: float | None,
     activation: Activation,
     activation_param: float | None,
     decay: float | None,
+    unbiased: bool | None,
     ghost_batch_size: int | None,
 ) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be True or False, whether the layer has one, not {value!r}")
+    if unbiased is not None and not isinstance(unbiased, bool):
+        raise TypeError(f"unbiased should be None, True or False, not {unbiased!r}")
     resolve(activation, activation_param)
+    if decay is not None and not is_number(decay):
+        raise TypeError(f"decay should be None or a number from 0 to 1, not {decay!r}")
     if decay is not None and momentum != 0.1:  # the default
         raise ValueError(f"momentum should be left out where decay is given, which is 1 - momentum, not {momentum!r}")
     if decay is not None and not 0 <= decay <= 1:
         raise ValueError(f"decay should be None or from 0 to 1, not {decay!r}")
     if isinstance(ghost_batch_size, bool):
         raise TypeError(f"ghost_batch_size should be None or a positive integer, not {ghost_batch_size!r}")
-    if ghost_batch_size is not None and (not isinstance(ghost_batch_size, int) or ghost_batch_size < 1):
+    if ghost_batch_size is not None and (not isinstance(ghost_batch_size, Integral) or ghost_batch_size < 1):
         raise ValueError(f"ghost_batch_size should be None or a positive integer, not {ghost_batch_size!r}")
 
 
@@ -314,7 +326,7 @@ class _Lazy(_BatchNorm):
         unbiased: bool | None = None,
         ghost_batch_size: int | None = None,
     ) -> None:
-        _check_keywords(momentum, activation, activation_param, decay, ghost_batch_size)
+        _check_keywords(weight, bias, momentum, activation, activation_param, decay, unbiased, ghost_batch_size)
         lazy = torch.nn.modules.batchnorm._LazyNormBase
         lazy.__init__(self, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         self._set_keywords(weight, bias, activation, activation_param, decay, unbiased, ghost_batch_size)

@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +48,36 @@ def test_keywords_that_contradict_each_other_or_are_of_a_wrong_type():
     for kind in (bnext.BatchNorm2d, bnext.nn.BatchNormAct2d):
         with pytest.raises(TypeError, match="ghost_batch_size should be None or a positive integer, not True"):
             kind(3, ghost_batch_size=True)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"decay": "0.9"}, "decay should be None or a number from 0 to 1, not '0.9'"),
+        ({"decay": True}, "decay should be None or a number from 0 to 1, not True"),
+        ({"weight": torch.ones(3)}, r"weight should be True or False, .* not tensor\(\[1., 1., 1.\]\)"),
+        ({"bias": None}, "bias should be True or False, .* not None"),
+        ({"unbiased": "no"}, "unbiased should be None, True or False, not 'no'"),
+    ],
+    ids=["decay of a string", "decay of a bool", "weight", "bias", "unbiased"],
+)
+def test_keywords_of_a_wrong_type(keywords, message):
+    for kind, features in ((bnext.BatchNorm2d, (3,)), (bnext.SyncBatchNorm, (3,)), (bnext.LazyBatchNorm2d, ())):
+        with pytest.raises(TypeError, match=message):
+            kind(*features, **keywords)
+
+
+def test_numbers_of_numpy():
+    """As torch.nn takes them for eps and momentum."""
+    options = {"activation": "leaky_relu", "activation_param": 0.25, "ghost_batch_size": 2}
+    theirs = {"activation_param": np.float32(0.25), "ghost_batch_size": np.int64(2)}
+    layer, x = bnext.BatchNorm2d(3, decay=np.float64(0.9), **options | theirs), torch.randn(4, 3, 5, 5)
+    plain = bnext.BatchNorm2d(3, decay=0.9, **options)
+    assert repr(layer) == repr(plain) and torch.equal(layer(x), plain(x))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), plain(x))
+    layer.activation_param = np.float32(0.5)
+    torch.testing.assert_close(layer(x), bnext.BatchNorm2d(3, **options | {"activation_param": 0.5})(x))
 
 
 def test_the_activation_is_found_when_the_layer_is_made():
