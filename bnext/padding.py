@@ -17,12 +17,15 @@ def masked(layer: nn.Module, input: Tensor, mask: Tensor, residual: Tensor | Non
     >>> valid = torch.cat([x[0], x[1, :, :2], x[2, :, :3]], dim=1).T
     >>> torch.testing.assert_close(y[1, :, :2].T, torch.nn.BatchNorm1d(4)(valid)[5:7])
 
-    The valid positions are packed, so that time and memory go by their number and not by the padded length.
+    The valid positions are packed, so that time and memory go by their number and not by the padded length. This number
+    is known when the call runs: `torch.compile` breaks its graph here, and neither `fullgraph=True` nor `torch.export`
+    takes the call.
 
     Args:
         layer: a batch norm that takes (M, C): `bnext.BatchNorm1d`, `bnext.SyncBatchNorm`, or one of torch.nn.
         input: (N, C, L).
-        mask: bool (N, L); or lengths, integer (N,): position l of example n is valid where l < mask[n].
+        mask: bool (N, L); or lengths, integer (N,): position l of example n is valid where l < mask[n]. So a length
+            beyond L counts as L, and a negative one as 0: to find one, a GPU would have to be waited for once more.
         residual: (N, C, L), of which the valid positions are added before the layer's activation.
 
     Raises:

@@ -42,6 +42,36 @@ def test_padding_is_no_part_of_the_batch(device, lengths, activation):
         assert torch.equal(grads[2], twin.weight.grad)
 
 
+def test_lengths_out_of_range_end_at_the_nearest(device):
+    x, twin = torch.randn(3, 4, 5, device=device), bnext.BatchNorm1d(4, device=device)
+    layer = bnext.BatchNorm1d(4, device=device)
+    y = bnext.masked(layer, x, torch.tensor([7, -2, 3], device=device))
+    assert torch.equal(y, bnext.masked(twin, x, torch.tensor([5, 0, 3], device=device)))
+    assert torch.equal(layer.running_var, twin.running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_in_compiled_graphs(training):
+    """How many positions are valid is no number of a graph's: it breaks there, and torch.export refuses it."""
+    torch._dynamo.reset()
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = bnext.BatchNorm1d(4, activation="relu")
+
+        def forward(self, x, mask):
+            return bnext.masked(self.norm, x, mask)
+
+    model, twin = Masked().train(training), Masked().train(training)
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(3, 4, 5)
+    for lengths in ([5, 2, 3], [1, 2, 0]):
+        torch.testing.assert_close(compiled(x, torch.tensor(lengths)), twin(x, torch.tensor(lengths)))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        torch.export.export(model, (x, torch.tensor([5, 2, 3])))
+
+
 def test_wrong_masks():
     layer, x = bnext.BatchNorm1d(4), torch.randn(3, 4, 5)
     for mask in (torch.ones(3, 5), torch.ones(3), torch.tensor([True] * 3), torch.ones(5, dtype=int)):
