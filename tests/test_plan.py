@@ -178,7 +178,7 @@ def check_sections(p: dict, numbers: int, accumulator: int) -> None:
     width = p["tile_vecs"] * p["vec"] if p["columns"] else 1
     together = p["splits"] * (1 if p["repeat"] == 1 else p["tiles"])
     at_once, section = 32 * 1024 // (numbers * accumulator), p["merge_section"]
-    if together * width <= 2 * at_once:
+    if together * width <= 2 * at_once or not p["columns"]:
         assert section == 1
         return
     sections = together // p["splits"] * -(-p["splits"] // section)

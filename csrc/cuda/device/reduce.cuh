@@ -44,16 +44,15 @@ __device__ __forceinline__ State shuffle_xor(const State& mine, int lane_mask) {
   return other;
 }
 
-// What the lanes of a warp hold, merged of those whose numbers are the same modulo `row_threads`, a power of two. It is
-// as it should be in the lower row_threads; all lanes must call.
+// Merges what the lanes of a warp hold whose numbers are the same modulo `row_threads`, a power of two: `state` is then
+// as it should be in the lower row_threads. All lanes must call.
 template <class State>
-__device__ __forceinline__ State merge_lanes(State state, int row_threads) {
+__device__ __forceinline__ void merge_lanes(State& state, int row_threads) {
 #pragma unroll 1
   for (int lane_mask = kWarp / 2; lane_mask >= row_threads; lane_mask /= 2) {
     const State both[2] = {state, shuffle_xor(state, lane_mask)};
     state = merge_all(both);
   }
-  return state;
 }
 
 // Merges what a block's threads hold, which are in rows of `row_threads`, a power of two up to a warp, with N columns
@@ -69,35 +68,49 @@ __device__ __forceinline__ void merge_rows(int row_threads, const Store& store, 
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int e = threadIdx.x / kWarp; e < N; e += blockDim.x / kWarp) {
-    const auto state = merge_lanes(merge(e, lane), row_threads);
+    auto state = merge(e, lane);
+    merge_lanes(state, row_threads);
     if (lane < row_threads) each(lane * N + e, state);
   }
 }
 
-// The same for threads with one state each, in `memory` of kMaxThreads of them. A row may be longer than a warp, if the
-// block has a whole number of rows.
+// The same for threads with one state each, in `memory` of kMaxThreads of them.
 template <class State, class Each>
 __device__ __forceinline__ void merge_states(const State& mine, int row_threads, void* memory, const Each& each) {
+  State* slots = static_cast<State*>(memory);
+  merge_rows<1>(
+      row_threads, [&] { slots[threadIdx.x] = mine; },
+      [&](int, int lane) {
+        return merge_strided<merge_batch(sizeof(State), false)>(slots + lane, 0, static_cast<int>(blockDim.x) / kWarp,
+                                                                1, kWarp);
+      },
+      each);
+}
+
+// The same for rows that may be longer than a warp, of which the block has a whole number.
+template <class State, class Each>
+__device__ __forceinline__ void merge_long_rows(const State& mine, int row_threads, void* memory, const Each& each) {
   State* slots = static_cast<State*>(memory);
   __syncthreads();  // nobody reads what was there before
   slots[threadIdx.x] = mine;
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x), threads = max(row_threads, kWarp);
   if (thread >= threads) return;
-  const State state = merge_lanes(merge_strided<merge_batch(sizeof(State), false)>(
-                                      slots + thread, 0, static_cast<int>(blockDim.x) / threads, 1, threads),
-                                  row_threads);
+  State state = merge_strided<merge_batch(sizeof(State), false)>(slots + thread, 0,
+                                                                 static_cast<int>(blockDim.x) / threads, 1, threads);
+  merge_lanes(state, row_threads);
   if (thread < row_threads) each(thread, state);
 }
 
-// Merges channels [first, past), as many at a time as the block has threads, each one's states shared out among the
-// rows of threads: gather(channel, row, rows) merges those of one row of so many. Then finish(channel, state, operands)
-// is called in one thread for each, for which finish.operands(channel) is loaded meanwhile.
-template <class Gather, class Finish>
+// Merges channels [first, past), as many at a time as a warp has lanes or, if LONG, the block has threads; each one's
+// states are shared out among the rows of threads: gather(channel, row, rows) merges those of one row of so many. Then
+// finish(channel, state, operands) is called in one thread for each, for which finish.operands(channel) is loaded
+// meanwhile.
+template <bool LONG, class Gather, class Finish>
 __device__ __forceinline__ void merge_channels(int64_t first, int64_t past, void* memory, const Gather& gather,
                                                const Finish& finish) {
   int shift = 0;  // of threads to a row, of which the block has a whole number
-  while ((1 << shift) < past - first && blockDim.x % (2u << shift) == 0) ++shift;
+  while ((1 << shift) < past - first && (LONG ? blockDim.x % (2u << shift) == 0 : (1 << shift) < kWarp)) ++shift;
   const int row_threads = 1 << shift, lane = static_cast<int>(threadIdx.x) & (row_threads - 1);
   const int rows = static_cast<int>(blockDim.x) >> shift, row = static_cast<int>(threadIdx.x) >> shift;
 #pragma unroll 1
@@ -109,9 +122,11 @@ __device__ __forceinline__ void merge_channels(int64_t first, int64_t past, void
       if (row == 0) operands = finish.operands(channel);
       total = gather(channel, row, rows);
     }
-    merge_states(total, row_threads, memory, [&](int i, const auto& whole) {
+    const auto each = [&](int i, const auto& whole) {
       if (base + i < past) finish(base + i, whole, operands);  // i is the thread's lane
-    });
+    };
+    if constexpr (LONG) merge_long_rows(total, row_threads, memory, each);
+    else merge_states(total, row_threads, memory, each);
   }
 }
 
@@ -154,7 +169,7 @@ struct Partials {
       }
       return total;
     };
-    merge_channels(first, past, memory, gather, finish);
+    merge_channels</*LONG=*/(WIDTH > 1)>(first, past, memory, gather, finish);
   }
 };
 
@@ -175,6 +190,31 @@ struct FinishMerge {
     else finish(channel, merged, operands);
   }
 };
+
+// Merges the partial results of columns: in the last block to arrive of each section, where there are any, and then in
+// the last of all. The same code does both: to a section, columns are what channels are to the tile.
+template <int WIDTH, class State, class Finish>
+__device__ __forceinline__ void merge_sections(int64_t channels, const Partition& partition, const Scratch& scratch,
+                                               const WorkTile& work, const Partials<WIDTH, State>& partials,
+                                               void* memory, const Finish& finish) {
+  const bool by_tile = partition.repeat == 1;
+  const int width = partials.width, splits = partials.splits;
+  const int size = partition.merge_section, sections = partition.merge_sections();
+  const int64_t begin = work.tile * width;
+  for (bool whole = size == 1;; whole = true) {
+    const int section = static_cast<int>(work.split) / size;
+    const Splits some = whole ? Splits{0, splits, size} : Splits{section * size, min(splits, (section + 1) * size), 1};
+    const int64_t counter = !whole ? partition.tiles + work.tile * sections + section : by_tile ? work.tile : 0;
+    const int64_t blocks = !whole ? some.end - some.begin : by_tile ? sections : partition.tiles * sections;
+    if (!arrive_last(&scratch.counters[counter], static_cast<uint32_t>(blocks))) return;
+    // The columns of the tile, its channels, or all channels where the columns of one lie in several tiles.
+    const int64_t first = whole && !by_tile ? 0 : begin;
+    const int64_t past = !whole ? begin + width : by_tile ? min(channels, begin + width) : channels;
+    partials.merge(some, first, past, channels, whole ? partition.repeat : 1, memory,
+                   FinishMerge<State, Finish>{finish, whole ? nullptr : partials.of(work.tile, some.begin), begin});
+    if (whole) return;
+  }
+}
 
 // Merges what the blocks of a tile hold. merge_block(each) merges what the block's threads do, WIDTH columns of the
 // tile each, and calls each(column, state) in one thread for each column. The last block to arrive merges those of all,
@@ -198,20 +238,11 @@ __device__ __forceinline__ void merge_blocks(int64_t channels, const Partition& 
     else if (begin + column < channels) finish(begin + column, merged, finish.operands(begin + column));
   });
   if (alone) return;
-  const int size = partition.merge_section, sections = partition.merge_sections();
-  // The same code merges a section and all sections: in a section, columns are what channels are in the tile.
-  for (bool whole = size == 1;; whole = true) {
-    const int section = static_cast<int>(work.split) / size;
-    const Splits some = whole ? Splits{0, splits, size} : Splits{section * size, min(splits, (section + 1) * size), 1};
-    const int64_t counter = !whole ? partition.tiles + work.tile * sections + section : by_tile ? work.tile : 0;
-    const int64_t blocks = !whole ? some.end - some.begin : by_tile ? sections : partition.tiles * sections;
-    if (!arrive_last(&scratch.counters[counter], static_cast<uint32_t>(blocks))) return;
-    // The columns of the tile, its channels, or all channels where the columns of one lie in several tiles.
-    const int64_t first = whole && !by_tile ? 0 : begin;
-    const int64_t past = !whole ? begin + width : by_tile ? min(channels, begin + width) : channels;
-    partials.merge(some, first, past, channels, whole ? partition.repeat : 1, memory,
-                   FinishMerge<State, Finish>{finish, whole ? nullptr : partials.of(work.tile, some.begin), begin});
-    if (whole) return;
+  if constexpr (WIDTH == 1) {  // a state a block, for all of which a block's threads are enough
+    if (arrive_last(&scratch.counters[work.tile], static_cast<uint32_t>(splits)))
+      partials.merge(Splits{0, splits, 1}, begin, begin + 1, channels, /*repeat=*/1, memory, finish);
+  } else {
+    merge_sections(channels, partition, scratch, work, partials, memory, finish);
   }
 }
 

@@ -68,9 +68,10 @@ Partition apply_partition(const Shape& shape, int32_t vec, const DevicePropertie
 // long; or 1 (none are), where the threads of one block load the partial results of all in one go, or two: as long as
 // it takes to count blocks once more.
 int32_t merge_section(const Problem& problem, const Partition& merging) {
+  if (!merging.by_columns) return 1;
   // Where a channel's columns lie in several tiles, one block merges all of these.
   const int64_t together = merging.splits * (merging.repeat == 1 ? 1 : merging.tiles);
-  const int64_t at_once = kMaxThreads * merge_batch(problem.state_bytes, merging.by_columns);
+  const int64_t at_once = kMaxThreads * merge_batch(problem.state_bytes, /*columns=*/true);
   if (together * merging.tile_width() <= 2 * at_once) return 1;
   int64_t section = 1;
   while (section * section < together) ++section;

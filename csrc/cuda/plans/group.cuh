@@ -54,7 +54,7 @@ class GroupColumns {
       }
       return total;
     };
-    merge_channels(begin, min(begin + share, past), memory, gather, Finish{{p}, *this, first, flag});
+    merge_channels</*LONG=*/false>(begin, min(begin + share, past), memory, gather, Finish{{p}, *this, first, flag});
     __syncthreads();  // nobody merges in `memory` any more
     cache.fill(partition, p.shape, work, [&](const ColumnChannel& at) {
       const typename Op::ChannelParams params = Op::channel_params(p, at.channel);

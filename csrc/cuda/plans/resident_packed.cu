@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   using State = typename Op::State;
   const WorkTile work = cluster_work_tile(partition);
   stagger_start(partition, work);
-  const int64_t first = work.tile * partition.columns.tile_channels;
+  // The tile's first channel, computed where it is needed: registers are few.
+  const auto first = [&] { return work.tile * partition.columns.tile_channels; };
 
   // One thread for each of the tile's channels.
   __shared__ typename Op::Centre shared_centres[kMaxTileChannels];
@@ -114,9 +115,9 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
   typename Op::ChannelParams params = {};
   typename Op::Operands operands = {};
   if (threadIdx.x < partition.columns.tile_channels) {
-    params = Op::channel_params(p, first + threadIdx.x);
+    params = Op::channel_params(p, first() + threadIdx.x);
     shared_centres[threadIdx.x] = Op::centre(params);
-    if (work.split == 0) operands = Op::operands(p, first + threadIdx.x);
+    if (work.split == 0) operands = Op::operands(p, first() + threadIdx.x);
   }
   if constexpr (!std::is_empty_v<typename Op::Centre>) __syncthreads();
   merge_packed<Op>(
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
         const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
         const ColumnWalk<N> walk(partition, p.shape.numel(), mine, place);
         typename Op::Centre centres[N] = {};
-        if (place.active) of_columns(centres, shared_centres, p.shape, place.col - first * p.shape.s);
+        if (place.active) of_columns(centres, shared_centres, p.shape, place.col - first() * p.shape.s);
         const auto reducer = reduce_columns<Op, kChunk>(p, walk, shared_tile.template fill<kCopies>(p, walk), centres,
                                                         load_shift_row<Op>(p, partition, mine, place));
         prefetch_next<Op>(p, partition, work, [&](const WorkTile& tile) {
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
       },
       [&](int channel, const State& whole) {
         shared_coefficients[channel] = Op::coefficients(p, params, Op::summary(p, whole));
-        if (work.split == 0) Op::finish(p, first + channel, whole, operands);
+        if (work.split == 0) Op::finish(p, first() + channel, whole, operands);
       });
 
   // The second pass, from shared memory, by the same packs.
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads, resident_blocks_per_sm(sizeof(typ
     const ColumnPlace<N> place(partition, mine);
     if (!place.active) continue;
     typename Op::Coefficients coefficients[N];
-    of_columns(coefficients, shared_coefficients, p.shape, place.col - first * p.shape.s);
+    of_columns(coefficients, shared_coefficients, p.shape, place.col - first() * p.shape.s);
     const SharedTile<Op, kChunk> shared_tile(partition, pack, partition.columns.packs);
     ColumnWalk<N> walk(partition, p.shape.numel(), mine, place);
     for_each_chunk<kChunk>(walk, elementwise_columns<Op>(p, shared_tile.replay(p), coefficients));
