@@ -147,6 +147,11 @@ def _set_on_it(layer: nn.Module, what: str) -> str:
     return f"it has its own {', '.join(changed)}, set on the layer: {what} the model before that" if changed else ""
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm of any kind: bnext's, torch.nn's, one derived from it, or one that `convert` knows."""
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, layers.FrozenBatchNorm2d)) or any(_class_for(module))
+
+
 def is_watched(layer: nn.Module, arguments: bool = False) -> bool:
     """Whether a hook sees what the layer returns, or a gradient of it; with `arguments`, also where it sees those."""
     hooks = [layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks]

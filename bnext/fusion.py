@@ -15,7 +15,8 @@ from bnext import nn as layers
 from bnext.activation import ActivationName, fusible, fusible_call
 from bnext.conversion import convert, is_watched
 from bnext.graph_values import Memory, may_be_number
-from bnext.torch_layers import TorchFrozenBatchNorm2d, _TorchBatchNorm
+from bnext.recomputation import is_recomputed, recompute
+from bnext.tracing import trace
 
 __all__ = ["fuse"]
 
@@ -38,38 +39,56 @@ def fuse(model: nn.Module, *, tracer: fx.Tracer | None = None) -> fx.GraphModule
     the layer's parameters or statistics elsewhere. A residual has to be a tensor, as far as the graph tells: an
     argument of `forward` is one where it is annotated as such, or where a layer takes it.
 
-    Parameters, buffers and their names in state dicts stay those of `model`, which is changed as well: its batch norms
-    become bnext's, and those that are fused carry the activation. Every module keeps its mode.
+    Parameters, buffers, their names in state dicts and their order stay those of `model`, which is changed as well: its
+    batch norms become bnext's, and those that are fused carry the activation. What `forward` does not use is kept, and
+    so is `bnext.recompute` of `model`.
+
+    Every module keeps its mode, and follows `train` and `eval`. A graph has no mode: a module that computes otherwise
+    in evaluation is a call in it, as a layer of torch.nn is, and so is one with hooks, and a batch norm of a class that
+    `convert` leaves alone. Nothing inside a call is fused.
 
     Args:
-        model: any module that torch.fx can trace.
-        tracer: of your own, where other modules must be leaves than the layers of torch.nn and bnext, which it should
-            take for leaves, too.
+        model: any module that torch.fx can trace, in both modes.
+        tracer: of your own, where other modules must be calls than batch norms and the layers of torch.nn, which it
+            should take for leaves, too.
 
     Returns:
-        A GraphModule in place of `model`.
+        A GraphModule in place of `model`: its forward, with no other method of its class.
 
     Raises:
-        torch.fx.proxy.TraceError: and what else tracing raises.
+        ValueError: `model`, or a module of it that holds batch norms, computes otherwise in evaluation, as by
+            `F.dropout(x, training=self.training)`, or has what a graph would drop: hooks, or a class's own `train`,
+            `state_dict` or `get_extra_state`. Nothing has changed then.
+        torch.fx.proxy.TraceError: and what else tracing raises, likewise.
     """
-    graph = (_Tracer() if tracer is None else tracer).trace(model)
+    graph = trace(model, tracer)
     convert(model)
     fuser = _Fuser(graph, model)
     for node in list(graph.nodes):
         fuser.fuse_before(node)
     fused = fx.GraphModule(model, graph, type(model).__name__)
-    for name, module in fused.named_modules():  # those that only hold others are new
-        module.training = model.get_submodule(name).training
+    _complete(fused, model, fuser.absorbed_modules())
+    if is_recomputed(model):
+        recompute(fused)
     fuser.set_activations()
     return fused
 
 
-class _Tracer(fx.Tracer):
-    """Takes our layers for leaves, as it does torch.nn's: neither their hooks nor their children run on proxies."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, (_TorchBatchNorm, layers.FrozenBatchNorm2d, TorchFrozenBatchNorm2d))
-        return ours or super().is_leaf_module(m, module_qualified_name)
+def _complete(fused: fx.GraphModule, model: nn.Module, absorbed: set[nn.Module]) -> None:
+    """Gives `fused` what else `model` has, under all its names. torch.fx takes what the graph names, makes new modules
+    of those that only hold it, and buffers of all tensors."""
+    pairs = ((model.get_submodule(path), new) for path, new in fused.named_modules())
+    made: dict[Any, nn.Module] = {old: new for old, new in pairs if new is not old}
+    for old, new in made.items():
+        new.training = old.training
+        new._parameters, new._buffers = dict(old._parameters), dict(old._buffers)
+        new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+        new._modules = {name: made.get(m, m) for name, m in old._modules.items() if m not in absorbed}
+    for node in fused.graph.nodes:
+        path, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and not hasattr(fused.get_submodule(path), name):  # a tensor, but no state of `model`
+            tensor = getattr(model.get_submodule(path), name)
+            fused.get_submodule(path).register_buffer(name, tensor, persistent=False)
 
 
 class _Fuser:
@@ -81,11 +100,17 @@ class _Fuser:
         self.memory = Memory(graph, self.modules)
         self.uses = Counter(id(part) for node in graph.nodes for part in self._parts_used_by(node, model))
         self.activations: dict[Any, tuple[ActivationName, float | None]] = {}
+        self._absorbed: list[Any] = []
 
     def set_activations(self) -> None:
         """Changes the layers. This comes last, so that the model computes the same if something else fails."""
         for layer, found in self.activations.items():
             layer._set_activation(*found)
+
+    def absorbed_modules(self) -> set[nn.Module]:
+        """Activations that are parts of batch norms now, and that nothing calls any more."""
+        called = {self.modules.get(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        return {self.modules[target] for target in self._absorbed} - called
 
     def fuse_before(self, node: fx.Node) -> None:
         """Fuses what comes before `node`, if that is an activation, where it can be."""
@@ -108,6 +133,8 @@ class _Fuser:
             fused = self.graph.call_module(str(norm.target), args)
         fused.meta = dict(node.meta)
         self.memory.replace(node, fused)
+        if node.op == "call_module":
+            self._absorbed.append(node.target)
         node.replace_all_uses_with(fused)
         for old in dict.fromkeys((node, before, norm)):
             self.graph.erase_node(old)

@@ -60,7 +60,7 @@ def recompute(model: Any = None, on: bool = True) -> Any:
         return Recomputation()
     _end_interrupted()
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
+        for key in [key for key, hook in hooks.items() if is_hook_of_recompute(hook)]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
     if on:
@@ -90,6 +90,15 @@ def _enter(module: nn.Module, args: Any) -> None:
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling() and here.entered and here.entered[-1][0] is module:
         here.entered.pop()[2].__exit__()
+
+
+def is_hook_of_recompute(hook: Any) -> bool:
+    return hook in (_enter, _leave)
+
+
+def is_recomputed(model: nn.Module) -> bool:
+    """Whether `recompute` has changed this module."""
+    return any(map(is_hook_of_recompute, model._forward_pre_hooks.values()))
 
 
 def _end_interrupted() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import bnext
 from bnext.graph_values import _FRESH
+from bnext.recomputation import is_recomputed
 
 
 class Chain(nn.Module):
@@ -139,7 +140,7 @@ def assert_same_result(fused, model, *args):
         torch.manual_seed(0)
         with torch.no_grad():
             y = m(*copy.deepcopy(args))
-        results.append([y, dict(m.named_buffers())])
+        results.append([y, m.state_dict()])
     torch.testing.assert_close(*results)
 
 
@@ -610,6 +611,11 @@ class Doubled(bnext.BatchNorm2d):
         return 2 * super().forward(input, residual)
 
 
+class DoubledFrozen(bnext.nn.FrozenBatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
 def test_what_our_layers_do_behind_the_kernels_is_done_once():
     layers = bnext.nn
     dropped = {"act": nn.SiLU(), "drop": nn.Dropout(0.5)}
@@ -620,6 +626,293 @@ def test_what_our_layers_do_behind_the_kernels_is_done_once():
         bnext.revert(layers.BatchNormAct2d(3, **dropped)),
         bnext.revert(layers.FrozenBatchNorm2d(3, **dropped)),
         Doubled(3),
+        DoubledFrozen(3),
     ):
         for training in (True, False):
-            fused_of(nn.Sequential(copy.deepcopy(layer), nn.ReLU()).train(training), X)
+            fused = fused_of(nn.Sequential(copy.deepcopy(layer), nn.ReLU()).train(training), X)
+            assert [n.target for n in fused.graph.nodes][1] == "0"  # a call
+
+
+# ---- batch norms of other classes
+
+
+class OwnForward(nn.BatchNorm2d):
+    """What convert leaves: its own forward reads its mode."""
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        return F.gelu(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps))
+
+
+class FrozenLikeTorchvision(nn.Module):
+    """What convert knows without torchvision."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.eps = 1e-5
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(features) + 0.5)
+
+    def forward(self, x):
+        weight, bias, mean, var = (b.reshape(1, -1, 1, 1) for b in self.buffers())
+        scale = weight * (var + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+FrozenLikeTorchvision.__module__, FrozenLikeTorchvision.__name__ = "torchvision.ops.misc", "FrozenBatchNorm2d"
+
+
+class OwnFrozenForward(FrozenLikeTorchvision):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def assert_same_in_both_modes(fused, model, *args):
+    """Whatever the mode was when `model` was fused."""
+    for training in (True, False, True):
+        assert_same_result(fused.train(training), model.train(training), *args)
+
+
+OTHERS = {
+    OwnForward: OwnForward,
+    FrozenLikeTorchvision: bnext.nn.FrozenBatchNorm2d,
+    OwnFrozenForward: OwnFrozenForward,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tracer", [None, UnknownAreLeaves()], ids=["", "own tracer"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_batch_norms_of_other_classes_are_calls(kind, tracer, training):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), kind(3), nn.ReLU()).train(training)
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model, tracer=tracer)
+    assert type(fused.get_submodule("1")) is OTHERS[kind]
+    assert [n.target for n in fused.graph.nodes][1:] == ["0", "1", "2", "output"]
+    assert list(fused.state_dict()) == list(twin.state_dict())
+    assert_same_in_both_modes(fused, twin, X)
+
+
+def test_the_layers_of_timm_are_found(library):
+    timm = library("timm")
+    model = timm.create_model("efficientnet_b0", num_classes=5, drop_path_rate=0.2).double()
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    norms = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 49 and sum(m.activation is not None for m in norms) == 33
+    assert all(type(m).__module__ == "bnext.nn" for m in norms)
+    assert list(fused.state_dict()) == list(twin.state_dict())
+    assert_same_in_both_modes(fused, twin, torch.randn(2, 3, 64, 64, dtype=torch.float64))
+
+
+# ---- modes
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * torch.bernoulli(torch.full_like(x[:, :1], 0.5)) if self.training else x
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+class ConstantOfMode(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor(2.0 if self.training else 3.0)
+
+
+class Relu(nn.Module):
+    """The same in both modes."""
+
+    def forward(self, x, y):
+        return F.relu(x + y)
+
+
+class DependsOnMode(nn.Module):
+    """Batch norms around f, each with its own of these modules."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.bn, self.bn2, self.relu = nn.BatchNorm2d(3), nn.BatchNorm2d(3), Relu()
+        self.one, self.other = kind(), nn.Sequential(kind(), nn.Conv2d(3, 3, 1))
+
+    def forward(self, x):
+        y = F.relu(self.bn(x))
+        return self.relu(self.bn2(self.other(self.one(y))), y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [DropPath, FunctionalDropout, ConstantOfMode])
+def test_what_depends_on_the_mode_goes_on_doing_so(kind, training):
+    model = DependsOnMode(kind).train(training)
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    assert (fused.bn.activation, fused.bn2.activation) == ("relu", "relu")
+    assert [n.target for n in fused.graph.nodes] == ["x", "bn", "one", "other.0", "other.1", "bn2", "output"]
+    assert_same_in_both_modes(fused, twin, X)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return F.dropout(self.bn(x), 0.5, self.training)
+
+
+class Skipping(Dropping):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.conv(y) if self.training else y
+
+
+class ScaledByMode(Dropping):
+    def forward(self, x):
+        return self.bn(x) * torch.tensor(2.0 if self.training else 3.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [Dropping, Skipping, ScaledByMode])
+def test_what_holds_batch_norms_has_to_be_the_same_in_both_modes(kind, training):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(kind(), nn.ReLU())).train(training)
+    model[0].train()  # modes differ
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match="model should compute the same in training and in evaluation") as raised:
+        bnext.fuse(model)
+    assert " of 1.0 in " in str(raised.value)
+    assert [m.training for m in model.modules()] == modes
+    assert type(model[1][0].bn) is nn.BatchNorm2d and not any("constant" in name for name in vars(model))
+
+
+# ---- names and states
+
+
+class WithMore(nn.Module):
+    """More than its forward uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Conv2d(3, 3, 1)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+        self.same = self.bn
+        self.scale, self.missing = nn.Parameter(torch.ones(1)), None
+        self.register_parameter("none", None)
+        self.register_buffer("step", torch.zeros(()))
+        self.register_buffer("offset", torch.ones(1), persistent=False)
+        self.plain = torch.ones(1)
+        self.aux = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout())
+
+    def forward(self, x):
+        y = self.act(self.bn(x)) * self.scale + self.offset + self.plain + torch.tensor(2.0)
+        return self.late(y)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_names_and_states_stay(nested):
+    model = nn.Sequential(WithMore(), WithMore()) if nested else WithMore()
+    if nested:
+        model[1].again = model[0]
+    twin = copy.deepcopy(model)
+    fused = bnext.fuse(model)
+    assert list(fused.state_dict()) == list(twin.state_dict())
+    fused.load_state_dict(twin.state_dict())
+    for names in ("named_parameters", "named_modules"):
+        expected = [name for name, _ in getattr(twin, names)(remove_duplicate=False)]
+        found = [name for name, _ in getattr(fused, names)(remove_duplicate=False)]
+        assert found == [name for name in expected if not name.endswith("act")]  # which is in the batch norm
+    assert_same_in_both_modes(fused, twin, X)
+
+
+def test_what_the_graph_does_not_use_stays_what_it_is():
+    model = WithMore()
+    fused = bnext.fuse(model)
+    assert fused.aux is model.aux and fused.unused is model.unused and fused.same is fused.bn
+    assert not hasattr(fused, "act")
+    model = Block(lambda m, x: m.act(m.bn(m.act(x))))
+    assert bnext.fuse(model).act is model.act  # the graph calls it elsewhere
+
+
+def test_a_container_with_two_names_stays_one():
+    model = Block(lambda m, x: m.act(m.first(x)))
+    model.first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model.second = model.first
+    fused = fused_of(model, X)
+    assert fused.first is fused.second and fused.get_submodule("second.1").activation == "silu"
+
+
+# ---- hooks
+
+
+CONTAINER_HOOKS = {
+    "register_forward_pre_hook": "a forward pre-hook",
+    "register_forward_hook": "a forward hook",
+    "register_full_backward_pre_hook": "a backward pre-hook",
+    "register_full_backward_hook": "a backward hook",
+    "register_state_dict_pre_hook": "a pre-hook of state_dict",
+    "register_state_dict_post_hook": "a hook of state_dict",
+    "register_load_state_dict_pre_hook": "a pre-hook of load_state_dict",
+    "register_load_state_dict_post_hook": "a post-hook of load_state_dict",
+}
+
+
+@pytest.mark.parametrize("tracer", [None, UnknownAreLeaves()], ids=["", "own tracer"])
+@pytest.mark.parametrize("where", ["model", "0"])
+@pytest.mark.parametrize("register", CONTAINER_HOOKS)
+def test_a_hook_that_would_be_lost_is_refused(register, where, tracer):
+    model, calls = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.ReLU()), []
+    getattr(model if where == "model" else model[0], register)(lambda *args: calls.append(args))
+    message = f"{where} should have nothing that its graph would drop, but this Sequential has "
+    with pytest.raises(ValueError, match=message + CONTAINER_HOOKS[register]):
+        bnext.fuse(model, tracer=tracer)
+    assert type(model[0][1]) is nn.BatchNorm2d and calls == []
+
+
+class Frozen(nn.Sequential):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class WithExtraState(nn.Sequential):
+    def get_extra_state(self):
+        return 1
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_a_class_does_besides_its_forward_is_refused():
+    for kind, what in ((Frozen, "its own train"), (WithExtraState, "its own get_extra_state")):
+        for model in (kind(nn.BatchNorm2d(3)), nn.Sequential(kind(nn.BatchNorm2d(3)))):
+            with pytest.raises(ValueError, match=f"this {kind.__name__} has {what}"):
+                bnext.fuse(model)
+        fused_of(nn.Sequential(nn.BatchNorm2d(3), kind(nn.ReLU())), X)  # a call
+    model = Block(lambda m, x: m.held.first(x))
+    model.held = type("Held", (nn.ModuleDict,), {"train": Frozen.train})({"first": nn.BatchNorm2d(3)})
+    with pytest.raises(ValueError, match="held should have .* this Held has its own train"):
+        bnext.fuse(model)
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="this Sequential has a forward set on it"):
+        bnext.fuse(model)
+
+
+def test_a_hook_of_what_holds_no_batch_norm_goes_on_running():
+    model, seen = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh())), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(type(output)) or output * 2)
+    fused_of(model, X)
+    assert seen == [torch.Tensor] * 2
+
+
+def test_recompute_goes_on():
+    model = bnext.recompute(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1)))
+    assert is_recomputed(bnext.fuse(model))
+    assert not is_recomputed(bnext.fuse(bnext.recompute(model, False)))
+    bnext.recompute(model)
+    with pytest.raises(ValueError, match="0 should have .* hooks of bnext.recompute, which takes what fuse returns"):
+        bnext.fuse(nn.Sequential(model))

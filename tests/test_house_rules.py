@@ -94,7 +94,7 @@ def test_python_does_not_import_upward():
     """From the extension up to what takes whole models."""
     order = ["_toolchain", "_extension", "switch", "operators", "ops", "activation", "aten", "torch_layers", "routes"]
     order += ["transforms", "functional", "checkpointing", "nn", "sync", "conversion", "graph_values"]
-    order += ["fusion", "statistics", "explanation"]
+    order += ["tracing", "fusion", "statistics", "explanation"]
     for i, name in enumerate(order):
         above = "|".join(order[i + 1 :])
         if above:
