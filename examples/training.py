@@ -119,9 +119,7 @@ class Training:
             self.forward = DataParallel(self.network, device_ids)
         if compiled:
             self.forward = torch.compile(self.forward)
-        # By name, since the state of an optimizer goes by position, and bnext.fuse's trace has another order.
-        parameters = [parameter for _, parameter in sorted(self.network.named_parameters())]
-        self.optimizer = OPTIMIZERS[optimizer](parameters, lr=lr)
+        self.optimizer = OPTIMIZERS[optimizer](self.network.parameters(), lr=lr)
         self.epochs: list[Epoch] = []
         self.losses: list[float] = []  # of this process's steps, since it began
 
