@@ -118,7 +118,7 @@ template <class T>
   });
 
   double sums_of_all[kColumns + kPadding], squares_of_all[kColumns + kPadding];
-  const auto sum_range = [&](int64_t begin, int64_t end) {
+  const auto sum_all = [&](int64_t begin, int64_t end) {
     each_double([&](int64_t j) {
       store(sums_of_all + j, Full{}, D(0.0));
       store(squares_of_all + j, Full{}, D(0.0));
@@ -134,22 +134,26 @@ template <class T>
   // Where all of a column's rows are to one side of their centre, its squares cancel: moves it to their mean. Returns
   // whether there was any such column. The mean of the rows before stays where it is.
   const auto move_far_centres = [&](double rows) {
-    bool any = false;
+    const auto is_far = [&](int64_t j) { return 2 * sums_of_all[j] * sums_of_all[j] > squares_of_all[j] * rows; };
+    int far = 0;
+    for (int64_t j = 0; j < width; j++) far |= is_far(j);  // a loop for the compiler's vectors
+    if (far == 0) return false;
     for (int64_t j = 0; j < width; j++) {
-      const double k = shift[j], mean = sums_of_all[j] / rows;
-      if (!(2 * mean * mean * rows > squares_of_all[j])) continue;
-      shift[j] = static_cast<A>(k + mean);
+      if (!is_far(j)) continue;
+      const double k = shift[j];
+      shift[j] = static_cast<A>(k + sums_of_all[j] / rows);
       offset[j] += k - shift[j];
-      any = true;
     }
-    return any;
+    return true;
   };
 
   // Rows [begin, end) share a centre.
   for (int64_t begin = 0, end = some; begin < block.rows;
        begin = end, end = std::min((1 + kPerCentre) * end, block.rows)) {
-    sum_range(begin, end);
-    if (begin > 0 && move_far_centres(static_cast<double>(end - begin))) sum_range(begin, end);
+    for (bool may_move = begin > 0;; may_move = false) {  // one call of sum_all(): inlined twice it is slower
+      sum_all(begin, end);
+      if (!may_move || !move_far_centres(static_cast<double>(end - begin))) break;
+    }
     // Chan's update, and the mean, as far as it can be represented, as the next centre. All columns share their counts,
     // so that it takes no division.
     const double seen = static_cast<double>(begin), rows = static_cast<double>(end - begin), total = seen + rows;
