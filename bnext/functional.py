@@ -147,7 +147,8 @@ def _direct() -> Callable[..., Tensor | None]:
 
 def call_kernels_or_torch(*args: Any) -> Tensor:
     """`torch.ops.bnext.batch_norm`, by whatever way there is for these arguments."""
-    input, *_, residual, training, momentum, eps, activation, activation_param, unbiased, ghost_batch_size = args
+    input, *_, counter, residual, training, momentum, eps = args[:10]
+    activation, activation_param, unbiased, ghost_batch_size = args[10:]
     route = routes.of_call(*args[:7])
     if route.way == "kernels":
         return extension().batch_norm(*args)
@@ -158,8 +159,8 @@ def call_kernels_or_torch(*args: Any) -> Tensor:
         torch.promote_types(input.dtype, residual.dtype)  # raises where the sum would
         if residual.is_complex():  # which not every activation takes
             apply(activation, activation_param, residual.new_empty(0))
-    if route.way == "torch" and training and args[5] is not None:
-        args[5].add_(0)  # raises where the counter cannot be written
+    if route.way == "torch" and training and counter is not None:
+        counter.add_(0)  # raises where it cannot be written
     if route.way == "sum":
         how = training, momentum, eps
         y = call_kernels_or_torch(*args[:6], None, *how, "none", 0.0, unbiased, ghost_batch_size)

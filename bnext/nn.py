@@ -235,17 +235,9 @@ class BatchNormAct2d(BatchNorm2d):
         self.act = torch.nn.Identity() if act is None else act
         self._find_activation()
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        counter: Tensor | None,
-        residual: Tensor | None,
-        by_batch: bool,
-    ) -> Tensor:
+    def _batch_norm(self, *args: Any) -> Tensor:
         self._find_activation()  # the children may have been replaced, or have got hooks
-        y = super()._batch_norm(input, mean, var, counter, residual, by_batch)
+        y = super()._batch_norm(*args)
         return y if self.activation is not None else self.act(self.drop(y))
 
     def _find_activation(self) -> None:

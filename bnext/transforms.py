@@ -147,12 +147,10 @@ class _BatchNorm(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         *tensors, settings = inputs
         (x, weight, bias, residual, mean, var), wide = _fold(info.batch_size, in_dims, tensors, (0, 3))
-        y, *statistics = _unfold(
-            info.batch_size, _BatchNorm.apply(x, weight, bias, residual, mean, var, settings), wide
-        )
-        if settings.training and in_dims[0] is None:  # all examples have the same
-            return (y, *(None if t is None else t[0] for t in statistics)), (1, None, None)
-        return (y, *statistics), (1, 0, 0)
+        y, mean, var = _BatchNorm.apply(x, weight, bias, residual, mean, var, settings)
+        if settings.training and in_dims[0] is None:  # all examples have the same statistics
+            return (*_unfold(info.batch_size, (y,), wide), mean[:wide], var[:wide]), (1, None, None)
+        return _unfold(info.batch_size, (y, mean, var), wide), (1, 0, 0)
 
 
 class _Backward(torch.autograd.Function):

@@ -150,7 +150,7 @@ template <class T>
   // Rows [begin, end) share a centre.
   for (int64_t begin = 0, end = some; begin < block.rows;
        begin = end, end = std::min((1 + kPerCentre) * end, block.rows)) {
-    for (bool may_move = begin > 0;; may_move = false) {  // one call of sum_all(): inlined twice it is slower
+    for (bool may_move = begin > 0;; may_move = false) {  // so that sum_all() is inlined once
       sum_all(begin, end);
       if (!may_move || !move_far_centres(static_cast<double>(end - begin))) break;
     }

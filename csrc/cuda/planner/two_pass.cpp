@@ -10,7 +10,8 @@
 namespace bnext::cuda {
 namespace {
 
-// Blocks to a tile of columns: as many partial results as a block that merges 16 channels of them has in flight.
+// Blocks to a tile of columns, at most: of the widest tile, 128 channels, the threads of one block load the partial
+// results of 16 splits in one go, and then those of 16 sections.
 constexpr int64_t kMaxMergedSplits = 256;
 
 // Strides of a block in one elementwise split, at most: enough to amortize a thread's channel coefficients,
